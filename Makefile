@@ -1,0 +1,26 @@
+# Everything runs inside .venv, which is made on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
+
+.PHONY: test check protos
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[postgres,dev]' --constraint constraints.txt
+	touch $@
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+protos: $(VENV)/ready
+	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh
+
+check: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh build/protos
+	$(BUF) lint build/protos/vitrine.binpb --config protos/buf.yaml
+	diff -r -x '*.binpb' -x __pycache__ build/protos/vitrine protos/gen/vitrine

@@ -1,0 +1,161 @@
+"""Items as every service sees them: identity, validation, text.
+
+Knows nothing of transport, storage or models. Limits are those that the field
+comments of `protos/vitrine/catalog/v1/item.proto` promise.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from services.errors import FieldViolation, InvalidArgument
+
+MAX_ID_LENGTH = 128
+MAX_TITLE_BYTES = 64 << 10
+MAX_DESCRIPTION_BYTES = 2 << 20
+MAX_ATTRIBUTES = 64
+MAX_ATTRIBUTE_NAME_LENGTH = 64
+MAX_ATTRIBUTE_VALUES = 32
+MAX_ATTRIBUTE_TEXT_LENGTH = 256
+MAX_IMAGE_BYTES = 16 << 20
+_INT64 = 1 << 63
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A named value: texts or numbers, not both."""
+
+    name: str
+    texts: tuple[str, ...] = ()
+    numbers: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """A product as written by the catalogue; None is unknown, never zero.
+
+    `image` is the file's bytes and `image_uri` an address; at most one of them is set.
+    Times are aware, in UTC.
+    """
+
+    id: str
+    title: str = ""
+    description: str = ""
+    attributes: tuple[Attribute, ...] = ()
+    family_id: str = ""
+    price: float | None = None
+    image: bytes = field(default=b"", repr=False)
+    image_uri: str = ""
+    available_from: datetime | None = None
+    available_until: datetime | None = None
+    source_version: int | None = None
+
+
+def item_number(item_id: str) -> int:
+    """The item's number: the first 63 bits, big-endian, of BLAKE2b (RFC 7693) of its UTF-8 id."""
+    digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def item_text(item: Item) -> str:
+    """What the text encoder reads of an item: title, then description, then texts of attributes."""
+    labels = (text for attribute in item.attributes for text in attribute.texts)
+    return ". ".join(part for part in (item.title, item.description, ", ".join(labels)) if part)
+
+
+def identifier_problem(value: str) -> str:
+    """What is wrong with a required id, or an empty string."""
+    if not value:
+        return "is required"
+    if len(value) > MAX_ID_LENGTH:
+        return f"has {len(value)} characters, at most {MAX_ID_LENGTH} are allowed"
+    if not value.isprintable() or any(c.isspace() for c in value):
+        return "holds white space or a control character"
+    return ""
+
+
+def validate(item: Item) -> None:
+    """Check one item against the contract.
+
+    Raises:
+        InvalidArgument: every wrong field is named, relative to the item.
+    """
+    wrong = [
+        FieldViolation(name, problem)
+        for name, problem in (
+            ("id", identifier_problem(item.id)),
+            ("title", _text_problem(item.title, MAX_TITLE_BYTES)),
+            ("description", _text_problem(item.description, MAX_DESCRIPTION_BYTES)),
+            ("family_id", identifier_problem(item.family_id) if item.family_id else ""),
+            ("price", _price_problem(item.price)),
+            ("image.data", _image_problem(item.image)),
+            ("image.uri", _uri_problem(item.image_uri)),
+            ("available_until", _window_problem(item)),
+            ("source_version", _version_problem(item.source_version)),
+        )
+        if problem
+    ]
+    wrong += _attribute_violations(item.attributes)
+    if not (item.title.strip() or item.description.strip() or item.image or item.image_uri):
+        wrong.append(FieldViolation("title", "an item needs a title, a description or an image"))
+    if wrong:
+        raise InvalidArgument(wrong)
+
+
+def _text_problem(text: str, limit: int) -> str:
+    if "\0" in text:
+        return "holds a NUL character"  # PostgreSQL cannot store one
+    size = len(text.encode())
+    return f"has {size} bytes, at most {limit} are allowed" if size > limit else ""
+
+
+def _price_problem(price: float | None) -> str:
+    return "must be finite and not negative" if price is not None and not 0 <= price < math.inf else ""
+
+
+def _image_problem(image: bytes) -> str:
+    too_large = len(image) > MAX_IMAGE_BYTES
+    return f"has {len(image)} bytes, at most {MAX_IMAGE_BYTES} are allowed" if too_large else ""
+
+
+def _uri_problem(uri: str) -> str:
+    if uri and not uri.startswith(("http://", "https://")):
+        return "must be an http or https address"
+    return _text_problem(uri, 2048)
+
+
+def _window_problem(item: Item) -> str:
+    start, end = item.available_from, item.available_until
+    return "must be later than available_from" if start and end and end <= start else ""
+
+
+def _version_problem(version: int | None) -> str:
+    return "" if version is None or -_INT64 <= version < _INT64 else "is outside 64 bits"
+
+
+def _attribute_violations(attributes: tuple[Attribute, ...]) -> list[FieldViolation]:
+    if len(attributes) > MAX_ATTRIBUTES:
+        return [FieldViolation("attributes", f"has {len(attributes)}, at most {MAX_ATTRIBUTES} are allowed")]
+    wrong, seen = [], set()
+    for index, attribute in enumerate(attributes):
+        problem = _attribute_problem(attribute)
+        if not problem and attribute.name in seen:
+            problem = f"the name {attribute.name!r} is there twice"
+        if problem:
+            wrong.append(FieldViolation(f"attributes[{index}]", problem))
+        seen.add(attribute.name)
+    return wrong
+
+
+def _attribute_problem(attribute: Attribute) -> str:
+    values = len(attribute.texts) + len(attribute.numbers)
+    checks = (
+        (not attribute.name.strip() or not attribute.name.isprintable(), "needs a printable name"),
+        (len(attribute.name) > MAX_ATTRIBUTE_NAME_LENGTH, f"its name exceeds {MAX_ATTRIBUTE_NAME_LENGTH}"),
+        (bool(attribute.texts) == bool(attribute.numbers), "needs texts or numbers, and not both"),
+        (values > MAX_ATTRIBUTE_VALUES, f"has {values} values, at most {MAX_ATTRIBUTE_VALUES} are allowed"),
+        (any(len(t) > MAX_ATTRIBUTE_TEXT_LENGTH or "\0" in t for t in attribute.texts), "holds a bad text"),
+        (not all(math.isfinite(n) for n in attribute.numbers), "holds a number that is not finite"),
+    )
+    return next((problem for failed, problem in checks if failed), "")

@@ -1,0 +1,1 @@
+"""The embedding service: items, their vectors, and the search over them."""

@@ -1,0 +1,419 @@
+"""The catalogue's truth: items, their image files and their vectors, in SQL.
+
+Every change takes the next sequence number; deletions stay as tombstones so that a
+follower learns of them. Knows nothing of encoders, indexes or transport.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import astuple, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from enum import IntEnum
+
+import numpy as np
+import sqlalchemy as sa
+
+from services import store
+from services.catalog import Attribute, Item, item_number
+from services.errors import AlreadyExists, NotFound, OutOfRange
+
+_SEQUENCE = "items"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class State(IntEnum):
+    """How far one modality of an item has come; values are the contract's ModalityState."""
+
+    ABSENT = 1
+    READY = 2
+    PENDING = 3
+    FAILED = 4
+
+
+class Outcome(IntEnum):
+    """What became of a write; values are the contract's ItemOutcomeCode."""
+
+    CREATED = 1
+    UPDATED = 2
+    UNCHANGED = 3
+    STALE = 4
+    DELETED = 5
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One vector of an item: `values` float32 (D,), of unit length, by the encoder of `digest`.
+
+    `space` is "text" or "image".
+    """
+
+    space: str
+    digest: str
+    values: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Record:
+    """An item as stored; `item.image` is left out, `image_hash` tells whether there is one."""
+
+    item: Item
+    number: int
+    sequence: int
+    text_state: State
+    image_state: State
+    image_error: str
+    image_hash: bytes
+    created: datetime
+    updated: datetime
+    deleted: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """The outcome of one write and the sequence number the item now has."""
+
+    outcome: Outcome
+    sequence: int
+
+
+class Conflict(Exception):
+    """The item was changed since it was read; read it again."""
+
+
+_items = sa.Table(
+    "items",
+    store.metadata,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("attributes", sa.Text, nullable=False),
+    sa.Column("family_id", sa.Text, nullable=False),
+    sa.Column("price", sa.Double),
+    sa.Column("image_uri", sa.Text, nullable=False),
+    sa.Column("image_hash", sa.LargeBinary, nullable=False),
+    sa.Column("available_from", sa.BigInteger),
+    sa.Column("available_until", sa.BigInteger),
+    sa.Column("source_version", sa.BigInteger),
+    sa.Column("content_hash", sa.LargeBinary, nullable=False),
+    sa.Column("text_state", sa.SmallInteger, nullable=False),
+    sa.Column("image_state", sa.SmallInteger, nullable=False),
+    sa.Column("image_error", sa.Text, nullable=False),
+    sa.Column("created", sa.BigInteger, nullable=False),
+    sa.Column("updated", sa.BigInteger, nullable=False),
+    sa.Column("deleted", sa.Boolean, nullable=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False, index=True),
+)
+_images = sa.Table(
+    "images",
+    store.metadata,
+    sa.Column("hash", sa.LargeBinary, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+_vectors = sa.Table(
+    "vectors",
+    store.metadata,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("space", sa.String(16), primary_key=True),
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("value", sa.LargeBinary, nullable=False),  # little-endian float16
+)
+_trims = sa.Table(
+    "item_trims",
+    store.metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("sequence", sa.BigInteger, nullable=False),
+)
+
+
+class ItemStore:
+    """Items in SQL, written by one thread.
+
+    `clock` gives the time that create and update times are taken from.
+    """
+
+    def __init__(self, engine: sa.Engine, clock: Callable[[], datetime]) -> None:
+        self._engine, self._clock = engine, clock
+        store.create(engine, [_items, _images, _vectors, _trims], _SEQUENCE)
+        self._writer = store.Writer(engine)
+
+    def close(self) -> None:
+        """Commit what is waiting and stop."""
+        self._writer.close()
+
+    @property
+    def sequence(self) -> int:
+        """The last committed change."""
+        with self._engine.connect() as connection:
+            return store.current_sequence(connection, _SEQUENCE)
+
+    def write(
+        self,
+        item: Item,
+        vectors: Sequence[Vector] = (),
+        *,
+        image_error: str = "",
+        expected_sequence: int | None = None,
+    ) -> Future[Written]:
+        """Commit a valid item whole, with the vectors made of it.
+
+        Vectors of other digests are dropped when their modality's content changed.
+        An item whose source_version is older than the stored one is STALE.
+
+        The future raises:
+            AlreadyExists: another id has the same number.
+            Conflict: `expected_sequence` is given and is not the stored one (0: no such item).
+        """
+        stamp = _micros(self._clock())
+        return self._writer.submit(
+            lambda connection: _write(connection, item, vectors, image_error, expected_sequence, stamp)
+        )
+
+    def delete(self, item_id: str) -> Future[Written]:
+        """Commit a deletion; the future raises NotFound for an unknown or deleted id."""
+        stamp = _micros(self._clock())
+        return self._writer.submit(lambda connection: _delete(connection, item_id, stamp))
+
+    def get(self, item_ids: Iterable[str]) -> dict[str, Record]:
+        """The live items of these ids; unknown ones are left out."""
+        numbers = [item_number(item_id) for item_id in item_ids]
+        query = _items.select().where(_items.c.number.in_(numbers), ~_items.c.deleted)
+        with self._engine.connect() as connection:
+            return {row.id: _record(row) for row in connection.execute(query)}
+
+    def image(self, image_hash: bytes) -> bytes:
+        """The image file of a record; NotFound when there is none."""
+        with self._engine.connect() as connection:
+            data = connection.scalar(sa.select(_images.c.data).where(_images.c.hash == image_hash))
+        if data is None:
+            raise NotFound("image", image_hash.hex())
+        return bytes(data)
+
+    def page(self, after_number: int, limit: int) -> list[Record]:
+        """Up to `limit` live items after a number (-1: from the first), in the order of numbers."""
+        query = _items.select().where(_items.c.number > after_number, ~_items.c.deleted)
+        with self._engine.connect() as connection:
+            return [_record(row) for row in connection.execute(query.order_by(_items.c.number).limit(limit))]
+
+    def changes(self, after_sequence: int, limit: int) -> list[Record]:
+        """Up to `limit` items changed after a position, in commit order, tombstones included.
+
+        An item changed twice comes once, at its last change. From 0 everything comes.
+
+        Raises:
+            OutOfRange: tombstones after the position were dropped, or it lies in the future.
+        """
+        query = _items.select().where(_items.c.sequence > after_sequence)
+        with self._engine.connect() as connection:
+            trimmed = connection.scalar(sa.select(_trims.c.sequence)) or 0
+            current = store.current_sequence(connection, _SEQUENCE)
+            if 0 < after_sequence < trimmed:
+                raise OutOfRange(f"position {after_sequence} is older than {trimmed}; start again from 0")
+            if after_sequence > current:
+                raise OutOfRange(
+                    f"position {after_sequence} is after the last change {current}; start from 0"
+                )
+            rows = connection.execute(query.order_by(_items.c.sequence).limit(limit)).all()
+        return [_record(row) for row in rows]
+
+    def vectors(self, numbers: Sequence[int], space: str, digest: str) -> dict[int, np.ndarray]:
+        """The stored vectors of these items: number to float32 (D,); items without one are left out."""
+        query = sa.select(_vectors.c.number, _vectors.c.value).where(
+            _vectors.c.number.in_(numbers), _vectors.c.space == space, _vectors.c.digest == digest
+        )
+        with self._engine.connect() as connection:
+            return {row.number: _floats(row.value) for row in connection.execute(query)}
+
+    def trim(self, before_sequence: int) -> Future[None]:
+        """Forget tombstones up to a position; followers behind it start again from 0."""
+        return self._writer.submit(lambda connection: _trim(connection, before_sequence))
+
+
+def _write(
+    connection: sa.Connection,
+    item: Item,
+    vectors: Sequence[Vector],
+    image_error: str,
+    expected_sequence: int | None,
+    stamp: int,
+) -> Written:
+    number = item_number(item.id)
+    old = connection.execute(_items.select().where(_items.c.number == number)).first()
+    if old is not None and old.id != item.id:
+        message = f"item id {item.id!r} has the same number as {old.id!r}; choose another id"
+        raise AlreadyExists("item", item.id, message)
+    live = old if old is not None and not old.deleted else None
+    if expected_sequence is not None and expected_sequence != (live.sequence if live else 0):
+        raise Conflict(item.id)
+    if live and _older(item.source_version, live.source_version):
+        return Written(Outcome.STALE, live.sequence)
+    columns = _columns(item, vectors, image_error)
+    known_vectors = _known_vectors(connection, number)
+    fresh = [v for v in vectors if known_vectors.get((v.space, v.digest)) != _bytes(v.values)]
+    if live and live.content_hash == columns["content_hash"] and not fresh:
+        return Written(Outcome.UNCHANGED, live.sequence)
+    sequence = store.take_sequence(connection, _SEQUENCE)
+    values = columns | {"updated": stamp, "sequence": sequence, "deleted": False}
+    if old is None:
+        connection.execute(_items.insert().values(number=number, created=stamp, **values))
+    else:
+        created = live.created if live else stamp
+        connection.execute(_items.update().where(_items.c.number == number).values(created=created, **values))
+    _replace_vectors(connection, number, item, live, columns, vectors)
+    _keep_image(connection, item, columns["image_hash"], live)
+    return Written(Outcome.UPDATED if live else Outcome.CREATED, sequence)
+
+
+def _older(version: int | None, than: int | None) -> bool:
+    return version is not None and than is not None and version < than
+
+
+def _columns(item: Item, vectors: Sequence[Vector], image_error: str) -> dict[str, object]:
+    spaces = {vector.space for vector in vectors}
+    has_image = bool(item.image or item.image_uri)
+    image_hash = hashlib.blake2b(item.image, digest_size=32).digest() if item.image else b""
+    columns: dict[str, object] = {
+        "id": item.id,
+        "title": item.title,
+        "description": item.description,
+        "attributes": json.dumps([astuple(a) for a in item.attributes], ensure_ascii=False),
+        "family_id": item.family_id,
+        "price": item.price,
+        "image_uri": item.image_uri,
+        "image_hash": image_hash,
+        "available_from": _micros(item.available_from) if item.available_from else None,
+        "available_until": _micros(item.available_until) if item.available_until else None,
+        "source_version": item.source_version,
+        "text_state": State.READY if "text" in spaces else State.ABSENT,
+        "image_state": _image_state(has_image, "image" in spaces, image_error),
+        "image_error": image_error,
+    }
+    canonical = repr(sorted(columns.items())).encode()
+    return columns | {"content_hash": hashlib.blake2b(canonical, digest_size=32).digest()}
+
+
+def _image_state(has_image: bool, encoded: bool, error: str) -> State:
+    if encoded:
+        return State.READY
+    if error:
+        return State.FAILED
+    return State.PENDING if has_image else State.ABSENT
+
+
+def _known_vectors(connection: sa.Connection, number: int) -> dict[tuple[str, str], bytes]:
+    rows = connection.execute(_vectors.select().where(_vectors.c.number == number))
+    return {(row.space, row.digest): bytes(row.value) for row in rows}
+
+
+def _replace_vectors(
+    connection: sa.Connection,
+    number: int,
+    item: Item,
+    old: sa.Row[tuple[object, ...]] | None,
+    columns: Mapping[str, object],
+    vectors: Sequence[Vector],
+) -> None:
+    same = {
+        "text": old is not None
+        and all(getattr(old, c) == columns[c] for c in ("title", "description", "attributes")),
+        "image": old is not None and all(getattr(old, c) == columns[c] for c in ("image_hash", "image_uri")),
+    }
+    stale = [space for space, unchanged in same.items() if not unchanged]
+    gone = sa.or_(
+        _vectors.c.space.in_(stale),
+        *((_vectors.c.space == v.space) & (_vectors.c.digest == v.digest) for v in vectors),
+    )
+    connection.execute(_vectors.delete().where(_vectors.c.number == number, gone))
+    if vectors:
+        rows = [
+            {"number": number, "space": v.space, "digest": v.digest, "value": _bytes(v.values)}
+            for v in vectors
+        ]
+        connection.execute(_vectors.insert(), rows)
+
+
+def _keep_image(
+    connection: sa.Connection, item: Item, image_hash: object, old: sa.Row[tuple[object, ...]] | None
+) -> None:
+    if item.image and not connection.scalar(sa.select(sa.exists().where(_images.c.hash == image_hash))):
+        connection.execute(_images.insert().values(hash=image_hash, data=item.image))
+    if old is not None and old.image_hash not in (b"", image_hash):
+        _drop_image_unless_used(connection, old.image_hash)
+
+
+def _drop_image_unless_used(connection: sa.Connection, image_hash: bytes) -> None:
+    if not connection.scalar(sa.select(sa.exists().where(_items.c.image_hash == image_hash))):
+        connection.execute(_images.delete().where(_images.c.hash == image_hash))
+
+
+def _delete(connection: sa.Connection, item_id: str, stamp: int) -> Written:
+    number = item_number(item_id)
+    old = connection.execute(
+        _items.select().where(_items.c.number == number, _items.c.id == item_id, ~_items.c.deleted)
+    ).first()
+    if old is None:
+        raise NotFound("item", item_id)
+    sequence = store.take_sequence(connection, _SEQUENCE)
+    # The row stays as a tombstone with its id; everything else of the item goes.
+    empty = _columns(Item(id=item_id), (), "") | {"updated": stamp, "deleted": True, "sequence": sequence}
+    connection.execute(_items.update().where(_items.c.number == number).values(**empty))
+    connection.execute(_vectors.delete().where(_vectors.c.number == number))
+    if old.image_hash:
+        _drop_image_unless_used(connection, old.image_hash)
+    return Written(Outcome.DELETED, sequence)
+
+
+def _trim(connection: sa.Connection, before_sequence: int) -> None:
+    dropped = connection.scalar(
+        sa.select(sa.func.max(_items.c.sequence)).where(
+            _items.c.deleted, _items.c.sequence <= before_sequence
+        )
+    )
+    if dropped is None:
+        return
+    connection.execute(_items.delete().where(_items.c.deleted, _items.c.sequence <= dropped))
+    connection.execute(_trims.delete())
+    connection.execute(_trims.insert().values(id=0, sequence=dropped))
+
+
+def _record(row: sa.Row[tuple[object, ...]]) -> Record:
+    attributes = tuple(Attribute(n, tuple(t), tuple(v)) for n, t, v in json.loads(row.attributes))
+    item = Item(
+        id=row.id,
+        title=row.title,
+        description=row.description,
+        attributes=attributes,
+        family_id=row.family_id,
+        price=row.price,
+        image_uri=row.image_uri,
+        available_from=_time(row.available_from),
+        available_until=_time(row.available_until),
+        source_version=row.source_version,
+    )
+    created, updated = _EPOCH + row.created * _MICROSECOND, _EPOCH + row.updated * _MICROSECOND
+    states = State(row.text_state), State(row.image_state), row.image_error, bytes(row.image_hash)
+    return Record(item, row.number, row.sequence, *states, created, updated, row.deleted)
+
+
+def with_image(record: Record, data: bytes) -> Item:
+    """The item of a record with its image file put back."""
+    return replace(record.item, image=data)
+
+
+def _micros(time: datetime) -> int:
+    return (time - _EPOCH) // _MICROSECOND
+
+
+def _time(micros: int | None) -> datetime | None:
+    return None if micros is None else _EPOCH + micros * _MICROSECOND
+
+
+def _bytes(values: np.ndarray) -> bytes:
+    return values.astype("<f2").tobytes()
+
+
+def _floats(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, "<f2").astype(np.float32)

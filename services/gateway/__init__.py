@@ -1,0 +1,1 @@
+"""The gateway: what a shop's backend calls."""

@@ -1,0 +1,1 @@
+"""The ranking service: behaviour, the candidates it proposes, and their order."""

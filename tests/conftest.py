@@ -1,0 +1,89 @@
+"""Databases and clocks for the suite; a skip of something in VITRINE_REQUIRE is a failure."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+
+from services import store
+
+_REQUIRED = frozenset(filter(None, os.environ.get("VITRINE_REQUIRE", "").split(",")))
+
+
+def skip_without(what: str, reason: str) -> None:
+    if what in _REQUIRED:
+        pytest.fail(f"{what} is in VITRINE_REQUIRE: {reason}")
+    pytest.skip(f"{what}: {reason}")
+
+
+class Clock:
+    """A time that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **span: float) -> None:
+        self.now += timedelta(**span)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, on a socket in a folder that only we know."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    pg_ctl = str(found[-1]) if found else shutil.which("pg_ctl")
+    if pg_ctl is None:
+        skip_without("postgres", "pg_ctl is not installed")
+        return
+    binaries, root = Path(pg_ctl).parent, tmp_path_factory.mktemp("postgres")
+    # The server refuses to run as root.
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    if as_user:
+        for folder in (root, *root.parents[:2]):
+            folder.chmod(0o755)
+        shutil.chown(root, "postgres")
+
+    def run(*command: str) -> None:
+        subprocess.run([*as_user, *command], check=True, cwd=root, stdout=subprocess.DEVNULL)
+
+    data = str(root / "data")
+    run(str(binaries / "initdb"), "-D", data, "-A", "trust", "-U", "vitrine", "-E", "UTF8", "--locale=C")
+    run(pg_ctl, "-D", data, "-w", "-l", str(root / "log"), "-o", f"-k {root} -c listen_addresses=''", "start")
+    try:
+        yield f"postgresql+psycopg://vitrine@/{{database}}?host={root}"
+    finally:
+        run(pg_ctl, "-D", data, "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database, once of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'state.sqlite'}"
+    template: str = request.getfixturevalue("postgres")
+    name = f"test_{uuid4().hex}"
+    admin = sa.create_engine(template.format(database="postgres"), isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    admin.dispose()
+    return template.format(database=name)
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[sa.Engine]:
+    engine = store.open_engine(database_url)
+    yield engine
+    engine.dispose()
