@@ -21,6 +21,6 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh build/protos
+	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh $(CURDIR)/build/protos
 	$(BUF) lint build/protos/vitrine.binpb --config protos/buf.yaml
 	diff -r -x '*.binpb' -x __pycache__ build/protos/vitrine protos/gen/vitrine
