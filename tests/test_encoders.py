@@ -1,0 +1,128 @@
+"""Encoders against the plain one-by-one forward, and image files of every kind."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer
+
+from services.embedding import images
+from services.embedding.encoders import ImageEncoder, TextEncoder, _batches, digest
+from services.errors import InvalidArgument
+from tests.models import make_image_encoder, make_text_encoder
+
+
+@pytest.fixture(scope="module")
+def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
+    return ImageEncoder(make_image_encoder(tmp_path_factory.mktemp("image")))
+
+
+def test_texts_in_batches_equal_each_alone_by_plain_transformers(text_directory: Path) -> None:
+    texts = ["red scarf", "", "a much longer text of wool and silk", "赤い", "x"]
+    encoded = TextEncoder(text_directory).encode(texts)
+    tokenizer = AutoTokenizer.from_pretrained(text_directory)
+    model = AutoModel.from_pretrained(text_directory).eval()
+    for text, vector, cut in zip(texts, encoded.vectors, encoded.truncated, strict=True):
+        batch = tokenizer(text, return_tensors="pt", truncation=True, max_length=16)
+        with torch.inference_mode():
+            mean = model(**batch).last_hidden_state.mean(1)[0].numpy()
+        np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
+        assert cut == (len(tokenizer(text)["input_ids"]) > 16)
+
+
+def test_a_megabyte_of_text_is_cut_and_said_to_be(text_directory: Path) -> None:
+    encoded = TextEncoder(text_directory).encode(["wool " * 300_000, "wool"])
+    assert encoded.truncated.tolist() == [True, False]
+    np.testing.assert_allclose(np.linalg.norm(encoded.vectors, axis=1), 1, atol=1e-5)
+
+
+def test_no_texts_give_no_vectors(text_directory: Path) -> None:
+    assert TextEncoder(text_directory).encode([]).vectors.shape == (0, 32)
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), budget=st.integers(1, 200))
+@settings(deadline=None)
+def test_batches_hold_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = _batches(np.array(lengths), budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    assert all(len(b) == 1 or max(lengths[r] for r in b) * len(b) <= budget for b in batches)
+
+
+def test_a_digest_covers_weights_and_settings(tmp_path: Path) -> None:
+    one = digest(make_text_encoder(tmp_path / "a"))
+    assert digest(make_text_encoder(tmp_path / "b")) == one
+    assert digest(make_text_encoder(tmp_path / "c", seed=1)) != one
+    assert digest(make_text_encoder(tmp_path / "d", max_tokens=17)) != one
+
+
+def test_pictures_in_batches_equal_each_alone(image_encoder: ImageEncoder) -> None:
+    pictures = [Image.new("RGB", (40 + n, 50), (n * 30, 90, 10)) for n in range(7)]
+    together = image_encoder.encode(pictures)
+    alone = np.concatenate([image_encoder.encode([p]) for p in pictures])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    assert image_encoder.encode_texts(["red", ""]).shape == (2, image_encoder.dimension)
+
+
+def _file(picture: Image.Image, form: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form, **options)
+    return out.getvalue()
+
+
+_RED = Image.new("RGB", (64, 32), "red")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _file(_RED, "JPEG"),
+        _file(_RED, "PNG"),
+        _file(_RED, "WEBP", lossless=True),
+        _file(_RED, "GIF"),
+        _file(_RED.convert("CMYK"), "JPEG"),
+        _file(_RED.convert("P"), "PNG"),
+        _file(_RED, "GIF", save_all=True, append_images=[Image.new("RGB", (64, 32), "blue")]),
+    ],
+)
+def test_every_format_gives_the_same_picture(data: bytes) -> None:
+    picture = images.load(data, 32)
+    assert (picture.mode, picture.size) == ("RGB", (64, 32))
+    assert np.abs(np.asarray(picture).mean((0, 1)) - [255, 0, 0]).max() < 4
+
+
+def test_transparency_is_white_rotation_is_applied_and_one_pixel_is_enough() -> None:
+    clear = images.load(_file(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"), 32)
+    assert np.asarray(clear).min() == 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    assert images.load(_file(_RED, "JPEG", exif=exif), 32).size == (32, 64)
+    assert images.load(_file(Image.new("1", (1, 1)), "PNG"), 32).size == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"plain text", "not a readable"),
+        (_file(_RED, "BMP"), "not a readable"),
+        (_file(_RED, "JPEG")[:200], "damaged"),
+        (_file(_RED, "PNG")[:60], "damaged"),
+        (_file(Image.new("1", (20_000, 6_000)), "PNG"), "pixels"),
+        (b"\xff" * ((16 << 20) + 1), "bytes"),
+    ],
+)
+def test_an_unreadable_image_names_its_field(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message) as caught:
+        images.load(data, 32, "image")
+    assert caught.value.violations[0].field == "image"
