@@ -1,0 +1,174 @@
+"""Items in columns, as filters and features read them, kept up through the change feed.
+
+One thread applies changes; any thread reads. Rows are never moved, a new row is published
+by the length last, and a changed value is replaced in place: a reader sees the value before
+or after, never half of one. Derived from the catalogue's truth and rebuilt from it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+
+from services.catalog import Item, item_number
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_EARLIEST, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the feed: an item as it is now, or, with `item` None, a deletion."""
+
+    number: int
+    sequence: int
+    item: Item | None
+    created: datetime | None = None
+
+
+class _TextColumn:
+    """Codes int32 (capacity, width), -1 for none, and the vocabulary they index."""
+
+    def __init__(self, capacity: int) -> None:
+        self.codes = np.full((capacity, 1), -1, np.int32)
+        self.vocabulary: dict[str, int] = {}
+
+    def put(self, row: int, texts: Sequence[str]) -> None:
+        codes = [self.vocabulary.setdefault(text, len(self.vocabulary)) for text in texts]
+        self.codes = _fit(self.codes, row + 1, len(codes), -1)
+        self.codes[row] = codes + [-1] * (self.codes.shape[1] - len(codes))
+
+
+class _NumberColumn:
+    """Values float64 (capacity, width), NaN for none."""
+
+    def __init__(self, capacity: int) -> None:
+        self.values = np.full((capacity, 1), np.nan)
+
+    def put(self, row: int, numbers: Sequence[float]) -> None:
+        self.values = _fit(self.values, row + 1, len(numbers), np.nan)
+        self.values[row] = [*numbers, *[np.nan] * (self.values.shape[1] - len(numbers))]
+
+
+def _fit(values: np.ndarray, rows: int, width: int, empty: float) -> np.ndarray:
+    """The same array, or a larger copy that holds `rows` rows of `width`."""
+    if rows <= values.shape[0] and width <= values.shape[1]:
+        return values
+    shape = (
+        values.shape[0] if rows <= values.shape[0] else max(2 * values.shape[0], rows),
+        max(width, values.shape[1]),
+    )
+    grown = np.full(shape, empty, values.dtype)
+    grown[: values.shape[0], : values.shape[1]] = values
+    return grown
+
+
+class ItemTable:
+    """Columns over every item ever seen; deleted ones keep their row and are not live."""
+
+    def __init__(self, capacity: int = 1024) -> None:
+        self._capacity = capacity
+        self._length = 0
+        self._ids: list[str] = []
+        self._row_of: dict[int, int] = {}
+        self._numbers = np.zeros((capacity, 1), np.int64)
+        self._live = np.zeros((capacity, 1), bool)
+        self._created = np.full((capacity, 1), _EARLIEST, np.int64)
+        self._window = np.tile(np.array([_EARLIEST, _LATEST], np.int64), (capacity, 1))
+        self._texts: dict[str, _TextColumn] = {"family_id": _TextColumn(capacity)}
+        self._values: dict[str, _NumberColumn] = {"price": _NumberColumn(capacity)}
+        self.sequence = 0
+
+    @property
+    def length(self) -> int:
+        """The number of rows, live or not."""
+        return self._length
+
+    @property
+    def item_numbers(self) -> np.ndarray:
+        """Item numbers, int64 (N,)."""
+        return self._numbers[: self._length, 0]
+
+    @property
+    def created(self) -> np.ndarray:
+        """When each item was first written, microseconds since 1970, int64 (N,)."""
+        return self._created[: self._length, 0]
+
+    def ids(self, rows: Iterable[int]) -> list[str]:
+        """The item ids of rows."""
+        return [self._ids[row] for row in rows]
+
+    def rows(self, numbers: Iterable[int]) -> np.ndarray:
+        """The row of each item number, int64; -1 for an unknown one."""
+        return np.fromiter((self._row_of.get(int(n), -1) for n in numbers), np.int64)
+
+    def rows_of_ids(self, ids: frozenset[str]) -> np.ndarray:
+        """The rows, int64, of these item ids; unknown ones are left out."""
+        rows = self.rows(item_number(item_id) for item_id in ids)
+        return np.array([row for row in rows if row >= 0 and self._ids[row] in ids], np.int64)
+
+    def texts(self, attribute: str) -> tuple[np.ndarray, Mapping[str, int]] | None:
+        """A text attribute: codes int32 (N, W), -1 for none, and the text of each code."""
+        column = self._texts.get(attribute)
+        return None if column is None else (_padded(column.codes, self._length, -1), column.vocabulary)
+
+    def numbers(self, attribute: str) -> np.ndarray | None:
+        """A number attribute or "price": float64 (N, W), NaN for none."""
+        column = self._values.get(attribute)
+        return None if column is None else _padded(column.values, self._length, np.nan)
+
+    def available(self, as_of: datetime) -> np.ndarray:
+        """Which rows are live and within their availability window, bool (N,)."""
+        at, window = (as_of - _EPOCH) // _MICROSECOND, self._window[: self._length]
+        return np.asarray(self._live[: self._length, 0] & (window[:, 0] <= at) & (at < window[:, 1]))
+
+    def apply(self, changes: Iterable[Change]) -> None:
+        """Apply changes in the order of the feed."""
+        for change in changes:
+            row = self._row_of.get(change.number)
+            if change.item is not None:
+                self._put(row, change.item, change)
+            elif row is not None:
+                self._live[row] = False
+            self.sequence = max(self.sequence, change.sequence)
+
+    def _put(self, known: int | None, item: Item, change: Change) -> None:
+        row = self._length if known is None else known
+        self._numbers = _fit(self._numbers, row + 1, 1, 0)
+        self._live = _fit(self._live, row + 1, 1, False)
+        self._created = _fit(self._created, row + 1, 1, _EARLIEST)
+        self._window = _fit(self._window, row + 1, 2, 0)
+        self._numbers[row] = change.number
+        self._created[row] = (
+            _EARLIEST if change.created is None else (change.created - _EPOCH) // _MICROSECOND
+        )
+        self._window[row] = (
+            (item.available_from - _EPOCH) // _MICROSECOND if item.available_from else _EARLIEST,
+            (item.available_until - _EPOCH) // _MICROSECOND if item.available_until else _LATEST,
+        )
+        self._put_attributes(row, item)
+        self._live[row] = True
+        if known is None:
+            self._ids.append(item.id)
+            self._row_of[change.number] = row
+            self._length = row + 1
+
+    def _put_attributes(self, row: int, item: Item) -> None:
+        texts = {a.name: a.texts for a in item.attributes if a.texts}
+        texts["family_id"] = (item.family_id,) if item.family_id else ()
+        numbers = {a.name: a.numbers for a in item.attributes if a.numbers}
+        numbers["price"] = () if item.price is None else (item.price,)
+        for name in texts.keys() - self._texts.keys():
+            self._texts[name] = _TextColumn(self._capacity)
+        for name in numbers.keys() - self._values.keys():
+            self._values[name] = _NumberColumn(self._capacity)
+        for name, text_column in self._texts.items():
+            text_column.put(row, texts.get(name, ()))
+        for name, number_column in self._values.items():
+            number_column.put(row, numbers.get(name, ()))
+
+
+def _padded(values: np.ndarray, length: int, empty: float) -> np.ndarray:
+    return _fit(values, length, values.shape[1], empty)[:length]
