@@ -35,8 +35,8 @@ class Attribute:
 class Item:
     """A product as written by the catalogue; None is unknown, never zero.
 
-    `image` is the file's bytes and `image_uri` an address; at most one of them is set.
-    Times are aware, in UTC.
+    `image` is the file's bytes, `image_hash` stands for bytes that are kept elsewhere, and
+    `image_uri` is an address; at most one of them is set. Times are aware, in UTC.
     """
 
     id: str
@@ -47,6 +47,7 @@ class Item:
     price: float | None = None
     image: bytes = field(default=b"", repr=False)
     image_uri: str = ""
+    image_hash: bytes = field(default=b"", repr=False)
     available_from: datetime | None = None
     available_until: datetime | None = None
     source_version: int | None = None
@@ -59,9 +60,17 @@ def item_number(item_id: str) -> int:
 
 
 def item_text(item: Item) -> str:
-    """What the text encoder reads of an item: title, then description, then texts of attributes."""
-    labels = (text for attribute in item.attributes for text in attribute.texts)
+    """What the text encoder reads of an item: title, then description, then texts of attributes.
+
+    Attributes whose name begins with an underscore are for filters alone.
+    """
+    labels = (text for a in item.attributes if not a.name.startswith("_") for text in a.texts)
     return ". ".join(part for part in (item.title, item.description, ", ".join(labels)) if part)
+
+
+def has_image(item: Item) -> bool:
+    """Whether the item has a photograph, wherever its bytes are."""
+    return bool(item.image or item.image_hash or item.image_uri)
 
 
 def identifier_problem(value: str) -> str:
@@ -97,7 +106,7 @@ def validate(item: Item) -> None:
         if problem
     ]
     wrong += _attribute_violations(item.attributes)
-    if not (item.title.strip() or item.description.strip() or item.image or item.image_uri):
+    if not (item.title.strip() or item.description.strip() or has_image(item)):
         wrong.append(FieldViolation("title", "an item needs a title, a description or an image"))
     if wrong:
         raise InvalidArgument(wrong)

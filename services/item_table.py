@@ -6,7 +6,7 @@ or after, never half of one. Derived from the catalogue's truth and rebuilt from
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -20,12 +20,16 @@ _EARLIEST, _LATEST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 @dataclass(frozen=True)
 class Change:
-    """One change of the feed: an item as it is now, or, with `item` None, a deletion."""
+    """One change of the feed: an item as it is now, or, with `item` None, a deletion.
+
+    `vectors` maps a space to the item's vector in it, float (D,).
+    """
 
     number: int
     sequence: int
     item: Item | None
     created: datetime | None = None
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class _TextColumn:
@@ -65,6 +69,20 @@ def _fit(values: np.ndarray, rows: int, width: int, empty: float) -> np.ndarray:
     return grown
 
 
+class _VectorColumn:
+    """Vectors float16 (capacity, D) of one space, and which rows have one, bool (capacity, 1)."""
+
+    def __init__(self, capacity: int, dimension: int) -> None:
+        self.values = np.zeros((capacity, dimension), np.float16)
+        self.present = np.zeros((capacity, 1), bool)
+
+    def put(self, row: int, vector: np.ndarray | None) -> None:
+        self.values = _fit(self.values, row + 1, 1, 0)
+        self.present = _fit(self.present, row + 1, 1, False)
+        self.values[row] = 0 if vector is None else vector
+        self.present[row] = vector is not None
+
+
 class ItemTable:
     """Columns over every item ever seen; deleted ones keep their row and are not live."""
 
@@ -79,6 +97,7 @@ class ItemTable:
         self._window = np.tile(np.array([_EARLIEST, _LATEST], np.int64), (capacity, 1))
         self._texts: dict[str, _TextColumn] = {"family_id": _TextColumn(capacity)}
         self._values: dict[str, _NumberColumn] = {"price": _NumberColumn(capacity)}
+        self._vectors: dict[str, _VectorColumn] = {}
         self.sequence = 0
 
     @property
@@ -119,6 +138,20 @@ class ItemTable:
         column = self._values.get(attribute)
         return None if column is None else _padded(column.values, self._length, np.nan)
 
+    def vectors(self, space: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A space: float16 (N, D), zeros for none, and which rows have a vector, bool (N,)."""
+        column = self._vectors.get(space)
+        if column is None:
+            return None
+        present = _padded(column.present, self._length, False)[:, 0]
+        return _padded(column.values, self._length, 0), present
+
+    def retain(self, numbers: frozenset[int]) -> None:
+        """Take every other item for deleted: what a feed read from the beginning implies."""
+        for number, row in self._row_of.items():
+            if number not in numbers:
+                self._live[row] = False
+
     def available(self, as_of: datetime) -> np.ndarray:
         """Which rows are live and within their availability window, bool (N,)."""
         at, window = (as_of - _EPOCH) // _MICROSECOND, self._window[: self._length]
@@ -149,6 +182,7 @@ class ItemTable:
             (item.available_until - _EPOCH) // _MICROSECOND if item.available_until else _LATEST,
         )
         self._put_attributes(row, item)
+        self._put_vectors(row, change.vectors)
         self._live[row] = True
         if known is None:
             self._ids.append(item.id)
@@ -168,6 +202,13 @@ class ItemTable:
             text_column.put(row, texts.get(name, ()))
         for name, number_column in self._values.items():
             number_column.put(row, numbers.get(name, ()))
+
+    def _put_vectors(self, row: int, vectors: Mapping[str, np.ndarray]) -> None:
+        for space, vector in vectors.items():
+            if space not in self._vectors:
+                self._vectors[space] = _VectorColumn(self._capacity, len(vector))
+        for space, column in self._vectors.items():
+            column.put(row, vectors.get(space))
 
 
 def _padded(values: np.ndarray, length: int, empty: float) -> np.ndarray:

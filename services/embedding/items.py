@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
@@ -16,7 +16,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from services import store
-from services.catalog import Attribute, Item, item_number
+from services.catalog import Attribute, Item, has_image, item_number
 from services.errors import AlreadyExists, NotFound, OutOfRange
 
 _SEQUENCE = "items"
@@ -56,8 +56,18 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Vectors of many items: `values` float (N, D), `present` bool (N,) where there is one."""
+
+    space: str
+    digest: str
+    values: np.ndarray = field(repr=False)
+    present: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Record:
-    """An item as stored; `item.image` is left out, `image_hash` tells whether there is one."""
+    """An item as stored; of a photograph `item.image_hash` alone."""
 
     item: Item
     number: int
@@ -65,7 +75,6 @@ class Record:
     text_state: State
     image_state: State
     image_error: str
-    image_hash: bytes
     created: datetime
     updated: datetime
     deleted: bool = False
@@ -172,6 +181,24 @@ class ItemStore:
             lambda connection: _write(connection, item, vectors, image_error, expected_sequence, stamp)
         )
 
+    def load(
+        self, items: Sequence[Item], vectors: Sequence["Block"], created: Sequence[datetime]
+    ) -> Future[int]:
+        """Commit valid items that were never here, with their vectors, in one transaction.
+
+        An item that is here with the same content gets the vectors it lacks; one with other
+        content, or deleted, stays as it is. The future gives the number of new items.
+        """
+        stamp = _micros(self._clock())
+        return self._writer.submit(lambda connection: _load(connection, items, vectors, created, stamp))
+
+    def lacking(self, digests: Mapping[str, str]) -> list[str]:
+        """Ids of live items that have content of a space but no vector by its digest."""
+        with self._engine.connect() as connection:
+            return [
+                i for space, digest in digests.items() for i in connection.scalars(_lacking(space, digest))
+            ]
+
     def delete(self, item_id: str) -> Future[Written]:
         """Commit a deletion; the future raises NotFound for an unknown or deleted id."""
         stamp = _micros(self._clock())
@@ -267,14 +294,66 @@ def _write(
     return Written(Outcome.UPDATED if live else Outcome.CREATED, sequence)
 
 
+_CHUNK = 2000
+
+
+def _load(
+    connection: sa.Connection,
+    items: Sequence[Item],
+    blocks: Sequence[Block],
+    created: Sequence[datetime],
+    stamp: int,
+) -> int:
+    known = {row.number: row for row in connection.execute(sa.select(_items.c.number, _items.c.content_hash))}
+    rows: list[dict[str, object]] = []
+    values: list[dict[str, object]] = []
+    for at, (item, since) in enumerate(zip(items, created, strict=True)):
+        number = item_number(item.id)
+        vectors = [Vector(b.space, b.digest, b.values[at]) for b in blocks if b.present[at]]
+        columns = _columns(item, vectors, "")
+        old = known.get(number)
+        if old is not None and bytes(old.content_hash) != columns["content_hash"]:
+            continue
+        values += [_vector_row(number, v) for v in vectors if old is None or not _has(connection, number, v)]
+        if old is None:
+            rows.append(columns | {"number": number, "created": _micros(since), "updated": stamp})
+    if rows:
+        first = store.take_sequence(connection, _SEQUENCE, len(rows)) - len(rows) + 1
+        rows = [row | {"sequence": first + at, "deleted": False} for at, row in enumerate(rows)]
+    for table, entries in ((_items, rows), (_vectors, values)):
+        for start in range(0, len(entries), _CHUNK):
+            connection.execute(table.insert(), entries[start : start + _CHUNK])
+    return len(rows)
+
+
+def _has(connection: sa.Connection, number: int, vector: Vector) -> bool:
+    return (vector.space, vector.digest) in _known_vectors(connection, number)
+
+
+def _vector_row(number: int, vector: Vector) -> dict[str, object]:
+    return {"number": number, "space": vector.space, "digest": vector.digest, "value": _bytes(vector.values)}
+
+
+def _lacking(space: str, digest: str) -> sa.Select[str]:
+    state = {"text": _items.c.text_state, "image": _items.c.image_state}[space]
+    has = sa.exists().where(
+        _vectors.c.number == _items.c.number, _vectors.c.space == space, _vectors.c.digest == digest
+    )
+    return sa.select(_items.c.id).where(~_items.c.deleted, state == State.READY, ~has)
+
+
 def _older(version: int | None, than: int | None) -> bool:
     return version is not None and than is not None and version < than
 
 
+def photograph_hash(data: bytes) -> bytes:
+    """What identifies an image file: 32 bytes of BLAKE2b."""
+    return hashlib.blake2b(data, digest_size=32).digest()
+
+
 def _columns(item: Item, vectors: Sequence[Vector], image_error: str) -> dict[str, object]:
     spaces = {vector.space for vector in vectors}
-    has_image = bool(item.image or item.image_uri)
-    image_hash = hashlib.blake2b(item.image, digest_size=32).digest() if item.image else b""
+    image_hash = photograph_hash(item.image) if item.image else item.image_hash
     columns: dict[str, object] = {
         "id": item.id,
         "title": item.title,
@@ -288,19 +367,19 @@ def _columns(item: Item, vectors: Sequence[Vector], image_error: str) -> dict[st
         "available_until": _micros(item.available_until) if item.available_until else None,
         "source_version": item.source_version,
         "text_state": State.READY if "text" in spaces else State.ABSENT,
-        "image_state": _image_state(has_image, "image" in spaces, image_error),
+        "image_state": _image_state(has_image(item), "image" in spaces, image_error),
         "image_error": image_error,
     }
     canonical = repr(sorted(columns.items())).encode()
     return columns | {"content_hash": hashlib.blake2b(canonical, digest_size=32).digest()}
 
 
-def _image_state(has_image: bool, encoded: bool, error: str) -> State:
+def _image_state(present: bool, encoded: bool, error: str) -> State:
     if encoded:
         return State.READY
     if error:
         return State.FAILED
-    return State.PENDING if has_image else State.ABSENT
+    return State.PENDING if present else State.ABSENT
 
 
 def _known_vectors(connection: sa.Connection, number: int) -> dict[tuple[str, str], bytes]:
@@ -328,11 +407,7 @@ def _replace_vectors(
     )
     connection.execute(_vectors.delete().where(_vectors.c.number == number, gone))
     if vectors:
-        rows = [
-            {"number": number, "space": v.space, "digest": v.digest, "value": _bytes(v.values)}
-            for v in vectors
-        ]
-        connection.execute(_vectors.insert(), rows)
+        connection.execute(_vectors.insert(), [_vector_row(number, v) for v in vectors])
 
 
 def _keep_image(
@@ -383,6 +458,7 @@ def _record(row: sa.Row[tuple[object, ...]]) -> Record:
     attributes = tuple(Attribute(n, tuple(t), tuple(v)) for n, t, v in json.loads(row.attributes))
     item = Item(
         id=row.id,
+        image_hash=bytes(row.image_hash),
         title=row.title,
         description=row.description,
         attributes=attributes,
@@ -394,13 +470,8 @@ def _record(row: sa.Row[tuple[object, ...]]) -> Record:
         source_version=row.source_version,
     )
     created, updated = _EPOCH + row.created * _MICROSECOND, _EPOCH + row.updated * _MICROSECOND
-    states = State(row.text_state), State(row.image_state), row.image_error, bytes(row.image_hash)
+    states = State(row.text_state), State(row.image_state), row.image_error
     return Record(item, row.number, row.sequence, *states, created, updated, row.deleted)
-
-
-def with_image(record: Record, data: bytes) -> Item:
-    """The item of a record with its image file put back."""
-    return replace(record.item, image=data)
 
 
 def _micros(time: datetime) -> int:

@@ -1,0 +1,426 @@
+"""The catalogue at work: items in, vectors made, searchable once acknowledged.
+
+Joins the truth (`items`) with what is derived from it, the vector index of each space and
+the item table. A write is acknowledged after its commit and after both have followed it.
+Knows domain values alone, no messages.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from services import catalog, deadline, filters
+from services.catalog import Item, item_number, item_text
+from services.embedding import images
+from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
+from services.embedding.index import Neighbours, SpaceIndex
+from services.embedding.items import (
+    Conflict,
+    ItemStore,
+    Outcome,
+    Record,
+    State,
+    Vector,
+    Written,
+    photograph_hash,
+)
+from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
+from services.item_table import Change, ItemTable
+
+T = TypeVar("T")
+_BATCH = 2000
+_ATTEMPTS = 5
+_LONGEST_WAIT = 30.0
+
+
+@dataclass(frozen=True)
+class Upserted:
+    """What became of one item of a batch: an error, or an outcome with the states it left."""
+
+    item_id: str
+    error: VitrineError | None = None
+    outcome: Outcome | None = None
+    sequence: int = 0
+    text_state: State = State.ABSENT
+    image_state: State = State.ABSENT
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An item on its way in: what is stored, what it shall be, and the vectors it keeps."""
+
+    at: int
+    item: Item
+    stored: Record | None
+    kept: tuple[Vector, ...]
+
+    @property
+    def lacks_text(self) -> bool:
+        return bool(item_text(self.item).strip()) and not any(v.space == "text" for v in self.kept)
+
+    @property
+    def lacks_image(self) -> bool:
+        return catalog.has_image(self.item) and not any(v.space == "image" for v in self.kept)
+
+
+class Catalogue:
+    """Items, their vectors by two encoders, and search over them.
+
+    An encoder runs on one thread; SQL, decoding and search run on a few others.
+    """
+
+    def __init__(self, items: ItemStore, text: TextEncoder, image: ImageEncoder) -> None:
+        self.items, self.text, self.image = items, text, image
+        self.digests = {"text": text.digest, "image": image.digest}
+        self.spaces = {"text": SpaceIndex(text.dimension), "image": SpaceIndex(image.dimension)}
+        self.table = ItemTable()
+        self._advancing = threading.Lock()
+        self._encoding = ThreadPoolExecutor(1, "encoder")
+        self._pool = ThreadPoolExecutor(4, "catalogue")
+        self._moved = asyncio.Event()
+        self._follow_from_the_beginning()
+
+    def close(self) -> None:
+        """Finish what was accepted and stop."""
+        self._encoding.shutdown()
+        self._pool.shutdown()
+        self.items.close()
+
+    @property
+    def sequence(self) -> int:
+        """The last change that search and table reflect."""
+        return self.table.sequence
+
+    async def wait_for(self, sequence: int) -> None:
+        """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
+
+        async def follow() -> None:
+            while self.sequence < sequence:
+                moved = self._moved
+                if self.sequence < sequence:
+                    await moved.wait()
+
+        if self.sequence < sequence:
+            await deadline.wait(follow(), _LONGEST_WAIT)
+
+    async def upsert(
+        self, items: Sequence[Item | VitrineError], mask: frozenset[str] = frozenset()
+    ) -> list[Upserted]:
+        """Write items in their order; one that is an error already stays one.
+
+        `mask` names the fields to change, none means the whole item. An outcome's error is
+        relative to the item: InvalidArgument, NotFound, AlreadyExists or ResourceExhausted.
+        """
+        outcomes: list[Upserted | None] = [
+            Upserted("", error=item) if isinstance(item, VitrineError) else None for item in items
+        ]
+        waiting = [(at, item) for at, item in enumerate(items) if isinstance(item, Item)]
+        while waiting:
+            # An id that comes again waits for its turn, so that its last write wins.
+            wave, later, seen = list[tuple[int, Item]](), list[tuple[int, Item]](), set[str]()
+            for at, item in waiting:
+                (later if item.id in seen else wave).append((at, item))
+                seen.add(item.id)
+            for at, outcome in await self._write(wave, mask):
+                outcomes[at] = outcome
+            waiting = later
+        await self._on(self._pool, self._advance)
+        self._announce()
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    async def delete(self, item_ids: Sequence[str]) -> list[Upserted]:
+        """Delete items; the outcome of an unknown one is NotFound."""
+        futures = [(item_id, self.items.delete(item_id)) for item_id in item_ids]
+        outcomes = []
+        for item_id, future in futures:
+            try:
+                written = await asyncio.wrap_future(future)
+                outcomes.append(Upserted(item_id, outcome=written.outcome, sequence=written.sequence))
+            except VitrineError as error:
+                outcomes.append(Upserted(item_id, error=error))
+        await self._on(self._pool, self._advance)
+        self._announce()
+        return outcomes
+
+    async def read(self, function: Callable[[], T]) -> T:
+        """Run a read of the store off the event loop."""
+        return await self._on(self._pool, function)
+
+    async def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
+        """Vectors of texts in the text space."""
+        return await self._on(self._encoding, lambda: self.text.encode(texts))
+
+    async def encode_texts_for_images(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors float32 (B, D) of texts in the image space."""
+        return await self._on(self._encoding, lambda: self.image.encode_texts(texts))
+
+    async def encode_images(self, files: Sequence[bytes], field: str) -> list[np.ndarray | InvalidArgument]:
+        """A vector (D,) in the image space per file, or why there is none; `{}` in `field` is the row."""
+        pictures = await asyncio.gather(
+            *(self._on(self._pool, partial(self._picture, d, field.format(n))) for n, d in enumerate(files))
+        )
+        good = [p for p in pictures if not isinstance(p, InvalidArgument)]
+        vectors = iter(await self._on(self._encoding, lambda: self.image.encode(good)))
+        return [p if isinstance(p, InvalidArgument) else next(vectors) for p in pictures]
+
+    async def search(
+        self,
+        space: str,
+        queries: np.ndarray,
+        limit: int,
+        condition: filters.Filter | None,
+        excluded: Sequence[int] = (),
+    ) -> list[Neighbours]:
+        """The nearest live items of each query, float32 (Q, D), that meet `condition`."""
+
+        def run() -> list[Neighbours]:
+            index = self.spaces[space]
+            allowed = None
+            if condition is not None:
+                allowed = self.table.item_numbers[filters.evaluate(condition, self.table)]
+            found = index.search(queries, limit + len(excluded), allowed)
+            return [_without(near, excluded, limit) for near in found]
+
+        return await self._on(self._pool, run)
+
+    async def changes(
+        self, after: int, *, until_current: bool
+    ) -> AsyncIterator[tuple[list[Record], dict[str, dict[int, np.ndarray]], int]]:
+        """Records after a position with their vectors by space and number, and the position then reached.
+
+        The position is the last sequence of the batch. An empty batch says that all
+        that was committed has been sent; then the feed waits for more, unless `until_current`.
+        """
+        while True:
+            moved = self._moved
+            batch = await self.read(partial(self._batch, after))
+            if batch[0]:
+                after = batch[0][-1].sequence
+                yield *batch, after
+                continue
+            yield [], {}, after
+            if until_current:
+                return
+            await moved.wait()
+
+    async def reencode(self) -> int:
+        """Make the vectors that the loaded encoders lack; how many items had any missing."""
+        ids = await self.read(lambda: sorted(set(self.items.lacking(self.digests))))
+        for start in range(0, len(ids), _BATCH):
+            records = await self.read(partial(self.items.get, ids[start : start + _BATCH]))
+            await self.upsert([record.item for record in records.values()])
+        return len(ids)
+
+    def _announce(self) -> None:
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    @staticmethod
+    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, function)
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                raise Unavailable("the service is shutting down") from None
+            raise
+
+    async def _write(
+        self, wave: Sequence[tuple[int, Item]], mask: frozenset[str]
+    ) -> list[tuple[int, Upserted]]:
+        done: list[tuple[int, Upserted]] = []
+        for _ in range(_ATTEMPTS):
+            drafts, refused = await self.read(partial(self._draft, wave, mask))
+            written, wave = await self._encode_and_commit(drafts)
+            done += refused + written
+            if not wave:
+                return done
+        busy = Unavailable("the item is being changed by others; try again")
+        return done + [(at, Upserted(item.id, error=busy)) for at, item in wave]
+
+    def _draft(
+        self, wave: Sequence[tuple[int, Item]], mask: frozenset[str]
+    ) -> tuple[list[_Draft], list[tuple[int, Upserted]]]:
+        stored = self.items.get(item.id for _, item in wave if not catalog.identifier_problem(item.id))
+        numbers = [record.number for record in stored.values()]
+        known = {s: self.items.vectors(numbers, s, digest) for s, digest in self.digests.items()}
+        drafts, refused = [], []
+        for at, sent in wave:
+            record = stored.get(sent.id)
+            try:
+                item = _merged(sent, record, mask)
+                if item.image_uri:
+                    raise InvalidArgument.of("image.uri", "this server fetches no photographs; send the file")
+                catalog.validate(item)
+                drafts.append(_Draft(at, item, record, self._kept(item, record, known)))
+            except VitrineError as error:
+                refused.append((at, Upserted(sent.id, error=error)))
+        return drafts, refused
+
+    def _kept(
+        self, item: Item, record: Record | None, known: Mapping[str, Mapping[int, np.ndarray]]
+    ) -> tuple[Vector, ...]:
+        if record is None:
+            return ()
+        image = photograph_hash(item.image) if item.image else item.image_hash
+        same = {
+            "text": item_text(item) == item_text(record.item),
+            "image": bool(image) and image == record.item.image_hash,
+        }
+        return tuple(
+            Vector(space, self.digests[space], known[space][record.number])
+            for space, unchanged in same.items()
+            if unchanged and record.number in known[space]
+        )
+
+    async def _encode_and_commit(
+        self, drafts: Sequence[_Draft]
+    ) -> tuple[list[tuple[int, Upserted]], list[tuple[int, Item]]]:
+        texts = [draft for draft in drafts if draft.lacks_text]
+        encoded = await self.encode_texts([item_text(draft.item) for draft in texts])
+        vectors = {
+            d.at: Vector("text", self.digests["text"], v) for d, v in zip(texts, encoded.vectors, strict=True)
+        }
+        truncated = {d.at for d, cut in zip(texts, encoded.truncated, strict=True) if cut}
+        photographs = [draft for draft in drafts if draft.lacks_image]
+        files = await self.read(lambda: [self._file(draft.item) for draft in photographs])
+        pictures = dict(
+            zip((d.at for d in photographs), await self.encode_images(files, "image.data"), strict=True)
+        )
+        futures: list[tuple[_Draft, list[Vector], Future[Written] | VitrineError]] = []
+        for draft in drafts:
+            made = [*draft.kept, *([vectors[draft.at]] if draft.at in vectors else [])]
+            picture = pictures.get(draft.at)
+            if isinstance(picture, InvalidArgument):
+                futures.append((draft, made, picture))
+                continue
+            if picture is not None:
+                made.append(Vector("image", self.digests["image"], picture))
+            futures.append((draft, made, self._submit(draft, made)))
+        return await self._settle(futures, truncated)
+
+    def _submit(self, draft: _Draft, made: Sequence[Vector]) -> "Future[Written] | VitrineError":
+        try:
+            expected = draft.stored.sequence if draft.stored else 0
+            return self.items.write(draft.item, made, expected_sequence=expected)
+        except VitrineError as error:
+            return error
+
+    async def _settle(
+        self,
+        futures: Sequence[tuple[_Draft, list[Vector], "Future[Written] | VitrineError"]],
+        truncated: set[int],
+    ) -> tuple[list[tuple[int, Upserted]], list[tuple[int, Item]]]:
+        done, again = [], []
+        for draft, made, future in futures:
+            try:
+                if isinstance(future, VitrineError):
+                    raise future
+                written = await asyncio.wrap_future(future)
+            except Conflict:
+                again.append((draft.at, draft.item))
+                continue
+            except VitrineError as error:
+                done.append((draft.at, Upserted(draft.item.id, error=error)))
+                continue
+            spaces = {vector.space for vector in made}
+            outcome = Upserted(
+                draft.item.id,
+                outcome=written.outcome,
+                sequence=written.sequence,
+                text_state=State.READY if "text" in spaces else State.ABSENT,
+                image_state=State.READY if "image" in spaces else State.ABSENT,
+                truncated=draft.at in truncated,
+            )
+            done.append((draft.at, outcome))
+        return done, again
+
+    def _file(self, item: Item) -> bytes:
+        try:
+            return item.image or self.items.image(item.image_hash)
+        except NotFound:  # it came with a bundle, which carries vectors and no files
+            return b""
+
+    def _picture(self, data: bytes, field: str) -> Image.Image | InvalidArgument:
+        try:
+            return images.load(data, self.image.side, field)
+        except InvalidArgument as error:
+            return error
+
+    def _batch(self, after: int) -> tuple[list[Record], dict[str, dict[int, np.ndarray]]]:
+        records = self.items.changes(after, _BATCH)
+        numbers = [record.number for record in records if not record.deleted]
+        return records, {s: self.items.vectors(numbers, s, digest) for s, digest in self.digests.items()}
+
+    def _advance(self) -> None:
+        """Let index and table follow what was committed."""
+        with self._advancing:
+            while True:
+                records, vectors = self._batch(self.table.sequence)
+                if not records:
+                    return
+                for space, index in self.spaces.items():
+                    gone = [r.number for r in records if r.number not in vectors[space]]
+                    index.change(vectors[space], gone)
+                self.table.apply(_change(record, vectors) for record in records)
+
+    def _follow_from_the_beginning(self) -> None:
+        collected: dict[str, tuple[list[int], list[np.ndarray]]] = {s: ([], []) for s in self.spaces}
+        while True:
+            records, vectors = self._batch(self.table.sequence)
+            if not records:
+                break
+            for space, (numbers, rows) in collected.items():
+                numbers.extend(vectors[space].keys())
+                rows.extend(vectors[space].values())
+            self.table.apply(_change(record, vectors) for record in records)
+        for space, (numbers, rows) in collected.items():
+            if rows:
+                self.spaces[space].replace_all(np.array(numbers, np.int64), np.stack(rows))
+
+
+def _merged(sent: Item, record: Record | None, mask: frozenset[str]) -> Item:
+    if not mask:
+        return sent
+    if problem := catalog.identifier_problem(sent.id):
+        raise InvalidArgument.of("id", problem)
+    if record is None:
+        raise NotFound("item", sent.id)
+    fields = set(mask)
+    if "image" in fields:
+        fields = (fields - {"image"}) | {"image", "image_uri", "image_hash"}
+    return replace(record.item, **{name: getattr(sent, name) for name in fields})
+
+
+def _change(record: Record, vectors: Mapping[str, Mapping[int, np.ndarray]]) -> Change:
+    mine = {space: of[record.number] for space, of in vectors.items() if record.number in of}
+    return Change(
+        record.number, record.sequence, None if record.deleted else record.item, record.created, mine
+    )
+
+
+def _without(near: Neighbours, excluded: Sequence[int], limit: int) -> Neighbours:
+    if not len(excluded):
+        return near
+    keep = np.flatnonzero(~np.isin(near.numbers, np.asarray(excluded, np.int64)))[:limit]
+    return Neighbours(near.numbers[keep], near.scores[keep])
+
+
+def centre(vectors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The unit vector float32 (D,) of a weighted group, float32 (N, D); zeros when they cancel out."""
+    mean = weights @ vectors
+    length = float(np.linalg.norm(mean))
+    unit: np.ndarray = mean / length if length else mean
+    return unit.astype(np.float32)
+
+
+def numbers_of(item_numbers: Sequence[int], item_ids: Sequence[str]) -> list[int]:
+    """The numbers, or, when there are none, those of the ids."""
+    return list(item_numbers) or [item_number(item_id) for item_id in item_ids]

@@ -1,0 +1,137 @@
+"""One gRPC server for any of the services: errors, deadlines, health, reflection, draining.
+
+Knows nothing of what the services do. A servicer's method raises the domain's errors;
+here, and only here, they become statuses.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services import deadline, status
+
+MAX_MESSAGE_BYTES = 64 << 20
+_PING_INTERVAL_MS = 10_000
+_log = logging.getLogger(__name__)
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+"""What both sides of a connection are opened with."""
+
+_SERVER_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _PING_INTERVAL_MS),
+    ("grpc.so_reuseport", 0),
+)
+
+_STATES = {
+    True: health_pb2.HealthCheckResponse.SERVING,
+    False: health_pb2.HealthCheckResponse.NOT_SERVING,
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service to host: its full name, its servicer, the generated function that adds it."""
+
+    name: str
+    servicer: Any
+    add: Callable[[Any, grpc.aio.Server], None]
+
+
+class Server:
+    """A grpc.aio server of `services`; serving is announced per service by `set_ready`."""
+
+    def __init__(self, services: Sequence[Service], address: str) -> None:
+        self._names = [service.name for service in services]
+        self._ready: set[str] = set()
+        self._server = grpc.aio.server(interceptors=[_Boundary()], options=_SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        for service in services:
+            service.add(service.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        shown = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(shown, self._server)
+        self.port = self._server.add_insecure_port(address)
+
+    async def start(self) -> None:
+        """Accept calls; every service is NOT_SERVING until `set_ready`."""
+        for name in self._names:
+            await self.set_ready(name, False)
+        await self._server.start()
+
+    async def set_ready(self, name: str, ready: bool = True) -> None:
+        """Say whether a service serves; the server as a whole serves when all do."""
+        (self._ready.add if ready else self._ready.discard)(name)
+        await self._health.set(name, _STATES[ready])
+        await self._health.set(health.OVERALL_HEALTH, _STATES[self._ready == set(self._names)])
+
+    async def stop(self, grace: float) -> None:
+        """Say NOT_SERVING, take no new call, and give those running `grace` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+
+
+async def until_told_to_stop() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    await told.wait()
+
+
+class _Boundary(grpc.aio.ServerInterceptor):
+    """Sets the caller's deadline and turns what a servicer raises into a status."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc."):
+            return handler
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(_call(handler.unary_unary), **codec)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), **codec)
+        return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream), **codec)
+
+
+def _call(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        with deadline.within(context.time_remaining()):
+            try:
+                return await method(request, context)
+            except Exception as error:  # the boundary: every error becomes a status
+                await status.abort(context, error)
+
+    return guarded
+
+
+def _stream(
+    method: Callable[[Any, Any], AsyncIterator[Any]],
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
+        with deadline.within(context.time_remaining()):
+            try:
+                async for response in method(request, context):
+                    yield response
+            except Exception as error:  # the boundary: every error becomes a status
+                await status.abort(context, error)
+
+    return guarded
