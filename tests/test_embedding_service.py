@@ -56,11 +56,13 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
             await server.start()
             await server.set_ready(NAME)
             target = f"127.0.0.1:{server.port}"
-            async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
-                await body(pb_grpc.EmbeddingServiceStub(channel), catalogue, server.port)
-            await server.stop(1)
-            catalogue.close()
-            engine.dispose()
+            try:
+                async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+                    await body(pb_grpc.EmbeddingServiceStub(channel), catalogue, server.port)
+            finally:
+                await server.stop(1)
+                catalogue.close()
+                engine.dispose()
 
         asyncio.run(main())
 
@@ -316,6 +318,6 @@ def test_grpcurl_lists_describes_and_calls(run: Run) -> None:
         assert json.loads(health) == {"status": "SERVING"}
         query = {"text": "red", "limit": 1, "view": "VIEW_READABLE", "spaces": ["SPACE_TEXT"]}
         answer = json.loads(await ask("-d", json.dumps(query), server, f"{NAME}/Search"))
-        assert answer["results"][0]["hits"][0]["itemId"] == "a"
+        assert answer["results"][0]["hits"][0]["item_id"] == "a", answer
 
     run(body)

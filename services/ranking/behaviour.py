@@ -6,12 +6,14 @@ counts twice and a crash never counts half. Knows nothing of models or transport
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
+import numpy as np
 import sqlalchemy as sa
 
 from services import store
@@ -78,6 +80,23 @@ class HistoryRow:
     price: float | None
     occurred: datetime
     recorded: datetime
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Items of events in columns of one length.
+
+    `user`, `number`, `sequence` int64; `occurred` and `recorded` int64, microseconds since
+    1970; `price` float64, NaN for unknown.
+    """
+
+    user: np.ndarray
+    number: np.ndarray
+    type: list[str]
+    occurred: np.ndarray
+    recorded: np.ndarray
+    price: np.ndarray
+    sequence: np.ndarray
 
 
 _events = sa.Table(
@@ -157,6 +176,42 @@ class BehaviourStore:
         now = self._clock()
         validate(event, self._types, now)
         return self._writer.submit(lambda connection: _write(connection, event, now))
+
+    def load(self, events: Iterable[Event]) -> Future[int]:
+        """Commit valid events of the past in one transaction, recorded when they happened.
+
+        For imports: one whose event_id is known is passed over, whatever it holds. The future
+        gives the number committed.
+        """
+        return self._writer.submit(lambda connection: _load(connection, events))
+
+    def rows(self, after: int, limit: int) -> Rows:
+        """The items of up to `limit` events committed after a sequence number, in commit order."""
+        query = (
+            sa.select(_events, _event_items)
+            .join(_event_items, _event_items.c.sequence == _events.c.sequence)
+            .where(_events.c.sequence > after, _events.c.sequence <= after + limit)
+            .order_by(_events.c.sequence, _event_items.c.row)
+        )
+        with self._engine.connect() as connection:
+            found = connection.execute(query).all()
+        return Rows(
+            user=np.array([r.user_key for r in found], np.int64),
+            number=np.array([r.number for r in found], np.int64),
+            type=[r.type for r in found],
+            occurred=np.array([r.occurred for r in found], np.int64),
+            recorded=np.array([r.recorded for r in found], np.int64),
+            price=np.array([np.nan if r.price is None else r.price for r in found], np.float64),
+            sequence=np.array([r.sequence for r in found], np.int64),
+        )
+
+    def identities(self, user_keys: Collection[int] | None = None) -> dict[tuple[str, str], int]:
+        """("user" or "visitor", id) to user key: of these keys, or all."""
+        query = _identities.select()
+        if user_keys is not None:
+            query = query.where(_identities.c.user_key.in_(user_keys))
+        with self._engine.connect() as connection:
+            return {(row.kind, row.id): row.user_key for row in connection.execute(query)}
 
     def history(self, user_id: str, visitor_id: str, before: datetime, limit: int) -> list[HistoryRow]:
         """What a person did, newest first, of events recorded strictly before a time."""
@@ -247,7 +302,7 @@ def _item_problems(item: EventItem) -> Iterator[tuple[str, str]]:
 
 
 def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
-    content_hash = hashlib.blake2b(repr(event).encode(), digest_size=32).digest()
+    content_hash = _content_hash(event)
     known = connection.execute(
         sa.select(_events.c.sequence, _events.c.content_hash).where(_events.c.event_id == event.event_id)
     ).first()
@@ -257,20 +312,62 @@ def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
             raise AlreadyExists("event", event.event_id, message)
         return Recorded(Outcome.DUPLICATE, known.sequence)
     sequence = store.take_sequence(connection, _SEQUENCE)
-    connection.execute(
-        _events.insert().values(
-            sequence=sequence,
-            event_id=event.event_id,
-            content_hash=content_hash,
-            user_key=_user_key(connection, event, sequence),
-            type=event.type,
-            session_id=event.session_id,
-            attribution_token=event.attribution_token,
-            occurred=_micros(event.occurred or now),
-            recorded=_micros(now),
-        )
-    )
-    rows = [
+    key = _user_key(connection, event, sequence)
+    connection.execute(_events.insert().values(_event_row(event, sequence, key, now)))
+    rows = _item_rows(event, sequence)
+    connection.execute(_event_items.insert(), rows)
+    for row in rows:
+        _count(connection, row["number"], event.type)
+    return Recorded(Outcome.RECORDED, sequence)
+
+
+_CHUNK = 5000
+
+
+def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
+    known = set(connection.scalars(sa.select(_events.c.event_id)))
+    new = []
+    for event in events:
+        if event.event_id not in known:
+            known.add(event.event_id)
+            new.append(event)
+    first = store.take_sequence(connection, _SEQUENCE, len(new)) - len(new) + 1
+    event_rows: list[dict[str, object]] = []
+    item_rows: list[dict[str, object]] = []
+    keys: dict[tuple[str, str], int] = {}
+    for sequence, event in enumerate(new, first):
+        person = (event.user_id, event.visitor_id)
+        if person not in keys:
+            keys[person] = _user_key(connection, event, sequence)
+        # An import was recorded when it happened, so that what is asked as of then sees it.
+        when = event.occurred or _EPOCH
+        event_rows.append(_event_row(event, sequence, keys[person], when))
+        item_rows += _item_rows(event, sequence)
+    for table, rows in ((_events, event_rows), (_event_items, item_rows)):
+        for start in range(0, len(rows), _CHUNK):
+            connection.execute(table.insert(), rows[start : start + _CHUNK])
+    counts = Counter((item_number(item.item_id), event.type) for event in new for item in event.items)
+    for (number, event_type), count in counts.items():
+        _count(connection, number, event_type, count)
+    return len(new)
+
+
+def _event_row(event: Event, sequence: int, user_key: int, recorded: datetime) -> dict[str, object]:
+    return {
+        "sequence": sequence,
+        "event_id": event.event_id,
+        "content_hash": _content_hash(event),
+        "user_key": user_key,
+        "type": event.type,
+        "session_id": event.session_id,
+        "attribution_token": event.attribution_token,
+        "occurred": _micros(event.occurred or recorded),
+        "recorded": _micros(recorded),
+    }
+
+
+def _item_rows(event: Event, sequence: int) -> list[dict[str, object]]:
+    return [
         {
             "sequence": sequence,
             "row": row,
@@ -282,16 +379,16 @@ def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
         }
         for row, item in enumerate(event.items)
     ]
-    connection.execute(_event_items.insert(), rows)
-    for row in rows:
-        _count(connection, row["number"], event.type)
-    return Recorded(Outcome.RECORDED, sequence)
 
 
-def _count(connection: sa.Connection, number: object, event_type: str) -> None:
+def _content_hash(event: Event) -> bytes:
+    return hashlib.blake2b(repr(event).encode(), digest_size=32).digest()
+
+
+def _count(connection: sa.Connection, number: object, event_type: str, by: int = 1) -> None:
     mine = (_counters.c.number == number) & (_counters.c.type == event_type)
-    if not connection.execute(_counters.update().where(mine).values(events=_counters.c.events + 1)).rowcount:
-        connection.execute(_counters.insert().values(number=number, type=event_type, events=1))
+    if not connection.execute(_counters.update().where(mine).values(events=_counters.c.events + by)).rowcount:
+        connection.execute(_counters.insert().values(number=number, type=event_type, events=by))
 
 
 def _user_key(connection: sa.Connection, event: Event, sequence: int) -> int:

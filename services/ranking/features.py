@@ -1,0 +1,186 @@
+"""The one function that builds a feature row, for training and serving alike.
+
+A row describes a candidate for a person at a moment. It is made of the behaviour recorded
+before that moment, the request's own session, the item graph and the items' vectors.
+Missing stays NaN. Knows nothing of transport or models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.item_table import ItemTable
+from services.ranking.graph import GraphView
+from services.ranking.moment import WINDOWS, Moment
+
+MAX_SESSION = 200
+MAX_HISTORY = 200
+_SEEDS = 30
+_HALF_LIFE_DAYS = 14.0
+_SPACES = ("text", "image")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A person at a moment, in rows of the item table, newest first.
+
+    `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), days before the
+    moment, and `weights` float32, the event types' own; `bought` tells which were bought.
+    """
+
+    session: np.ndarray
+    session_weights: np.ndarray
+    history: np.ndarray
+    ages: np.ndarray
+    weights: np.ndarray
+    bought: np.ndarray
+
+    def interests(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seed rows, session first, at most 30 of each, and their weights by type and recency."""
+        recency = self.weights[:_SEEDS] * np.exp2(-self.ages[:_SEEDS] / _HALF_LIFE_DAYS)
+        rows = np.concatenate([self.session[:_SEEDS], self.history[:_SEEDS]])
+        weights = np.concatenate([self.session_weights[:_SEEDS], recency])
+        return rows, weights.astype(np.float32)
+
+
+class Features:
+    """Feature rows over one item table, item graph and list of text attributes."""
+
+    def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
+        self._table, self._graph, self._attributes = table, graph, tuple(attributes)
+        relations = graph.names
+        self.names: tuple[str, ...] = (
+            *(f"popular_{days}d" for days in WINDOWS),
+            "popular_ever",
+            "rising",
+            "age_days",
+            "idle_days",
+            "price",
+            "price_to_session",
+            "price_to_history",
+            "session_length",
+            "history_length",
+            "days_since_last",
+            "bought_before",
+            "family_in_session",
+            "family_in_history",
+            "family_popular_7d",
+            *(f"{r}_{part}" for r in relations for part in ("session", "session_most", "history")),
+            *(
+                f"{s}_{part}"
+                for s in _SPACES
+                for part in ("session", "session_most", "history", "history_most")
+            ),
+            *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
+        )
+
+    def matrix(self, query: Query, rows: np.ndarray, moment: Moment) -> np.ndarray:
+        """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`."""
+        columns = [
+            *self._item_side(rows, moment),
+            *self._price(query, rows, moment),
+            *self._person(query, rows),
+            *self._family(query, rows, moment),
+        ]
+        for relation in self._graph.names:
+            columns += self._behaviour(relation, query, rows)
+        for space in _SPACES:
+            columns += self._similarity(space, query, rows)
+        for attribute in self._attributes:
+            columns += self._attribute(attribute, query, rows, moment)
+        return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
+
+    @staticmethod
+    def _item_side(rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+        popular = moment.popular[rows]
+        rising = (popular[:, 0] + 1) / (popular[:, 2] / 7 + 1)
+        return [*popular.T, rising, moment.age[rows], moment.idle[rows]]
+
+    @staticmethod
+    def _price(query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+        price = moment.price[rows]
+        return [price, price / _mean(moment.price[query.session]), price / _mean(moment.price[query.history])]
+
+    @staticmethod
+    def _person(query: Query, rows: np.ndarray) -> list[np.ndarray]:
+        last = query.ages[0] if len(query.ages) else np.nan
+        bought = np.isin(rows, query.history[query.bought])
+        return [np.float32(len(query.session)), np.float32(len(query.history)), np.float32(last), bought]
+
+    def _family(self, query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+        codes = self._codes("family_id")
+        if codes is None:
+            return [np.float32(np.nan)] * 3
+        mine, size = codes[rows], int(codes.max(initial=-1)) + 1
+        known = codes >= 0
+        total = np.bincount(codes[known], moment.popular[known, 2], size)
+        return [
+            _share(mine, codes[query.session], size) * len(query.session),
+            _share(mine, codes[query.history], size) * len(query.history),
+            np.where(mine >= 0, np.append(total, np.nan)[mine], np.nan),
+        ]
+
+    def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[np.ndarray]:
+        nodes = self._graph.nodes(rows)
+        most = np.zeros(len(rows), np.float32)
+        total = np.zeros(len(rows), np.float32)
+        for row in query.session[:_SEEDS]:
+            one = _at(self._graph.spread(relation, np.array([row]), np.ones(1, np.float32)), nodes)
+            total += one
+            most = np.maximum(most, one)
+        recency = np.exp2(-query.ages[:_SEEDS] / _HALF_LIFE_DAYS) * query.weights[:_SEEDS]
+        past = _at(self._graph.spread(relation, query.history[:_SEEDS], recency), nodes)
+        return [total, most, past]
+
+    def _similarity(self, space: str, query: Query, rows: np.ndarray) -> list[np.ndarray]:
+        column = self._table.vectors(space)
+        if column is None:
+            return [np.float32(np.nan)] * 4
+        values, present = column
+        mine = values[rows].astype(np.float32)
+        found: list[np.ndarray] = []
+        for seeds in (query.session[:_SEEDS], query.history[:_SEEDS]):
+            seeds = seeds[present[seeds]]
+            if not len(seeds):
+                found += [np.float32(np.nan)] * 2
+                continue
+            near = mine @ values[seeds].astype(np.float32).T
+            near[~present[rows]] = np.nan
+            found += [near.mean(1), near.max(1)]
+        return found
+
+    def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+        codes = self._codes(name)
+        if codes is None:
+            return [np.float32(np.nan)] * 3
+        mine, size = codes[rows], int(codes.max(initial=-1)) + 1
+        known = codes >= 0
+        total = np.bincount(codes[known], moment.popular[known, 2], size)
+        share = total / max(float(total.sum()), 1.0)
+        return [
+            _share(mine, codes[query.session], size),
+            _share(mine, codes[query.history], size),
+            np.where(mine >= 0, np.append(share, np.nan)[mine], np.nan),
+        ]
+
+    def _codes(self, attribute: str) -> np.ndarray | None:
+        column = self._table.texts(attribute)
+        return None if column is None else column[0][:, 0]
+
+
+def _at(scores: np.ndarray, nodes: np.ndarray) -> np.ndarray:
+    return np.where(nodes >= 0, np.append(scores, np.float32(0))[nodes], np.float32(0))
+
+
+def _mean(prices: np.ndarray) -> np.float32:
+    known = prices[~np.isnan(prices)]
+    return np.float32(known.mean()) if len(known) and known.mean() > 0 else np.float32(np.nan)
+
+
+def _share(mine: np.ndarray, others: np.ndarray, size: int) -> np.ndarray:
+    """Which part of `others` holds the same code; NaN where there are none or the code is missing."""
+    if not len(others):
+        return np.full(len(mine), np.nan, np.float32)
+    part = np.bincount(others[others >= 0], minlength=size) / len(others)
+    return np.where(mine >= 0, np.append(part, np.nan)[mine], np.nan).astype(np.float32)

@@ -1,0 +1,70 @@
+"""Candidates that behaviour proposes: the item graph, popular, rising, new, the same family."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from services.item_table import ItemTable
+from services.ranking.features import Query
+from services.ranking.graph import GraphView
+from services.ranking.moment import DAY, Moment
+
+_NEW_DAYS = 30
+
+
+class Sources:
+    """Scores over all rows of an item table, one function per source; 0 and below is no candidate."""
+
+    def __init__(self, table: ItemTable, graph: GraphView) -> None:
+        self._table, self._graph = table, graph
+        self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
+            "graph": self._near,
+            "popular": self._popular,
+            "rising": self._rising,
+            "new": self._new,
+            "family": self._family,
+        }
+
+    def candidates(
+        self, source: str, query: Query, moment: Moment, allowed: np.ndarray, limit: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows int64 and scores float32, best first, ties by row; `allowed` is bool (N,)."""
+        scores = np.where(allowed, self.by_name[source](query, moment), 0)
+        rows = np.flatnonzero(scores > 0)
+        if len(rows) > limit:
+            cut = np.partition(scores[rows], len(rows) - limit)[len(rows) - limit]
+            rows = rows[scores[rows] >= cut]
+        rows = rows[np.lexsort((rows, -scores[rows]))][:limit]
+        return rows, scores[rows].astype(np.float32)
+
+    def _near(self, query: Query, moment: Moment) -> np.ndarray:
+        rows, weights = query.interests()
+        total = np.zeros(self._table.length, np.float32)
+        for relation in self._graph.names:
+            total += self._graph.to_rows(self._graph.spread(relation, rows, weights))
+        return total
+
+    @staticmethod
+    def _popular(query: Query, moment: Moment) -> np.ndarray:
+        return np.asarray(moment.popular[:, 2] + 1e-3 * moment.popular[:, -1])
+
+    @staticmethod
+    def _rising(query: Query, moment: Moment) -> np.ndarray:
+        last_day, last_week = moment.popular[:, 0], moment.popular[:, 2]
+        return np.where(last_day > 0, last_day / np.sqrt(last_week + 1), 0)
+
+    def _new(self, query: Query, moment: Moment) -> np.ndarray:
+        age = (moment.tick - self._table.created) / DAY
+        return np.where(age < _NEW_DAYS, _NEW_DAYS - np.maximum(age, 0), 0)
+
+    def _family(self, query: Query, moment: Moment) -> np.ndarray:
+        column = self._table.texts("family_id")
+        if column is None:
+            return np.zeros(self._table.length)
+        codes = column[0][:, 0]
+        seeds, weights = query.interests()
+        weight = np.zeros(int(codes.max(initial=-1)) + 2)
+        known = codes[seeds] >= 0
+        np.add.at(weight, codes[seeds[known]], weights[known])
+        weight[-1] = 0
+        return np.asarray(weight[codes] * (1 + np.log1p(moment.popular[:, 2])))

@@ -1,0 +1,107 @@
+"""Behaviour in memory, as of any moment: columns over every event, an index by person.
+
+One thread extends, any thread reads. Derived from the event store and rebuilt from it;
+training fills it from a shop's events, so that both see the past through the same code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from services.ranking.behaviour import Rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Items of events, one row each, in the order they were recorded.
+
+    `user`, `number`, `sequence` int64; `kind` int16, the event type's place in the shop's
+    list; `occurred`, `recorded` int64, microseconds since 1970; `price` float64, NaN unknown.
+    """
+
+    user: np.ndarray
+    number: np.ndarray
+    kind: np.ndarray
+    occurred: np.ndarray
+    recorded: np.ndarray
+    price: np.ndarray
+    sequence: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Columns":
+        """The same columns at `rows`."""
+        return Columns(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+_DTYPES = (np.int64, np.int64, np.int16, np.int64, np.int64, np.float64, np.int64)
+
+
+class BehaviourState:
+    """Every event so far; `event_types` maps a type to its weight as an interest."""
+
+    def __init__(self, event_types: Mapping[str, float]) -> None:
+        self.event_types = dict(event_types)
+        self.kinds = {name: kind for kind, name in enumerate(event_types)}
+        self.weights = np.array(list(event_types.values()), np.float32)
+        self._columns = Columns(*(np.empty(0, dtype) for dtype in _DTYPES))
+        self._length = 0
+        self._rows_of: dict[int, list[int]] = {}
+        self._keys: dict[tuple[str, str], int] = {}
+        self.sequence = 0
+
+    def extend(self, rows: Rows, identities: Mapping[tuple[str, str], int]) -> None:
+        """Add what was committed, and who the people are."""
+        kinds = np.array([self.kinds.get(name, -1) for name in rows.type], np.int16)
+        self.append(
+            Columns(rows.user, rows.number, kinds, rows.occurred, rows.recorded, rows.price, rows.sequence),
+            identities,
+        )
+
+    def append(self, new: Columns, identities: Mapping[tuple[str, str], int]) -> None:
+        """Add rows in the order of their sequence."""
+        start, end = self._length, self._length + len(new.user)
+        self._columns = Columns(
+            *(_appended(getattr(self._columns, f.name), start, getattr(new, f.name)) for f in fields(new))
+        )
+        for row, user in enumerate(new.user.tolist(), start):
+            self._rows_of.setdefault(user, []).append(row)
+        self._keys.update(identities)
+        self._length = end
+        if end > start:
+            self.sequence = int(new.sequence[-1])
+
+    def all(self) -> Columns:
+        """Every row."""
+        return self._columns.take(np.s_[: self._length])  # type: ignore[arg-type]
+
+    def history(
+        self, user_id: str, visitor_id: str, before: int, limit: int, upto: int | None = None
+    ) -> Columns:
+        """What a person did, newest first, at most `limit` rows recorded before a moment.
+
+        `upto` leaves out what was committed after that sequence number. Types that weigh
+        nothing as an interest, such as impressions, are left out.
+        """
+        keys = {self._keys.get(("user", user_id)), self._keys.get(("visitor", visitor_id))} - {None}
+        found = [np.array(self._rows_of[key], np.int64) for key in keys if key in self._rows_of]
+        rows = np.concatenate(found) if found else np.empty(0, np.int64)
+        columns = self._columns
+        kinds = columns.kind[rows]
+        keep = (columns.recorded[rows] < before) & (kinds >= 0)
+        keep &= self.weights[np.maximum(kinds, 0)] > 0
+        if upto is not None:
+            keep &= columns.sequence[rows] <= upto
+        rows = rows[keep]
+        order = np.lexsort((-rows, -columns.occurred[rows]))[:limit]
+        return columns.take(rows[order])
+
+
+def _appended(values: np.ndarray, length: int, new: np.ndarray) -> np.ndarray:
+    end = length + len(new)
+    if end > len(values):
+        grown = np.empty(max(end, 2 * len(values)), values.dtype)
+        grown[:length] = values[:length]
+        values = grown
+    # Rows past a reader's length are not its own, so writing them needs no copy.
+    values[length:end] = new
+    return values
