@@ -19,6 +19,10 @@ MAX_HISTORY = 200
 _SEEDS = 30
 _HALF_LIFE_DAYS = 14.0
 _SPACES = ("text", "image")
+_SIMILARITIES = ("session", "session_most", "history", "history_most")
+
+Column = np.ndarray | np.float32
+"""One feature: float32 (C,), or the same value for every candidate."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Query:
 
     def interests(self) -> tuple[np.ndarray, np.ndarray]:
         """Seed rows, session first, at most 30 of each, and their weights by type and recency."""
-        recency = self.weights[:_SEEDS] * np.exp2(-self.ages[:_SEEDS] / _HALF_LIFE_DAYS)
+        past = self.weights[:_SEEDS] * recency(self.ages[:_SEEDS])
         rows = np.concatenate([self.session[:_SEEDS], self.history[:_SEEDS]])
-        weights = np.concatenate([self.session_weights[:_SEEDS], recency])
+        weights = np.concatenate([self.session_weights[:_SEEDS], past])
         return rows, weights.astype(np.float32)
 
 
@@ -92,24 +96,24 @@ class Features:
         return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
 
     @staticmethod
-    def _item_side(rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+    def _item_side(rows: np.ndarray, moment: Moment) -> list[Column]:
         popular = moment.popular[rows]
         rising = (popular[:, 0] + 1) / (popular[:, 2] / 7 + 1)
         return [*popular.T, rising, moment.age[rows], moment.idle[rows]]
 
     @staticmethod
-    def _price(query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
+    def _price(query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
         price = moment.price[rows]
         return [price, price / _mean(moment.price[query.session]), price / _mean(moment.price[query.history])]
 
     @staticmethod
-    def _person(query: Query, rows: np.ndarray) -> list[np.ndarray]:
+    def _person(query: Query, rows: np.ndarray) -> list[Column]:
         last = query.ages[0] if len(query.ages) else np.nan
         bought = np.isin(rows, query.history[query.bought])
         return [np.float32(len(query.session)), np.float32(len(query.history)), np.float32(last), bought]
 
-    def _family(self, query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
-        codes = self._codes("family_id")
+    def _family(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
+        codes = self._codes("family_id", moment)
         if codes is None:
             return [np.float32(np.nan)] * 3
         mine, size = codes[rows], int(codes.max(initial=-1)) + 1
@@ -121,7 +125,7 @@ class Features:
             np.where(mine >= 0, np.append(total, np.nan)[mine], np.nan),
         ]
 
-    def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[np.ndarray]:
+    def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[Column]:
         nodes = self._graph.nodes(rows)
         most = np.zeros(len(rows), np.float32)
         total = np.zeros(len(rows), np.float32)
@@ -129,19 +133,19 @@ class Features:
             one = _at(self._graph.spread(relation, np.array([row]), np.ones(1, np.float32)), nodes)
             total += one
             most = np.maximum(most, one)
-        recency = np.exp2(-query.ages[:_SEEDS] / _HALF_LIFE_DAYS) * query.weights[:_SEEDS]
-        past = _at(self._graph.spread(relation, query.history[:_SEEDS], recency), nodes)
+        weights = recency(query.ages[:_SEEDS]) * query.weights[:_SEEDS]
+        past = _at(self._graph.spread(relation, query.history[:_SEEDS], weights), nodes)
         return [total, most, past]
 
-    def _similarity(self, space: str, query: Query, rows: np.ndarray) -> list[np.ndarray]:
+    def _similarity(self, space: str, query: Query, rows: np.ndarray) -> list[Column]:
         column = self._table.vectors(space)
         if column is None:
             return [np.float32(np.nan)] * 4
         values, present = column
         mine = values[rows].astype(np.float32)
-        found: list[np.ndarray] = []
-        for seeds in (query.session[:_SEEDS], query.history[:_SEEDS]):
-            seeds = seeds[present[seeds]]
+        found: list[Column] = []
+        for known in (query.session[:_SEEDS], query.history[:_SEEDS]):
+            seeds = known[present[known]]
             if not len(seeds):
                 found += [np.float32(np.nan)] * 2
                 continue
@@ -150,8 +154,8 @@ class Features:
             found += [near.mean(1), near.max(1)]
         return found
 
-    def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[np.ndarray]:
-        codes = self._codes(name)
+    def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
+        codes = self._codes(name, moment)
         if codes is None:
             return [np.float32(np.nan)] * 3
         mine, size = codes[rows], int(codes.max(initial=-1)) + 1
@@ -164,9 +168,15 @@ class Features:
             np.where(mine >= 0, np.append(share, np.nan)[mine], np.nan),
         ]
 
-    def _codes(self, attribute: str) -> np.ndarray | None:
+    def _codes(self, attribute: str, moment: Moment) -> np.ndarray | None:
+        # The table may have grown since the moment was taken.
         column = self._table.texts(attribute)
-        return None if column is None else column[0][:, 0]
+        return None if column is None else column[0][: len(moment.age), 0]
+
+
+def recency(days: np.ndarray) -> np.ndarray:
+    """How much an engagement of so many days ago still counts: halved every 14 days."""
+    return np.asarray(np.exp2(-days / _HALF_LIFE_DAYS))
 
 
 def _at(scores: np.ndarray, nodes: np.ndarray) -> np.ndarray:

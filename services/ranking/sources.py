@@ -29,7 +29,7 @@ class Sources:
         self, source: str, query: Query, moment: Moment, allowed: np.ndarray, limit: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows int64 and scores float32, best first, ties by row; `allowed` is bool (N,)."""
-        scores = np.where(allowed, self.by_name[source](query, moment), 0)
+        scores = np.where(allowed, self.by_name[source](query, moment)[: len(allowed)], 0)
         rows = np.flatnonzero(scores > 0)
         if len(rows) > limit:
             cut = np.partition(scores[rows], len(rows) - limit)[len(rows) - limit]
@@ -61,7 +61,7 @@ class Sources:
         column = self._table.texts("family_id")
         if column is None:
             return np.zeros(self._table.length)
-        codes = column[0][:, 0]
+        codes = column[0][: len(moment.age), 0]
         seeds, weights = query.interests()
         weight = np.zeros(int(codes.max(initial=-1)) + 2)
         known = codes[seeds] >= 0

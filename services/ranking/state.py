@@ -72,7 +72,7 @@ class BehaviourState:
 
     def all(self) -> Columns:
         """Every row."""
-        return self._columns.take(np.s_[: self._length])  # type: ignore[arg-type]
+        return Columns(*(getattr(self._columns, f.name)[: self._length] for f in fields(Columns)))
 
     def history(
         self, user_id: str, visitor_id: str, before: int, limit: int, upto: int | None = None

@@ -1,0 +1,30 @@
+"""The ranking of a bundle that has no trained one: hand-set weights over feature columns.
+
+The baseline every trained ranking must beat.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WEIGHTS = {
+    "baskets_session": 1.0,
+    "baskets_history": 0.5,
+    "family_in_session": 0.10,
+    "family_in_history": 0.05,
+    "text_session_most": 0.10,
+    "text_history_most": 0.05,
+    "image_session_most": 0.05,
+    "image_history_most": 0.03,
+}
+_POPULARITY = 0.01
+
+
+def blend(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
+    """Scores float32 (C,) of feature rows (C, F) with columns `names`; a missing value adds nothing."""
+    column = {name: at for at, name in enumerate(names)}
+    total = _POPULARITY * np.log1p(matrix[:, column["popular_7d"]])
+    for name, weight in WEIGHTS.items():
+        if name in column:
+            total = total + weight * np.nan_to_num(matrix[:, column[name]])
+    return np.asarray(total, np.float32)

@@ -1,0 +1,301 @@
+"""Behaviour at work: events in, a person's state, candidates and their order out.
+
+Joins the event store with the state in memory, the item table and the bundle's models.
+Knows domain values alone, no messages. An answer depends on nothing but what was recorded
+before `as_of`, the request and the bundle.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from services import filters
+from services.bundle import Profile
+from services.errors import Unavailable, VitrineError
+from services.item_table import ItemTable
+from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
+from services.ranking.blend import blend
+from services.ranking.features import MAX_HISTORY, Features, Query, recency
+from services.ranking.graph import GraphView, ItemGraph
+from services.ranking.moment import DAY, TICKS, Moment, moment
+from services.ranking.sources import Sources
+from services.ranking.state import BehaviourState, Columns
+
+T = TypeVar("T")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BATCH = 20_000
+_THREADS = 2
+_SECONDS_A_DAY = 86_400
+
+
+class CatalogueView(Protocol):
+    """Where the items are: the catalogue in this process, or a follower of it in another."""
+
+    table: ItemTable
+
+    async def wait_for(self, sequence: int) -> None:
+        """Wait until the table has a change."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who asks: ids, either may be empty, and the session as (item number, event type), oldest first."""
+
+    user_id: str = ""
+    visitor_id: str = ""
+    session: tuple[tuple[int, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One source's items: `numbers` int64 (C,) and `scores` float32 (C,), best first."""
+
+    numbers: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """A person's state and candidates.
+
+    `history`, newest first, session before the past: `numbers` int64 (H,), `kinds` int64,
+    `ages` float64 in seconds, `weights` float32. `bought` int64 (B,) item numbers.
+    """
+
+    numbers: np.ndarray
+    kinds: np.ndarray
+    ages: np.ndarray
+    weights: np.ndarray
+    bought: np.ndarray
+    candidates: Mapping[str, Candidates]
+    sequence: int
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Scores float32 (C,) in the order asked for, NaN for unknown items, and those of each component."""
+
+    scores: np.ndarray
+    components: Mapping[str, np.ndarray]
+
+
+class Ranking:
+    """The service's domain over one bundle."""
+
+    def __init__(
+        self, store: BehaviourStore, view: CatalogueView, graph: ItemGraph, profile: Profile
+    ) -> None:
+        self.store, self.view, self.profile = store, view, profile
+        self.state = BehaviourState(profile.event_types)
+        self._graph = GraphView(graph, view.table)
+        self.features = Features(view.table, self._graph, profile.attributes)
+        self._sources = Sources(view.table, self._graph)
+        self._tick = TICKS[profile.granularity]
+        self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
+        self._moment: Moment | None = None
+        self._advancing = threading.Lock()
+        self._taking = threading.Lock()
+        self._pool = ThreadPoolExecutor(_THREADS, "ranking")
+        self.advance()
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources."""
+        return list(self._sources.by_name)
+
+    def close(self) -> None:
+        """Finish what was accepted and stop."""
+        self._pool.shutdown()
+        self.store.close()
+
+    async def write(self, events: Sequence[Event | VitrineError]) -> list[Recorded | VitrineError]:
+        """Commit events in their order; one that is an error already stays one.
+
+        An outcome's error is relative to the event: InvalidArgument, AlreadyExists or
+        ResourceExhausted. What was recorded is seen by the next request.
+        """
+        outcomes = [self._submit(event) for event in events]
+        done: list[Recorded | VitrineError] = []
+        for outcome in outcomes:
+            try:
+                done.append(
+                    outcome if isinstance(outcome, VitrineError) else await asyncio.wrap_future(outcome)
+                )
+            except VitrineError as error:
+                done.append(error)
+        if any(isinstance(o, Recorded) and o.outcome is Outcome.RECORDED for o in done):
+            await self._on(self.advance)
+        return done
+
+    async def retrieve(
+        self,
+        person: Person,
+        as_of: datetime,
+        limit: int,
+        *,
+        condition: filters.Filter | None = None,
+        excluded: Collection[int] = (),
+        exclude_bought: bool = False,
+        sources: Collection[str] = (),
+        min_sequence: int = 0,
+    ) -> Retrieved:
+        """A person's state and at most `limit` candidates per source, under the filter."""
+        await self.view.wait_for(min_sequence)
+        return await self._on(
+            lambda: self._retrieve(person, as_of, limit, condition, excluded, exclude_bought, sources)
+        )
+
+    async def rank(
+        self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None = None
+    ) -> Ranked:
+        """Score candidates, int64 (C,) item numbers; `upto` is the sequence of Retrieve."""
+        return await self._on(lambda: self._rank(person, as_of, numbers, upto))
+
+    def advance(self) -> None:
+        """Let the state follow what was committed."""
+        with self._advancing:
+            last = self.store.sequence
+            while self.state.sequence < last:
+                start = self.state.sequence
+                rows = self.store.rows(start, _BATCH)
+                users = set(rows.user.tolist())
+                everyone = len(users) > _BATCH // 4
+                self.state.extend(rows, self.store.identities(None if everyone else users))
+                if self.state.sequence == start:
+                    return
+
+    def query(self, person: Person, as_of: datetime, upto: int | None = None) -> tuple[Query, Columns]:
+        """The person in rows of the item table, and the past it was made of."""
+        cut = self.cut(as_of)
+        past = self.state.history(person.user_id, person.visitor_id, cut, MAX_HISTORY, upto)
+        return make_query(self.state, self.view.table, person, past, cut, self._targets), past
+
+    def cut(self, as_of: datetime) -> int:
+        """The moment, microseconds since 1970, before which events are seen."""
+        at = (as_of - _EPOCH) // timedelta(microseconds=1)
+        return at - at % DAY if self.profile.granularity == "day" else at
+
+    def moment(self, as_of: datetime) -> Moment:
+        """The shop at the last tick before `as_of`."""
+        at = (as_of - _EPOCH) // timedelta(microseconds=1)
+        tick = at - at % self._tick
+        with self._taking:
+            known = self._moment
+            if known is None or known.tick != tick:
+                known = moment(self.state, self.view.table, tick)
+            self._moment = known = _extended(known, self.view.table)
+            return known
+
+    def _submit(self, event: Event | VitrineError) -> VitrineError | Future[Recorded]:
+        if isinstance(event, VitrineError):
+            return event
+        try:
+            return self.store.write(event)
+        except VitrineError as error:
+            return error
+
+    def _retrieve(
+        self,
+        person: Person,
+        as_of: datetime,
+        limit: int,
+        condition: filters.Filter | None,
+        excluded: Collection[int],
+        exclude_bought: bool,
+        sources: Collection[str],
+    ) -> Retrieved:
+        sequence = self.state.sequence
+        query, past = self.query(person, as_of, sequence)
+        now, table = self.moment(as_of), self.view.table
+        allowed = table.available(as_of)[: len(now.age)]
+        if condition is not None:
+            allowed = allowed & filters.evaluate(condition, table)[: len(allowed)]
+        out = table.rows(excluded)
+        out = np.concatenate([out[(out >= 0) & (out < len(allowed))], query.session])
+        if exclude_bought:
+            out = np.concatenate([out, query.history[query.bought]])
+        allowed[out] = False
+        candidates = {}
+        for source in sources or self.sources:
+            rows, scores = self._sources.candidates(source, query, now, allowed, limit)
+            candidates[source] = Candidates(table.item_numbers[rows], scores)
+        numbers, kinds, ages, weights = self._history(person, past, self.cut(as_of))
+        bought = np.unique(past.number[np.isin(past.kind, self._targets)])
+        return Retrieved(numbers, kinds, ages, weights, bought, candidates, sequence)
+
+    def _history(
+        self, person: Person, past: Columns, cut: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        session = person.session[::-1]
+        numbers = np.concatenate([np.array([n for n, _ in session], np.int64), past.number])
+        kinds = np.concatenate([np.array([self.state.kinds[t] for _, t in session], np.int64), past.kind])
+        ages = np.concatenate([np.zeros(len(session)), np.maximum((cut - past.occurred) / 1e6, 0)])
+        weights = self.state.weights[kinds] * recency(ages / _SECONDS_A_DAY)
+        most = MAX_HISTORY
+        return numbers[:most], kinds[:most], ages[:most], weights[:most].astype(np.float32)
+
+    def _rank(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Ranked:
+        query, _ = self.query(person, as_of, upto)
+        now = self.moment(as_of)
+        rows = self.view.table.rows(numbers)
+        known = np.flatnonzero((rows >= 0) & (rows < len(now.age)))
+        scores = np.full(len(numbers), np.nan, np.float32)
+        matrix = self.features.matrix(query, rows[known], now)
+        scores[known] = blend(self.features.names, matrix)
+        return Ranked(scores, {"blend": scores})
+
+    async def _on(self, function: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                raise Unavailable("the service is shutting down") from None
+            raise
+
+
+def make_query(
+    state: BehaviourState,
+    table: ItemTable,
+    person: Person,
+    past: Columns,
+    cut: int,
+    targets: np.ndarray,
+) -> Query:
+    """The person in rows of the table; items that the table does not know are left out."""
+    session = [(n, state.weights[state.kinds[t]]) for n, t in reversed(person.session)]
+    session_rows = table.rows(n for n, _ in session)
+    known_session = session_rows >= 0
+    rows = table.rows(past.number)
+    known = rows >= 0
+    kinds = past.kind[known]
+    return Query(
+        session=session_rows[known_session],
+        session_weights=np.array([w for _, w in session], np.float32)[known_session],
+        history=rows[known],
+        ages=((cut - past.occurred[known]) / DAY).astype(np.float32),
+        weights=state.weights[kinds],
+        bought=np.isin(kinds, targets),
+    )
+
+
+def _extended(known: Moment, table: ItemTable) -> Moment:
+    """The moment with rows for the items that came since it was taken."""
+    more = table.length - len(known.age)
+    if more <= 0:
+        return known
+    stated = table.numbers("price")
+    price = np.full(more, np.nan) if stated is None else stated[len(known.age) : len(known.age) + more, 0]
+    unknown = np.full(more, np.nan, np.float32)
+    return replace(
+        known,
+        popular=np.concatenate([known.popular, np.zeros((more, known.popular.shape[1]), np.float32)]),
+        age=np.concatenate([known.age, unknown]),
+        idle=np.concatenate([known.idle, unknown]),
+        price=np.concatenate([known.price, price.astype(np.float32)]),
+    )

@@ -1,0 +1,183 @@
+"""`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
+
+from typing import Any
+
+import numpy as np
+from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.ranking.v1 import ranking_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2_grpc as pb_grpc
+
+from services import status, wire
+from services.catalog import identifier_problem, item_number
+from services.errors import FailedPrecondition, InvalidArgument, VitrineError
+from services.ranking.behaviour import Event, EventItem, Outcome, Recorded
+from services.ranking.ranking import Person, Ranking, Retrieved
+
+MAX_EVENTS = 1000
+MAX_LIMIT = 2000
+MAX_EXCLUDED = 100_000
+MAX_CANDIDATES = 10_000
+MAX_SESSION = 200
+_SOURCES = {
+    "graph": pb.SOURCE_GRAPH,
+    "popular": pb.SOURCE_POPULAR,
+    "rising": pb.SOURCE_RISING,
+    "new": pb.SOURCE_NEW,
+    "family": pb.SOURCE_FAMILY,
+}
+_NAMES = {number: name for name, number in _SOURCES.items()}
+
+
+class RankingServicer(pb_grpc.RankingServiceServicer):
+    """The service over one bundle."""
+
+    def __init__(self, ranking: Ranking, bundle: str) -> None:
+        self._ranking, self._bundle = ranking, bundle
+        weights = ranking.profile.event_types
+        self._strongest = max(weights, key=lambda name: weights[name])
+
+    async def WriteEvents(self, request: pb.WriteEventsRequest, context: Any) -> pb.WriteEventsResponse:
+        """Commit events, an outcome for each."""
+        if not 1 <= len(request.events) <= MAX_EVENTS:
+            raise InvalidArgument.of("events", f"has {len(request.events)}, 1 to {MAX_EVENTS} are allowed")
+        outcomes = await self._ranking.write([_event(message) for message in request.events])
+        return pb.WriteEventsResponse(
+            outcomes=[
+                _outcome(at, message.event_id, outcome)
+                for at, (message, outcome) in enumerate(zip(request.events, outcomes, strict=True))
+            ]
+        )
+
+    async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
+        """A person's state and behaviour's candidates."""
+        self._check_bundle(request.bundle)
+        limit = wire.check_limit(request.limit, MAX_LIMIT, "limit")
+        if len(request.exclude_item_numbers) > MAX_EXCLUDED:
+            raise InvalidArgument.of("exclude_item_numbers", f"has more than {MAX_EXCLUDED}")
+        if unknown := [s for s in request.sources if s not in _NAMES]:
+            raise InvalidArgument.of("sources", f"{unknown[0]} is no source of this service")
+        retrieved = await self._ranking.retrieve(
+            self._person(request.person),
+            _as_of(request),
+            limit,
+            condition=wire.filter_from(request.filter) if request.HasField("filter") else None,
+            excluded=request.exclude_item_numbers,
+            exclude_bought=request.exclude_bought,
+            sources=[_NAMES[s] for s in request.sources],
+            min_sequence=request.min_sequence,
+        )
+        return self._retrieved(retrieved)
+
+    async def Rank(self, request: pb.RankRequest, context: Any) -> pb.RankResponse:
+        """Score candidates for a person."""
+        self._check_bundle(request.bundle)
+        numbers = list(request.item_numbers) or [item_number(i) for i in request.item_ids]
+        if not 1 <= len(numbers) <= MAX_CANDIDATES:
+            raise InvalidArgument.of("item_numbers", f"has {len(numbers)}, 1 to {MAX_CANDIDATES} are allowed")
+        if wrong := [n for n in request.item_numbers if n >> 63]:
+            raise InvalidArgument.of("item_numbers", f"{wrong[0]} is no item number")
+        upto = request.state_sequence or None
+        ranked = await self._ranking.rank(
+            self._person(request.person), _as_of(request), np.array(numbers, np.int64), upto
+        )
+        response = pb.RankResponse(scores=ranked.scores.tolist(), bundle=self._bundle)
+        for name, scores in ranked.components.items():
+            response.components.add(component=name, scores=scores.tolist())
+        if request.view == item_pb2.VIEW_READABLE:
+            self._add_rows(response, numbers, ranked.scores)
+        return response
+
+    def _add_rows(self, response: pb.RankResponse, numbers: list[int], scores: np.ndarray) -> None:
+        table = self._ranking.view.table
+        known = [at for at, row in enumerate(table.rows(numbers)) if row >= 0]
+        ids = table.ids(table.rows(numbers[at] for at in known))
+        rows = sorted(zip(ids, scores[known].tolist(), strict=True), key=lambda row: -row[1])
+        for item_id, score in rows:
+            response.rows.add(item_id=item_id, score=score)
+
+    def _retrieved(self, retrieved: Retrieved) -> pb.RetrieveResponse:
+        return pb.RetrieveResponse(
+            history=pb.History(
+                item_numbers=retrieved.numbers.tolist(),
+                types=retrieved.kinds.tolist(),
+                ages=retrieved.ages.tolist(),
+                weights=retrieved.weights.tolist(),
+                event_types=list(self._ranking.profile.event_types),
+            ),
+            candidates=[
+                pb.CandidateList(
+                    source=_SOURCES[name],
+                    item_numbers=found.numbers.tolist(),
+                    scores=found.scores.tolist(),
+                )
+                for name, found in retrieved.candidates.items()
+                if len(found.numbers)
+            ],
+            state_sequence=retrieved.sequence,
+            bought_item_numbers=retrieved.bought.tolist(),
+            bundle=self._bundle,
+        )
+
+    def _person(self, message: pb.Person) -> Person:
+        for field in ("user_id", "visitor_id"):
+            value = getattr(message, field)
+            if value and (problem := identifier_problem(value)):
+                raise InvalidArgument.of(f"person.{field}", problem)
+        if len(message.session) > MAX_SESSION:
+            raise InvalidArgument.of("person.session", f"has more than {MAX_SESSION} items")
+        kinds = self._ranking.state.kinds
+        try:
+            session = wire.session_from(message.session, kinds, self._strongest)
+        except InvalidArgument as error:
+            raise error.under("person") from None
+        return Person(message.user_id, message.visitor_id, tuple(session))
+
+    def _check_bundle(self, bundle: str) -> None:
+        if bundle and bundle != self._bundle:
+            raise FailedPrecondition(f"bundle {bundle!r} is not loaded; this server has {self._bundle!r}")
+
+
+def _as_of(request: pb.RetrieveRequest | pb.RankRequest) -> Any:
+    if not request.HasField("as_of"):
+        raise InvalidArgument.of("as_of", "is required")
+    return wire.time_from(request.as_of, "as_of")
+
+
+def _event(message: event_pb2.Event) -> Event | VitrineError:
+    try:
+        occurred = (
+            wire.time_from(message.occurred_at, "occurred_at") if message.HasField("occurred_at") else None
+        )
+    except VitrineError as error:
+        return error
+    return Event(
+        event_id=message.event_id,
+        type=message.type,
+        items=tuple(
+            EventItem(
+                item_id=item.item_id,
+                quantity=item.quantity if item.HasField("quantity") else 1,
+                price=item.price if item.HasField("price") else None,
+                position=item.position if item.HasField("position") else None,
+            )
+            for item in message.items
+        ),
+        user_id=message.user_id,
+        visitor_id=message.visitor_id,
+        session_id=message.session_id,
+        occurred=occurred,
+        attribution_token=message.attribution_token,
+    )
+
+
+def _outcome(at: int, event_id: str, outcome: Recorded | VitrineError) -> event_pb2.EventOutcome:
+    if isinstance(outcome, VitrineError):
+        error = outcome.under(f"events[{at}]") if isinstance(outcome, InvalidArgument) else outcome
+        return event_pb2.EventOutcome(
+            event_id=event_id, code=event_pb2.EVENT_OUTCOME_CODE_FAILED, error=status.to_status(error)
+        )
+    codes = {
+        Outcome.RECORDED: event_pb2.EVENT_OUTCOME_CODE_RECORDED,
+        Outcome.DUPLICATE: event_pb2.EVENT_OUTCOME_CODE_DUPLICATE,
+    }
+    return event_pb2.EventOutcome(event_id=event_id, code=codes[outcome.outcome], sequence=outcome.sequence)
