@@ -12,7 +12,6 @@ what the components mean.
 import gzip
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -130,7 +129,7 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
     bundles.mkdir(parents=True, exist_ok=True)
     target = bundles / version
     if not target.exists():
-        os.replace(staged, target)
+        staged.rename(target)
     return target
 
 
@@ -164,14 +163,15 @@ def _document(item: Item) -> dict[str, Any]:
 
 
 def _item(document: dict[str, Any]) -> Item:
-    times = {
-        name: datetime.fromisoformat(document.pop(name))
-        for name in ("available_from", "available_until")
-        if name in document
-    }
     attributes = tuple(Attribute(n, tuple(t), tuple(v)) for n, t, v in document.pop("attributes", ()))
-    image_hash = bytes.fromhex(document.pop("image_hash", ""))
-    return Item(attributes=attributes, image_hash=image_hash, **times, **document)
+    parsed: dict[str, Any] = {
+        "attributes": attributes,
+        "image_hash": bytes.fromhex(document.pop("image_hash", "")),
+    }
+    for name in ("available_from", "available_until"):
+        if name in document:
+            parsed[name] = datetime.fromisoformat(document.pop(name))
+    return Item(**parsed, **document)
 
 
 def created(item: Item) -> datetime:

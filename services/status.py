@@ -67,6 +67,27 @@ def _details(error: errors.VitrineError) -> list[Message]:
             return []
 
 
+def from_call(error: grpc.aio.AioRpcError) -> errors.VitrineError:
+    """The domain error that a neighbour's status stands for; Unavailable for one that is none."""
+    by_code = {code: kind for kind, code in _CODES.items()}
+    kind = by_code.get(error.code().value[0], errors.Unavailable)
+    message = error.details() or error.code().name
+    if kind is errors.InvalidArgument:
+        return errors.InvalidArgument(_violations(error) or [errors.FieldViolation("", message)])
+    if issubclass(kind, errors.NotFound | errors.AlreadyExists):
+        return errors.FailedPrecondition(message)
+    return kind(message)
+
+
+def _violations(error: grpc.aio.AioRpcError) -> list[errors.FieldViolation]:
+    status, bad = rpc_status.from_call(error), error_details_pb2.BadRequest()
+    found = []
+    for detail in status.details if status else ():
+        if detail.Unpack(bad):
+            found += [errors.FieldViolation(v.field, v.description) for v in bad.field_violations]
+    return found
+
+
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
     """End the call with the status of `error`."""
     status = rpc_status.to_status(to_status(error))

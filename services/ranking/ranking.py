@@ -123,10 +123,12 @@ class Ranking:
         outcomes = [self._submit(event) for event in events]
         done: list[Recorded | VitrineError] = []
         for outcome in outcomes:
+            if isinstance(outcome, VitrineError):
+                done.append(outcome)
+                continue
             try:
-                done.append(
-                    outcome if isinstance(outcome, VitrineError) else await asyncio.wrap_future(outcome)
-                )
+                recorded: Recorded = await asyncio.wrap_future(outcome)
+                done.append(recorded)
             except VitrineError as error:
                 done.append(error)
         if any(isinstance(o, Recorded) and o.outcome is Outcome.RECORDED for o in done):

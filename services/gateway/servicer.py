@@ -1,0 +1,266 @@
+"""`RecommendationService`: what other teams call. Validates, asks the pipeline, writes the answer."""
+
+import hashlib
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
+
+from services import wire
+from services.catalog import identifier_problem, item_number
+from services.errors import InvalidArgument, NotFound
+from services.gateway.clients import Embedding, Ranking
+from services.gateway.pipeline import Ordered, Pipeline, Wish, person_of
+from services.gateway.tokens import Tokens
+
+MAX_PAGE = 500
+DEFAULT_PAGE = 20
+MAX_SESSION = 200
+MAX_EXCLUDED = 10_000
+SCENARIO = "home"
+_SEARCH_DEPTH = 2000
+_RRF = 60
+_CROSS_MODAL_WEIGHT = 0.3
+
+
+class GatewayServicer(pb_grpc.RecommendationServiceServicer):
+    """The service over a pipeline; `clock` is read once per request."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        embedding: Embedding,
+        ranking: Ranking,
+        tokens: Tokens,
+        clock: Callable[[], datetime],
+        wait_for: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
+        self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
+
+    async def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
+        """A page for a person."""
+        now = self._clock()
+        size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
+        start, as_of = self._page(request, now)
+        wish = self._wish(request, as_of)
+        await self._wait_for(request.min_sequence)
+        ordered = await self._pipeline.run(wish)
+        request_id = request.request_id or uuid.uuid4().hex
+        page = slice(start, start + size)
+        response = pb.RecommendResponse(
+            items=self._items(ordered, page),
+            attribution_token=self._attribution(request_id, request.scenario or SCENARIO, now),
+            versions=self._versions(as_of, ordered.state_sequence),
+            degraded=ordered.degraded,
+            request_id=request_id,
+        )
+        if page.stop < len(ordered.numbers):
+            content = {"o": page.stop, "a": as_of.isoformat(), "h": _digest(request)}
+            response.next_page_token = self._tokens.sign("page", content, now)
+        return response
+
+    async def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
+        """Items like one item."""
+        now = self._clock()
+        size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
+        if problem := identifier_problem(request.item_id):
+            raise InvalidArgument.of("item_id", problem)
+        await self._wait_for(request.min_sequence)
+        if not self._exists(request.item_id, now):
+            raise NotFound("item", request.item_id)
+        wish = Wish(
+            person=person_of("", "", [event_pb2.SessionItem(item_id=request.item_id)]),
+            as_of=now,
+            excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
+            filter=request.filter if request.HasField("filter") else None,
+            condition=wire.filter_from(request.filter) if request.HasField("filter") else None,
+            min_sequence=request.min_sequence,
+        )
+        ordered = await self._pipeline.run(wish)
+        return pb.SimilarItemsResponse(
+            items=self._items(ordered, slice(0, size)),
+            attribution_token=self._attribution(uuid.uuid4().hex, "similar", now),
+            versions=self._versions(now, ordered.state_sequence),
+            degraded=ordered.degraded,
+        )
+
+    async def SearchItems(self, request: pb.SearchItemsRequest, context: Any) -> pb.SearchItemsResponse:
+        """Items that match a text, a photograph, or both, by reciprocal rank fusion of the spaces."""
+        now = self._clock()
+        size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
+        if not (request.text.strip() or request.image):
+            raise InvalidArgument.of("text", "or image is required")
+        share = request.image_weight if request.HasField("image_weight") else 0.5
+        if not 0 <= share <= 1:
+            raise InvalidArgument.of("image_weight", "must be between 0 and 1")
+        both = bool(request.text.strip() and request.image)
+        found = await self._embedding.search(
+            embedding_pb.SearchRequest(
+                text=request.text,
+                image=request.image,
+                limit=_SEARCH_DEPTH,
+                filter=request.filter if request.HasField("filter") else None,
+                min_sequence=request.min_sequence,
+                bundle=self._pipeline.bundle,
+            )
+        )
+        scores: dict[int, float] = {}
+        sources: dict[int, dict[str, float]] = {}
+        for result in found.results:
+            of_image = bool(request.image) and (result.query == 1 or not request.text)
+            name = "image" if result.space == item_pb2.SPACE_IMAGE else "text"
+            weight = (share if of_image else 1 - share) if both else 1.0
+            if name == "image" and not of_image:
+                weight *= _CROSS_MODAL_WEIGHT
+            for place, (number, score) in enumerate(zip(result.item_numbers, result.scores, strict=True), 1):
+                scores[number] = scores.get(number, 0.0) + weight / (_RRF + place)
+                sources.setdefault(number, {})[name] = score
+        table = self._pipeline.table
+        available = table.available(now)
+        order = sorted(scores, key=lambda n: (-scores[n], n))
+        rows = table.rows(order)
+        shown = [
+            (n, r)
+            for n, r in zip(order, rows.tolist(), strict=True)
+            if 0 <= r < len(available) and available[r]
+        ]
+        shown = shown[:size]
+        return pb.SearchItemsResponse(
+            items=[
+                pb.Recommendation(item_id=item_id, score=scores[number], sources=_sources(sources[number]))
+                for (number, _), item_id in zip(shown, table.ids(row for _, row in shown), strict=True)
+            ],
+            attribution_token=self._attribution(uuid.uuid4().hex, "search", now),
+            versions=self._versions(now, 0),
+        )
+
+    async def WriteEvents(self, request: pb.WriteEventsRequest, context: Any) -> pb.WriteEventsResponse:
+        """Record events."""
+        written = await self._ranking.write(ranking_pb.WriteEventsRequest(events=request.events))
+        return pb.WriteEventsResponse(outcomes=written.outcomes)
+
+    async def BatchUpsertItems(
+        self, request: pb.BatchUpsertItemsRequest, context: Any
+    ) -> pb.BatchUpsertItemsResponse:
+        """Write items."""
+        chunk = embedding_pb.UpsertItemsRequest(items=request.items, update_mask=request.update_mask)
+        return pb.BatchUpsertItemsResponse(outcomes=(await self._embedding.upsert(chunk)).outcomes)
+
+    async def GetItem(self, request: pb.GetItemRequest, context: Any) -> pb.GetItemResponse:
+        """Read one item."""
+        if problem := identifier_problem(request.item_id):
+            raise InvalidArgument.of("item_id", problem)
+        found = await self._embedding.get(embedding_pb.GetItemsRequest(item_ids=[request.item_id]))
+        if not found.items:
+            raise NotFound("item", request.item_id)
+        return pb.GetItemResponse(item=found.items[0])
+
+    async def ListItems(self, request: pb.ListItemsRequest, context: Any) -> pb.ListItemsResponse:
+        """Read a page of the catalogue."""
+        page = await self._embedding.get(
+            embedding_pb.GetItemsRequest(page_size=request.page_size, page_token=request.page_token)
+        )
+        return pb.ListItemsResponse(items=page.items, next_page_token=page.next_page_token)
+
+    async def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
+        """Delete items."""
+        deleted = await self._embedding.delete(embedding_pb.DeleteItemsRequest(item_ids=request.item_ids))
+        return pb.DeleteItemsResponse(outcomes=deleted.outcomes)
+
+    def _page(self, request: pb.RecommendRequest, now: datetime) -> tuple[int, datetime]:
+        """Where the page begins and the moment that all pages of an answer share."""
+        if not request.page_token:
+            return 0, now
+        content = self._tokens.read("page", request.page_token, now, "page_token")
+        if content["h"] != _digest(request):
+            raise InvalidArgument.of("page_token", "belongs to another request; only page_size may change")
+        return content["o"], datetime.fromisoformat(content["a"])
+
+    def _wish(self, request: pb.RecommendRequest, as_of: datetime) -> Wish:
+        if request.scenario not in ("", SCENARIO):
+            raise NotFound("scenario", request.scenario)
+        for name in ("user_id", "visitor_id", "session_id", "request_id"):
+            value = getattr(request, name)
+            if value and (problem := identifier_problem(value)):
+                raise InvalidArgument.of(name, problem)
+        if len(request.session) > MAX_SESSION:
+            raise InvalidArgument.of(
+                "session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed"
+            )
+        for at, item in enumerate(request.session):
+            if problem := identifier_problem(item.item_id):
+                raise InvalidArgument.of(f"session[{at}].item_id", problem)
+        if not 0 <= request.diversity <= 1:
+            raise InvalidArgument.of("diversity", "must be between 0 and 1")
+        if request.exploration:
+            raise InvalidArgument.of("exploration", "must be 0: this server does not explore yet")
+        if request.rotation:
+            raise InvalidArgument.of("rotation", "must be false: this server does not rotate yet")
+        if request.include_reasons:
+            raise InvalidArgument.of("include_reasons", "must be false: this server gives no reasons yet")
+        has_filter = request.HasField("filter")
+        return Wish(
+            person=person_of(request.user_id, request.visitor_id, request.session),
+            as_of=as_of,
+            excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
+            exclude_bought=request.bought_policy != pb.BOUGHT_POLICY_KEEP,
+            filter=request.filter if has_filter else None,
+            condition=wire.filter_from(request.filter) if has_filter else None,
+            min_sequence=request.min_sequence,
+            diversity=request.diversity,
+        )
+
+    def _items(self, ordered: Ordered, page: slice) -> list[pb.Recommendation]:
+        numbers = ordered.numbers[page]
+        table = self._pipeline.table
+        ids = table.ids(table.rows(numbers))
+        items = []
+        for number, item_id, score in zip(numbers, ids, ordered.scores[page], strict=True):
+            item = pb.Recommendation(
+                item_id=item_id, score=score, sources=_sources(ordered.candidates.sources[number])
+            )
+            for name, scores in ordered.components.items():
+                item.components.add(component=name, score=scores[number])
+            items.append(item)
+        return items
+
+    def _exists(self, item_id: str, now: datetime) -> bool:
+        table = self._pipeline.table
+        row = int(table.rows([item_number(item_id)])[0])
+        return row >= 0 and bool(table.available(now)[row])
+
+    def _attribution(self, request_id: str, scenario: str, now: datetime) -> str:
+        return self._tokens.sign("shown", {"r": request_id, "s": scenario, "b": self._pipeline.bundle}, now)
+
+    def _versions(self, as_of: datetime, event_sequence: int) -> pb.Versions:
+        return pb.Versions(
+            bundle=self._pipeline.bundle,
+            catalog_sequence=self._pipeline.table.sequence,
+            event_sequence=event_sequence,
+            as_of=wire.time_to(as_of),
+        )
+
+
+def _sources(scores: dict[str, float]) -> list[pb.SourceScore]:
+    return [pb.SourceScore(source=name, score=score) for name, score in sorted(scores.items())]
+
+
+def _numbers(ids: Sequence[str], field: str) -> frozenset[int]:
+    if len(ids) > MAX_EXCLUDED:
+        raise InvalidArgument.of(field, f"has {len(ids)}, at most {MAX_EXCLUDED} are allowed")
+    return frozenset(item_number(item_id) for item_id in ids)
+
+
+def _digest(request: pb.RecommendRequest) -> str:
+    same = pb.RecommendRequest()
+    same.CopyFrom(request)
+    for name in ("page_token", "page_size", "request_id", "min_sequence"):
+        same.ClearField(name)  # type: ignore[arg-type]
+    return hashlib.blake2b(same.SerializeToString(deterministic=True), digest_size=8).hexdigest()
