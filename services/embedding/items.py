@@ -130,6 +130,7 @@ _vectors = sa.Table(
     sa.Column("digest", sa.String(64), primary_key=True),
     sa.Column("value", sa.LargeBinary, nullable=False),  # little-endian float16
 )
+_imports = sa.Table("item_imports", store.metadata, sa.Column("version", sa.String(64), primary_key=True))
 _trims = sa.Table(
     "item_trims",
     store.metadata,
@@ -146,7 +147,7 @@ class ItemStore:
 
     def __init__(self, engine: sa.Engine, clock: Callable[[], datetime]) -> None:
         self._engine, self._clock = engine, clock
-        store.create(engine, [_items, _images, _vectors, _trims], _SEQUENCE)
+        store.create(engine, [_items, _images, _vectors, _imports, _trims], _SEQUENCE)
         self._writer = store.Writer(engine)
 
     def close(self) -> None:
@@ -181,16 +182,23 @@ class ItemStore:
             lambda connection: _write(connection, item, vectors, image_error, expected_sequence, stamp)
         )
 
+    def imported(self, version: str) -> bool:
+        """Whether the catalogue of a bundle was loaded before."""
+        with self._engine.connect() as connection:
+            return bool(connection.scalar(sa.select(sa.exists().where(_imports.c.version == version))))
+
     def load(
-        self, items: Sequence[Item], vectors: Sequence["Block"], created: Sequence[datetime]
+        self, version: str, items: Sequence[Item], vectors: Sequence["Block"], created: Sequence[datetime]
     ) -> Future[int]:
-        """Commit valid items that were never here, with their vectors, in one transaction.
+        """Commit a bundle's items that were never here, with their vectors, in one transaction.
 
         An item that is here with the same content gets the vectors it lacks; one with other
         content, or deleted, stays as it is. The future gives the number of new items.
         """
         stamp = _micros(self._clock())
-        return self._writer.submit(lambda connection: _load(connection, items, vectors, created, stamp))
+        return self._writer.submit(
+            lambda connection: _load(connection, version, items, vectors, created, stamp)
+        )
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
         """Ids of live items that have content of a space but no vector by its digest."""
@@ -299,6 +307,7 @@ _CHUNK = 2000
 
 def _load(
     connection: sa.Connection,
+    version: str,
     items: Sequence[Item],
     blocks: Sequence[Block],
     created: Sequence[datetime],
@@ -323,6 +332,7 @@ def _load(
     for table, entries in ((_items, rows), (_vectors, values)):
         for start in range(0, len(entries), _CHUNK):
             connection.execute(table.insert(), entries[start : start + _CHUNK])
+    connection.execute(_imports.insert().values(version=version))
     return len(rows)
 
 

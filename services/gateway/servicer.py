@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+import numpy as np
 from vitrine.catalog.v1 import event_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
@@ -126,12 +127,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         available = table.available(now)
         order = sorted(scores, key=lambda n: (-scores[n], n))
         rows = table.rows(order)
-        shown = [
-            (n, r)
-            for n, r in zip(order, rows.tolist(), strict=True)
-            if 0 <= r < len(available) and available[r]
-        ]
-        shown = shown[:size]
+        live = (rows >= 0) & (rows < len(available)) & available[np.minimum(rows, len(available) - 1)]
+        shown = [(order[at], int(rows[at])) for at in np.flatnonzero(live)[:size]]
         return pb.SearchItemsResponse(
             items=[
                 pb.Recommendation(item_id=item_id, score=scores[number], sources=_sources(sources[number]))
@@ -262,5 +259,5 @@ def _digest(request: pb.RecommendRequest) -> str:
     same = pb.RecommendRequest()
     same.CopyFrom(request)
     for name in ("page_token", "page_size", "request_id", "min_sequence"):
-        same.ClearField(name)  # type: ignore[arg-type]
+        same.ClearField(name)
     return hashlib.blake2b(same.SerializeToString(deterministic=True), digest_size=8).hexdigest()

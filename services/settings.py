@@ -1,0 +1,27 @@
+"""What an operator can set: by flags of `vitrine serve`, or by VITRINE_ environment variables."""
+
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings of one process; frozen once read."""
+
+    model_config = SettingsConfigDict(env_prefix="VITRINE_", frozen=True, extra="forbid")
+
+    bundle: Path = Field(description="a bundle, or a directory of bundles whose newest is served")
+    state: Path = Field(Path("state"), description="the directory of what must last")
+    address: str = Field("127.0.0.1:50051", description="host:port to listen on; port 0 takes a free one")
+    embedding: str = Field("", description="host:port of the embedding service, when it runs apart")
+    ranking: str = Field("", description="host:port of the ranking service, when it runs apart")
+    embedding_database: str = Field("", description="SQLAlchemy URL; empty means SQLite under state")
+    ranking_database: str = Field("", description="SQLAlchemy URL; empty means SQLite under state")
+    secret: str = Field(
+        "", description="signs tokens; a shop's gateways share it; empty means one kept in state"
+    )
+    grace: float = Field(10.0, ge=0, le=600, description="seconds that running calls get at a stop")
+    device: str = Field("cpu", description="the encoders' torch device")
+    clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

@@ -1,0 +1,194 @@
+"""The composition root: builds the services that a process hosts and connects them."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from services import store
+from services.bundle import Bundle, Catalogue, created
+from services.catalog import item_number
+from services.follower import Follower
+from services.item_table import Change, ItemTable
+from services.server import Server, Service
+from services.settings import Settings
+
+if TYPE_CHECKING:
+    from services.gateway.servicer import GatewayServicer
+
+EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
+ALL = (EMBEDDING, RANKING, GATEWAY)
+NAMES = {
+    EMBEDDING: "vitrine.embedding.v1.EmbeddingService",
+    RANKING: "vitrine.ranking.v1.RankingService",
+    GATEWAY: "vitrine.gateway.v1.RecommendationService",
+}
+
+
+class App:
+    """The services `hosted` by one process over one bundle and one state directory.
+
+    Raises:
+        FailedPrecondition: the bundle is none, or another process has the state.
+    """
+
+    def __init__(self, settings: Settings, hosted: Collection[str] = ALL) -> None:
+        self.settings, self._hosted = settings, tuple(hosted)
+        self.bundle = Bundle(settings.bundle)
+        self.clock: Callable[[], datetime] = _clock(settings.clock)
+        self._closing: list[Callable[[], None]] = []
+        self._followers: list[Follower] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._services: list[Service] = []
+        self._server: Server | None = None
+        self.gateway: GatewayServicer | None = None
+        self.port = 0
+        if EMBEDDING in hosted or RANKING in hosted:
+            lock = store.StateLock(settings.state / "-".join(sorted(set(hosted) - {GATEWAY})))
+            self._closing.append(lock.release)
+        self._view: Any = None
+        self._local: dict[str, Any] = {}
+        for name, build in ((EMBEDDING, self._embedding), (RANKING, self._ranking), (GATEWAY, self._gateway)):
+            if name in hosted:
+                build()
+
+    async def start(self) -> None:
+        """Accept calls; a service is SERVING once it has what it needs."""
+        if EMBEDDING in self._hosted:
+            await self._view.reencode()
+        self._tasks = [asyncio.ensure_future(follower.run()) for follower in self._followers]
+        self._server = Server(self._services, self.settings.address)
+        await self._server.start()
+        self.port = self._server.port
+        waits = {RANKING: self._followers[0].ready} if RANKING in self._hosted and self._followers else {}
+        for name in self._hosted:
+            if name in waits:
+                self._tasks.append(asyncio.ensure_future(self._announce(name, waits[name])))
+            else:
+                await self._server.set_ready(NAMES[name])
+
+    async def stop(self) -> None:
+        """Drain, then close what was opened, the last first."""
+        if self._server is not None:
+            await self._server.stop(self.settings.grace)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for close in reversed(self._closing):
+            close()
+
+    async def _announce(self, name: str, ready: asyncio.Event) -> None:
+        await ready.wait()
+        if self._server is not None:
+            await self._server.set_ready(NAMES[name])
+
+    def _database(self, url: str, name: str) -> Any:
+        self.settings.state.mkdir(parents=True, exist_ok=True)
+        engine = store.open_engine(url or f"sqlite:///{(self.settings.state / name).absolute()}.sqlite")
+        self._closing.append(engine.dispose)
+        return engine
+
+    def _embedding(self) -> None:
+        from vitrine.embedding.v1 import embedding_service_pb2_grpc as grpc_stubs
+
+        from services.embedding import catalogue, encoders, items, servicer
+
+        kept = items.ItemStore(self._database(self.settings.embedding_database, EMBEDDING), self.clock)
+        text = encoders.TextEncoder(self.bundle.directory / "text", self.settings.device)
+        image = encoders.ImageEncoder(self.bundle.directory / "image", self.settings.device)
+        if not kept.imported(self.bundle.version):
+            brought = self.bundle.catalogue()
+            digests = {"text": text.digest, "image": image.digest}
+            blocks = [
+                items.Block(space, digests[space], values, brought.present[space])
+                for space, values in brought.vectors.items()
+            ]
+            since = [created(item) for item in brought.items]
+            kept.load(self.bundle.version, brought.items, blocks, since).result()
+        self._view = catalogue.Catalogue(kept, text, image)
+        self._closing.append(self._view.close)
+        hosted = servicer.EmbeddingServicer(self._view, self.bundle.version)
+        self._local[EMBEDDING] = hosted
+        self._services.append(
+            Service(NAMES[EMBEDDING], hosted, grpc_stubs.add_EmbeddingServiceServicer_to_server)
+        )
+
+    def _ranking(self) -> None:
+        from vitrine.ranking.v1 import ranking_service_pb2_grpc as grpc_stubs
+
+        from services.ranking import behaviour, graph, ranking, servicer
+
+        engine = self._database(self.settings.ranking_database, RANKING)
+        events = behaviour.BehaviourStore(engine, self.bundle.profile.event_types, self.clock)
+        directory = self.bundle.component("graph")
+        fitted = graph.ItemGraph.load(directory) if directory else graph.ItemGraph.empty()
+        domain = ranking.Ranking(events, self._items(ItemTable()), fitted, self.bundle.profile)
+        self._closing.append(domain.close)
+        hosted = servicer.RankingServicer(domain, self.bundle.version)
+        self._local[RANKING] = hosted
+        self._services.append(
+            Service(NAMES[RANKING], hosted, grpc_stubs.add_RankingServiceServicer_to_server)
+        )
+
+    def _gateway(self) -> None:
+        from vitrine.gateway.v1 import recommendation_service_pb2_grpc as grpc_stubs
+
+        from services.gateway import clients, pipeline, servicer, tokens
+
+        view = self._items(None)
+        embedding: clients.Embedding = (
+            clients.LocalEmbedding(self._local[EMBEDDING])
+            if EMBEDDING in self._local
+            else clients.RemoteEmbedding(self.settings.embedding)
+        )
+        ranking: clients.Ranking = (
+            clients.LocalRanking(self._local[RANKING])
+            if RANKING in self._local
+            else clients.RemoteRanking(self.settings.ranking)
+        )
+        directory = self.bundle.component("popular")
+        popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
+        stages = pipeline.Pipeline(embedding, ranking, view.table, popular, self.bundle.version)
+        self.gateway = servicer.GatewayServicer(
+            stages, embedding, ranking, tokens.Tokens(self._secret()), self.clock, view.wait_for
+        )
+        self._services.append(
+            Service(NAMES[GATEWAY], self.gateway, grpc_stubs.add_RecommendationServiceServicer_to_server)
+        )
+
+    def _items(self, table: ItemTable | None) -> Any:
+        """The items: the catalogue of this process, or a follower; a gateway's begins with the bundle's."""
+        if self._view is None:
+            from services.gateway import clients
+
+            follower = Follower(
+                clients.watch(self.settings.embedding), table or _table_of(self.bundle.catalogue())
+            )
+            self._followers.append(follower)
+            self._view = follower
+        return self._view
+
+    def _secret(self) -> bytes:
+        if self.settings.secret:
+            return self.settings.secret.encode()
+        self.settings.state.mkdir(parents=True, exist_ok=True)
+        path = self.settings.state / "secret"
+        if not path.exists():
+            path.touch(mode=0o600)
+            path.write_text(secrets.token_hex(32))
+        return path.read_bytes()
+
+
+def _clock(fixed: datetime | None) -> Callable[[], datetime]:
+    return (lambda: datetime.now(UTC)) if fixed is None else (lambda: fixed)
+
+
+def _table_of(catalogue: Catalogue) -> ItemTable:
+    table = ItemTable(capacity=max(1024, len(catalogue.items)))
+    for at, item in enumerate(catalogue.items):
+        mine = {s: values[at] for s, values in catalogue.vectors.items() if catalogue.present[s][at]}
+        table.apply([Change(item_number(item.id), 0, item, created(item), mine)])
+    return table
