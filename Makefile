@@ -7,7 +7,7 @@ BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 .PHONY: test check protos
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,postgres,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,postgres,dev]' --constraint constraints.txt
 	touch $@
 
 test: $(VENV)/ready

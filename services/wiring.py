@@ -98,10 +98,11 @@ class App:
 
         kept = items.ItemStore(self._database(self.settings.embedding_database, EMBEDDING), self.clock)
         text = encoders.TextEncoder(self.bundle.directory / "text", self.settings.device)
-        image = encoders.ImageEncoder(self.bundle.directory / "image", self.settings.device)
+        photographs = self.bundle.component("image")
+        image = encoders.ImageEncoder(photographs, self.settings.device) if photographs else None
         if not kept.imported(self.bundle.version):
             brought = self.bundle.catalogue()
-            digests = {"text": text.digest, "image": image.digest}
+            digests = {"text": text.digest, "image": image.digest if image else ""}
             blocks = [
                 items.Block(space, digests[space], values, brought.present[space])
                 for space, values in brought.vectors.items()

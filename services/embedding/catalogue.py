@@ -31,7 +31,7 @@ from services.embedding.items import (
     Written,
     photograph_hash,
 )
-from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
+from services.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, VitrineError
 from services.item_table import Change, ItemTable
 
 T = TypeVar("T")
@@ -74,13 +74,17 @@ class _Draft:
 class Catalogue:
     """Items, their vectors by two encoders, and search over them.
 
-    An encoder runs on one thread; SQL, decoding and search run on a few others.
+    An encoder runs on one thread; SQL, decoding and search run on a few others. A shop
+    without photographs has no image encoder: its catalogue has the text space alone.
     """
 
-    def __init__(self, items: ItemStore, text: TextEncoder, image: ImageEncoder) -> None:
-        self.items, self.text, self.image = items, text, image
-        self.digests = {"text": text.digest, "image": image.digest}
-        self.spaces = {"text": SpaceIndex(text.dimension), "image": SpaceIndex(image.dimension)}
+    def __init__(self, items: ItemStore, text: TextEncoder, image: ImageEncoder | None) -> None:
+        self.items, self.text, self._image = items, text, image
+        encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
+        if image is not None:
+            encoders["image"] = image
+        self.digests = {space: encoder.digest for space, encoder in encoders.items()}
+        self.spaces = {space: SpaceIndex(encoder.dimension) for space, encoder in encoders.items()}
         self.table = ItemTable()
         self._advancing = threading.Lock()
         self._encoding = ThreadPoolExecutor(1, "encoder")
@@ -93,6 +97,13 @@ class Catalogue:
         self._encoding.shutdown()
         self._pool.shutdown()
         self.items.close()
+
+    @property
+    def image(self) -> ImageEncoder:
+        """The image encoder; FailedPrecondition when the bundle has none."""
+        if self._image is None:
+            raise FailedPrecondition("this bundle has no image encoder")
+        return self._image
 
     @property
     def sequence(self) -> int:
@@ -168,6 +179,8 @@ class Catalogue:
             *(self._on(self._pool, partial(self._picture, d, field.format(n))) for n, d in enumerate(files))
         )
         good = [p for p in pictures if not isinstance(p, InvalidArgument)]
+        if not good:
+            return [p for p in pictures if isinstance(p, InvalidArgument)]
         vectors = iter(await self._on(self._encoding, lambda: self.image.encode(good)))
         return [p if isinstance(p, InvalidArgument) else next(vectors) for p in pictures]
 
@@ -277,7 +290,7 @@ class Catalogue:
         return tuple(
             Vector(space, self.digests[space], known[space][record.number])
             for space, unchanged in same.items()
-            if unchanged and record.number in known[space]
+            if unchanged and record.number in known.get(space, {})
         )
 
     async def _encode_and_commit(
@@ -289,7 +302,7 @@ class Catalogue:
             d.at: Vector("text", self.digests["text"], v) for d, v in zip(texts, encoded.vectors, strict=True)
         }
         truncated = {d.at for d, cut in zip(texts, encoded.truncated, strict=True) if cut}
-        photographs = [draft for draft in drafts if draft.lacks_image]
+        photographs = [draft for draft in drafts if draft.lacks_image and self._image]
         files = await self.read(lambda: [self._file(draft.item) for draft in photographs])
         pictures = dict(
             zip((d.at for d in photographs), await self.encode_images(files, "image.data"), strict=True)
@@ -336,7 +349,7 @@ class Catalogue:
                 outcome=written.outcome,
                 sequence=written.sequence,
                 text_state=State.READY if "text" in spaces else State.ABSENT,
-                image_state=State.READY if "image" in spaces else State.ABSENT,
+                image_state=_image_state(draft.item, spaces),
                 truncated=draft.at in truncated,
             )
             done.append((draft.at, outcome))
@@ -384,6 +397,12 @@ class Catalogue:
         for space, (numbers, rows) in collected.items():
             if rows:
                 self.spaces[space].replace_all(np.array(numbers, np.int64), np.stack(rows))
+
+
+def _image_state(item: Item, spaces: set[str]) -> State:
+    if "image" in spaces:
+        return State.READY
+    return State.PENDING if catalog.has_image(item) else State.ABSENT
 
 
 def _merged(sent: Item, record: Record | None, mask: frozenset[str]) -> Item:

@@ -138,7 +138,9 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
     async def _queries(self, request: pb.SearchRequest) -> dict[str, list[tuple[int, np.ndarray]]]:
         """Space to (query number, vector) of what the request asks for."""
-        asked = [_space(s) for s in request.spaces] or list(_NUMBER_OF_SPACE)
+        asked = [_space(s) for s in request.spaces] or list(self._catalogue.spaces)
+        if missing := [space for space in asked if space not in self._catalogue.spaces]:
+            raise FailedPrecondition(f"this bundle has no {missing[0]} space")
         queries: dict[str, list[tuple[int, np.ndarray]]] = {space: [] for space in asked}
         at = self._add_groups(request, queries)
         at = self._add_vectors(request, queries, at)
@@ -151,6 +153,8 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
                 vectors = await self._catalogue.encode_texts_for_images([request.text])
                 queries["image"].append((at, vectors[0]))
             at += 1
+        if request.image and not request.spaces:
+            _ = self._catalogue.image  # a photograph cannot be searched for without its encoder
         if request.image and "image" in queries:
             vector = (await self._catalogue.encode_images([request.image], "image"))[0]
             if isinstance(vector, InvalidArgument):

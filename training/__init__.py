@@ -1,0 +1,1 @@
+"""Training: turns a shop directory into a bundle, with the services' models and none of their servers."""

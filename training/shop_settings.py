@@ -1,0 +1,115 @@
+"""What `shop.toml` may say: which columns hold what, what events weigh, how time is cut."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from services.errors import FieldViolation, InvalidArgument
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ItemColumns(_Section):
+    """Columns of the items file; an optional one that is not there is passed over."""
+
+    file: str = Field("", description="the file; empty means the one items.* there is")
+    id: str = Field("id", description="required")
+    title: str = "title"
+    description: str = "description"
+    family_id: str = "family_id"
+    price: str = Field("price", description="empty means that prices are unknown")
+    available_from: str = "available_from"
+    available_until: str = "available_until"
+    text_attributes: tuple[str, ...] = ()
+    number_attributes: tuple[str, ...] = ()
+    filter_only: tuple[str, ...] = Field(
+        (), description="text attributes for filters alone, named with a leading underscore"
+    )
+
+
+class EventColumns(_Section):
+    """Columns of the events file; an optional one that is not there is passed over."""
+
+    file: str = Field("", description="the file; empty means the one events.* there is")
+    event_id: str = Field("event_id", description="made from the row's content when not there")
+    user_id: str = Field("user_id", description="required")
+    item_id: str = Field("item_id", description="required")
+    session_id: str = "session_id"
+    type: str = "type"
+    default_type: str = Field("purchase", description="of an event without a type")
+    time: str = Field("time", description="required: ISO 8601, a date, or seconds since 1970")
+    price: str = "price"
+    position: str = "position"
+
+
+class Time(_Section):
+    """How exactly the shop knows when things happened."""
+
+    granularity: Literal["hour", "day"] = "hour"
+
+
+class Split(_Section):
+    """The last days of the events, kept out of fitting to choose and to report."""
+
+    test_days: int = Field(1, ge=0)
+    validation_days: int = Field(1, ge=0)
+
+
+class Task(_Section):
+    """What an evaluation asks."""
+
+    targets: tuple[str, ...] = Field((), description="event types to predict; the heaviest when empty")
+    queries: dict[Literal["val", "test"], str] = Field({}, description="files of ready-made queries")
+    filter: dict[str, str] = Field({}, description="attributes an item must have to be a candidate")
+
+
+class ShopSettings(_Section):
+    """A shop's description."""
+
+    items: ItemColumns = ItemColumns()
+    events: EventColumns = EventColumns()
+    event_types: dict[str, float] = Field(
+        {"purchase": 1.0}, description="name to weight as an interest; 0 is only shown"
+    )
+    time: Time = Time()
+    split: Split = Split()
+    task: Task = Task()
+
+    @model_validator(mode="after")
+    def _types_exist(self) -> "ShopSettings":
+        known = self.event_types
+        if not known or max(known.values()) <= 0 or min(known.values()) < 0:
+            raise ValueError("event_types needs weights of 0 and more, one above 0 at least")
+        for name in (*self.task.targets, self.events.default_type):
+            if name not in known:
+                raise ValueError(f"{name!r} is none of event_types")
+        return self
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The event types that count as bought."""
+        weights = self.event_types
+        return self.task.targets or (max(weights, key=lambda name: weights[name]),)
+
+
+def read_settings(path: Path | None) -> ShopSettings:
+    """Read a shop.toml; the defaults when there is none.
+
+    Raises:
+        InvalidArgument: names the file and the key.
+    """
+    if path is None:
+        return ShopSettings()
+    try:
+        return ShopSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidArgument.of(str(path), f"is no TOML: {error}") from None
+    except ValidationError as error:
+        raise InvalidArgument(
+            FieldViolation(f"{path.name}: {'.'.join(map(str, e['loc'])) or 'event_types'}", e["msg"])
+            for e in error.errors()
+        ) from None
