@@ -5,6 +5,8 @@ import asyncio
 import logging
 import os
 import sys
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from services.errors import VitrineError
@@ -39,7 +41,76 @@ def _parser() -> argparse.ArgumentParser:
         flag = f"--{name.replace('_', '-')}"
         serve.add_argument(flag, dest=name, help=field.description, required=required)
     serve.set_defaults(run=_serve)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_import(commands)
     return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="the shop directory")
+    parser.add_argument("--shop", type=Path, help="its shop.toml, when that lies elsewhere")
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="turn a shop directory into a bundle")
+    _add_data(train)
+    train.add_argument("--out", type=Path, required=True, help="the directory of bundles")
+    train.add_argument("--until", type=_moment, help="use only events before this date or time")
+    train.add_argument("--text-base", default="minilm", help="a Hugging Face BERT: hub name or directory")
+    train.set_defaults(run=_train)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="answer a split's queries through the serving path")
+    _add_data(evaluate)
+    evaluate.add_argument("--bundle", type=Path, required=True, help="a bundle, or a directory of them")
+    evaluate.add_argument("--split", choices=("val", "test"), required=True)
+    evaluate.add_argument("--out", type=Path, required=True, help="the run, a line of JSON per query")
+    evaluate.add_argument("--limit", type=int, default=0, help="only the first queries; 0 means all")
+    evaluate.add_argument("--reverse", action="store_true", help="answer the last query first")
+    evaluate.add_argument("--over-grpc", type=int, default=200, help="queries compared over gRPC; 0 for none")
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_import(commands: Any) -> None:
+    load = commands.add_parser("import", help="load a shop's events into a state that is not served now")
+    _add_data(load)
+    load.add_argument("--bundle", type=Path, required=True, help="the bundle that will be served")
+    load.add_argument("--state", type=Path, required=True, help="the state directory")
+    load.add_argument("--until", type=_moment, help="only events before this date or time")
+    load.set_defaults(run=_import)
+
+
+def _moment(text: str) -> datetime:
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _train(options: dict[str, Any]) -> None:
+    from training.pipeline import train
+
+    shop_file = options.pop("shop")
+    bundle = train(options.pop("data"), options.pop("out"), shop_file=shop_file, **options)
+    print(bundle)  # noqa: T201 - a command's answer
+
+
+def _evaluate(options: dict[str, Any]) -> None:
+    from services.replay import evaluate
+
+    required = [options.pop(name) for name in ("data", "bundle", "split", "out")]
+    evaluate(*required, shop_file=options.pop("shop"), **options)
+
+
+def _import(options: dict[str, Any]) -> None:
+    from services.bundle import Bundle
+    from services.replay import import_events
+    from training.dataset import read_shop
+
+    bundle = Bundle(options["bundle"])
+    shop = read_shop(options["data"], options["shop"], options["until"])
+    settings = Settings(bundle=bundle.directory, state=options["state"])
+    print(f"{import_events(settings, bundle, shop.events)} events imported")  # noqa: T201
 
 
 def _serve(options: dict[str, Any]) -> None:

@@ -204,7 +204,10 @@ def _moment(value: object, name: str, row: int, report: TableReport) -> datetime
 
 
 def parse_time(value: object) -> int:
-    """Microseconds since 1970 of a datetime, date, ISO 8601 text or number of seconds; the lowest int64 if none."""
+    """Microseconds since 1970 of a datetime, date, ISO 8601 text or number of seconds.
+
+    What is none of these is the lowest int64.
+    """
     try:
         if isinstance(value, str):
             text = value.strip()
@@ -305,7 +308,7 @@ def _kinds(table: pa.Table, columns: EventColumns, types: list[str]) -> np.ndarr
     codes, texts = _codes(table, columns.type)
     default = types.index(columns.default_type)
     kinds = [types.index(t) if t in types else -1 for t in texts] + [default]
-    return np.array(kinds, np.int16)[codes]
+    return np.asarray(np.array(kinds, np.int16)[codes])
 
 
 def _floats(table: pa.Table, name: str) -> np.ndarray:
@@ -318,7 +321,7 @@ def _floats(table: pa.Table, name: str) -> np.ndarray:
         except ValueError:
             value = math.nan
         values.append(value if 0 <= value < math.inf else math.nan)
-    return np.array(values[::-1])[codes]
+    return np.asarray(np.array(values[::-1])[codes])
 
 
 def _event_ids(table: pa.Table, columns: EventColumns) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Tables from files: parquet, csv and json lines, the latter two gzipped or not."""
 
+import codecs
 import gzip
 import json
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -51,13 +53,9 @@ def _read(path: Path) -> tuple[pa.Table, int]:
 
 
 def _read_csv(path: Path) -> tuple[pa.Table, int]:
-    opened = (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.suffix == ".gz"
-        else path.open(encoding="utf-8-sig")
-    )
-    with opened as file:
-        names = pa_csv.read_csv(pa.py_buffer(file.readline().encode())).column_names
+    with _opened(path) as file:
+        header = file.readline().removeprefix(codecs.BOM_UTF8)
+    names = pa_csv.read_csv(pa.py_buffer(header)).column_names
     bad = 0
 
     def skip(_row: object) -> str:
@@ -77,8 +75,7 @@ def _read_csv(path: Path) -> tuple[pa.Table, int]:
 
 def _read_lines(path: Path) -> tuple[pa.Table, int]:
     rows, bad = [], 0
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
+    with _opened(path) as file:
         for line in file:
             try:
                 row = json.loads(line)
@@ -90,6 +87,10 @@ def _read_lines(path: Path) -> tuple[pa.Table, int]:
                 bad += 1
     names = list(dict.fromkeys(name for row in rows for name in row))
     return pa.table({name: pa.array([row.get(name) for row in rows], pa.string()) for name in names}), bad
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _text(value: object) -> str | None:

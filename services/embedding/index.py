@@ -93,14 +93,11 @@ class SpaceIndex:
         selection inside the index otherwise.
         """
         snapshot = self._snapshot
-        if allowed is None:
-            rows = None
-            mask = ~snapshot.dead[: snapshot.length]
-        else:
-            found = (snapshot.row_of.get(int(n)) for n in allowed)
-            rows = np.array([row for row in found if row is not None], np.int64)
-            mask = np.zeros(snapshot.length, bool)
-            mask[rows] = True
+        mask = ~snapshot.dead[: snapshot.length]
+        rows = None
+        if allowed is not None:
+            mask &= np.isin(snapshot.numbers[: snapshot.length], allowed)
+            rows = np.flatnonzero(mask)
         if rows is not None and len(rows) <= _EXACT_ROWS:
             return _exact(snapshot, rows, queries, limit)
         return _indexed(snapshot, mask, queries, limit)
@@ -169,5 +166,6 @@ def _indexed(snapshot: _Snapshot, mask: np.ndarray, queries: np.ndarray, limit: 
 
 
 def _best(numbers: np.ndarray, scores: np.ndarray, limit: int) -> Neighbours:
-    order = np.lexsort((numbers, -scores))[:limit]
+    # A matrix product gives equal vectors scores that differ in the last bit, by their place.
+    order = np.lexsort((numbers, -np.round(scores, 6)))[:limit]
     return Neighbours(numbers[order], scores[order].astype(np.float32))

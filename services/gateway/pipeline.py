@@ -127,10 +127,9 @@ class Pipeline:
             searched = await _attempt("search", self._search(wish, retrieved, groups), first, degraded)
             for result in searched.results if searched else ():
                 candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
-        allowed = self._allowed(wish, retrieved)
-        kept = [n for n in candidates.sources if n in allowed]
+        kept = self._allowed(wish, retrieved, list(candidates.sources))
         if not kept:
-            kept = [n for n in self._popular.tolist() if n in allowed]
+            kept = self._allowed(wish, retrieved, self._popular.tolist())
             candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
         if not kept:
             return Ordered([], [], {}, candidates, degraded, 0)
@@ -203,31 +202,35 @@ class Pipeline:
         retrieved: ranking_pb.RetrieveResponse | None,
         groups: Sequence[embedding_pb.InterestGroup],
     ) -> Awaitable[embedding_pb.SearchResponse]:
-        excluded = set(wish.excluded)
-        excluded.update(item_number(item.item_id) for item in wish.person.session)
-        if retrieved is not None and wish.exclude_bought:
-            excluded.update(retrieved.bought_item_numbers)
         request = embedding_pb.SearchRequest(
             groups=groups,
             limit=self._limits.per_source,
             filter=wish.filter,
-            exclude_item_numbers=sorted(excluded)[:_MAX_EXCLUDED],
+            exclude_item_numbers=sorted(self._excluded(wish, retrieved))[:_MAX_EXCLUDED],
             min_sequence=wish.min_sequence,
             bundle=self.bundle,
         )
         return self._embedding.search(request)
 
-    def _allowed(self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> frozenset[int]:
+    def _allowed(
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, numbers: Sequence[int]
+    ) -> list[int]:
         """The hard rules, on every path: live, available, under the filter, not excluded."""
         mask = self.table.available(wish.as_of)
         if wish.condition is not None:
             condition = filters.evaluate(wish.condition, self.table)
             mask = mask[: len(condition)] & condition[: len(mask)]
-        out = set(wish.excluded)
-        out.update(item_number(item.item_id) for item in wish.person.session)
+        rows = self.table.rows(numbers)
+        held = (rows >= 0) & (rows < len(mask)) & np.append(mask, False)[np.minimum(rows, len(mask))]
+        out = self._excluded(wish, retrieved)
+        return [n for n, ok in zip(numbers, held.tolist(), strict=True) if ok and n not in out]
+
+    @staticmethod
+    def _excluded(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> set[int]:
+        out = {*wish.excluded, *(item_number(item.item_id) for item in wish.person.session)}
         if retrieved is not None and wish.exclude_bought:
             out.update(retrieved.bought_item_numbers)
-        return frozenset(self.table.item_numbers[: len(mask)][mask].tolist()) - out
+        return out
 
     def _diversified(
         self, numbers: list[int], scores: list[float], diversity: float, depth: int = 200

@@ -42,7 +42,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         clock: Callable[[], datetime],
         wait_for: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
+        self.pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
         self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
 
     async def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
@@ -52,7 +52,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         start, as_of = self._page(request, now)
         wish = self._wish(request, as_of)
         await self._wait_for(request.min_sequence)
-        ordered = await self._pipeline.run(wish)
+        ordered = await self.pipeline.run(wish)
         request_id = request.request_id or uuid.uuid4().hex
         page = slice(start, start + size)
         response = pb.RecommendResponse(
@@ -84,7 +84,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             condition=wire.filter_from(request.filter) if request.HasField("filter") else None,
             min_sequence=request.min_sequence,
         )
-        ordered = await self._pipeline.run(wish)
+        ordered = await self.pipeline.run(wish)
         return pb.SimilarItemsResponse(
             items=self._items(ordered, slice(0, size)),
             attribution_token=self._attribution(uuid.uuid4().hex, "similar", now),
@@ -109,7 +109,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 limit=_SEARCH_DEPTH,
                 filter=request.filter if request.HasField("filter") else None,
                 min_sequence=request.min_sequence,
-                bundle=self._pipeline.bundle,
+                bundle=self.pipeline.bundle,
             )
         )
         scores: dict[int, float] = {}
@@ -123,7 +123,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             for place, (number, score) in enumerate(zip(result.item_numbers, result.scores, strict=True), 1):
                 scores[number] = scores.get(number, 0.0) + weight / (_RRF + place)
                 sources.setdefault(number, {})[name] = score
-        table = self._pipeline.table
+        table = self.pipeline.table
         available = table.available(now)
         order = sorted(scores, key=lambda n: (-scores[n], n))
         rows = table.rows(order)
@@ -216,7 +216,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
 
     def _items(self, ordered: Ordered, page: slice) -> list[pb.Recommendation]:
         numbers = ordered.numbers[page]
-        table = self._pipeline.table
+        table = self.pipeline.table
         ids = table.ids(table.rows(numbers))
         items = []
         for number, item_id, score in zip(numbers, ids, ordered.scores[page], strict=True):
@@ -229,17 +229,17 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         return items
 
     def _exists(self, item_id: str, now: datetime) -> bool:
-        table = self._pipeline.table
+        table = self.pipeline.table
         row = int(table.rows([item_number(item_id)])[0])
         return row >= 0 and bool(table.available(now)[row])
 
     def _attribution(self, request_id: str, scenario: str, now: datetime) -> str:
-        return self._tokens.sign("shown", {"r": request_id, "s": scenario, "b": self._pipeline.bundle}, now)
+        return self._tokens.sign("shown", {"r": request_id, "s": scenario, "b": self.pipeline.bundle}, now)
 
     def _versions(self, as_of: datetime, event_sequence: int) -> pb.Versions:
         return pb.Versions(
-            bundle=self._pipeline.bundle,
-            catalog_sequence=self._pipeline.table.sequence,
+            bundle=self.pipeline.bundle,
+            catalog_sequence=self.pipeline.table.sequence,
             event_sequence=event_sequence,
             as_of=wire.time_to(as_of),
         )

@@ -1,0 +1,212 @@
+"""A shop directory: every format reads alike, bad rows are dropped and counted, useless files refused."""
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from services.errors import FailedPrecondition, InvalidArgument
+from tests.conftest import skip_without
+from training.dataset import parse_time, read_shop
+
+Rows = list[dict[str, Any]]
+ITEMS: Rows = [
+    {"id": "001", "title": "Röd scarf", "description": "Wool", "price": 9.5, "colour": "red"},
+    {"id": "002", "title": "茶碗", "description": None, "price": None, "colour": "blue"},
+]
+EVENTS: Rows = [
+    {"user_id": "u1", "item_id": "001", "time": "2026-01-02T10:00:00", "price": 9.0},
+    {"user_id": "u2", "item_id": "002", "time": "2026-01-01", "price": None},
+    {"user_id": "u1", "item_id": "001", "time": "2026-01-02T10:00:00", "price": 9.0},
+]
+TOML = '[items]\ntext_attributes = ["colour"]\n'
+
+
+def as_parquet(path: Path, rows: Rows) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+
+
+def as_csv(path: Path, rows: Rows) -> None:
+    pa_csv.write_csv(pa.Table.from_pylist(rows), path.with_suffix(".csv"))
+
+
+def as_csv_with_a_mark_and_gzip(path: Path, rows: Rows) -> None:
+    plain = io.BytesIO()
+    pa_csv.write_csv(pa.Table.from_pylist(rows), plain)
+    data = b"\xef\xbb\xbf" + plain.getvalue().replace(b"\n", b"\r\n")
+    path.with_suffix(".csv.gz").write_bytes(gzip.compress(data))
+
+
+def as_lines(path: Path, rows: Rows) -> None:
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def as_lines_gzip(path: Path, rows: Rows) -> None:
+    data = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode()
+    path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(data))
+
+
+FORMATS = [as_parquet, as_csv, as_csv_with_a_mark_and_gzip, as_lines, as_lines_gzip]
+
+
+def make(directory: Path, items: Rows, events: Rows, write: Callable[[Path, Rows], None] = as_lines) -> Path:
+    write(directory / "items", items)
+    write(directory / "events", events)
+    (directory / "shop.toml").write_text(TOML)
+    return directory
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_every_format_gives_the_same_shop(tmp_path: Path, write: Callable[[Path, Rows], None]) -> None:
+    shop = read_shop(make(tmp_path, ITEMS, EVENTS, write))
+    assert [(i.id, i.title, i.description, i.price) for i in shop.items] == [
+        ("001", "Röd scarf", "Wool", 9.5),
+        ("002", "茶碗", "", None),
+    ]
+    assert shop.items[0].attributes[0].texts == ("red",)
+    events = shop.events
+    assert [events.user_ids[u] for u in events.user] == ["u2", "u1", "u1"]
+    assert [events.item_ids[i] for i in events.item] == ["002", "001", "001"]
+    np.testing.assert_array_equal(events.price, [np.nan, 9, 9])
+    assert events.time[0] == datetime(2026, 1, 1, tzinfo=UTC).timestamp() * 1e6
+
+
+def test_made_event_ids_do_not_depend_on_the_order_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = read_shop(make(tmp_path / "a", ITEMS, EVENTS)).events.event_ids
+    other = read_shop(make(tmp_path / "b", ITEMS, EVENTS[::-1])).events.event_ids
+    assert sorted(one) == sorted(other)
+    assert len(set(one)) == 3
+
+
+def test_bad_rows_are_dropped_and_counted_and_the_rest_stays(tmp_path: Path) -> None:
+    items = [
+        *ITEMS,
+        {"id": "", "title": "x"},
+        {"id": "a b", "title": "x"},
+        {"id": "001", "title": "again"},
+        {"id": "bare"},
+        {"id": "dear", "title": "x", "price": "much"},
+    ]
+    events = [
+        *EVENTS,
+        {"user_id": "", "item_id": "001", "time": "2026-01-01"},
+        {"user_id": "u1", "item_id": None, "time": "2026-01-01"},
+        {"user_id": "u1", "item_id": "001", "time": "soon"},
+        {"user_id": "u1", "item_id": "001", "time": "2026-01-01", "type": "hug"},
+        {"user_id": "u1", "item_id": "gone", "time": "2026-01-01"},
+        {"user_id": "u1", "item_id": "001", "time": "2026-01-01", "event_id": "e"},
+        {"user_id": "u1", "item_id": "001", "time": "2026-01-01", "event_id": "e"},
+    ]
+    make(tmp_path, items, events)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write("{broken\n[1]\n")
+    shop = read_shop(tmp_path)
+    assert [item.id for item in shop.items] == ["001", "002", "dear"]
+    assert shop.items[2].price is None
+    assert sum(n for r, n in shop.reports["items"].reasons.items() if "dropped" not in r) == 4
+    assert shop.reports["events"].reasons == {
+        "unreadable line": 2,
+        "no user or a bad one": 1,
+        "no item or a bad one": 1,
+        "no time that can be read": 1,
+        "unknown event type": 1,
+        "an event_id that was there before": 1,
+        "note: an item that items do not have": 1,
+    }
+    assert (shop.reports["events"].read, shop.reports["events"].kept) == (12, 5)
+
+
+def test_until_is_exclusive(tmp_path: Path) -> None:
+    shop = read_shop(make(tmp_path, ITEMS, EVENTS), until=datetime(2026, 1, 2, 10, tzinfo=UTC))
+    assert [shop.events.user_ids[u] for u in shop.events.user] == ["u2"]
+
+
+def test_useless_files_are_refused_with_what_they_lack(tmp_path: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="holds no items file"):
+        read_shop(tmp_path)
+    make(tmp_path, ITEMS, EVENTS)
+    (tmp_path / "items.csv").write_text("id\n1\n")
+    with pytest.raises(FailedPrecondition, match="more than one items file"):
+        read_shop(tmp_path)
+    (tmp_path / "items.csv").unlink()
+    as_lines(tmp_path / "events", [{"user_id": "u"}])
+    with pytest.raises(FailedPrecondition, match=r"events.jsonl has no column 'item_id'; it has user_id"):
+        read_shop(tmp_path)
+    (tmp_path / "items.jsonl").unlink()
+    (tmp_path / "items.parquet").write_bytes(b"no parquet")
+    with pytest.raises(FailedPrecondition, match="cannot be read"):
+        read_shop(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("[items]\nname = 'x'\n", "items.name"),
+        ("[time]\ngranularity = 'year'\n", "time.granularity"),
+        ("[event_types]\nclick = 0.0\n", "event_types"),
+        ("[task]\ntargets = ['hug']\n", "event_types"),
+        ("[items\n", "is no TOML"),
+    ],
+)
+def test_a_wrong_shop_toml_names_the_key(tmp_path: Path, text: str, where: str) -> None:
+    make(tmp_path, ITEMS, EVENTS)
+    (tmp_path / "shop.toml").write_text(text)
+    with pytest.raises(InvalidArgument, match=where):
+        read_shop(tmp_path)
+
+
+def test_photographs_are_found_in_files_and_tars(tmp_path: Path) -> None:
+    make(tmp_path, [*ITEMS, {"id": "003"}], EVENTS)
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    (tmp_path / "images" / "deep" / "001.PNG").write_bytes(b"one")
+    with tarfile.open(tmp_path / "images" / "more.tar", "w") as archive:
+        info = tarfile.TarInfo("folder/003.webp")
+        info.size = 5
+        archive.addfile(info, io.BytesIO(b"three"))
+    shop = read_shop(tmp_path)
+    assert [item.id for item in shop.items] == ["001", "002", "003"]
+    assert (shop.photographs.read("001"), shop.photographs.read("003")) == (b"one", b"three")
+    assert "002" not in shop.photographs
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("1970-01-02", 86_400_000_000),
+        ("1970-01-01T02:00:00+02:00", 0),
+        ("12.5", 12_500_000),
+        (12, 12_000_000),
+        ("", np.iinfo(np.int64).min),
+        ("yesterday", np.iinfo(np.int64).min),
+    ],
+)
+def test_times_of_every_kind(value: object, expected: int) -> None:
+    assert parse_time(value) == expected
+
+
+def test_the_real_shop_reads_whole() -> None:
+    root = Path(os.environ.get("VITRINE_HM", Path(__file__).parents[2] / "shared/data/hm"))
+    if not root.is_dir():
+        skip_without("hm", f"{root} is not there")
+    shop = read_shop(root, Path(__file__).parents[1] / "bench/hm/shop.toml")
+    assert len(shop.items) == 105_542
+    assert (len(shop.events), len(shop.events.user_ids), len(shop.events.item_ids)) == (
+        215_627,
+        61_800,
+        28_946,
+    )
+    assert sum(i in shop.photographs for i in shop.events.item_ids) == 28_920
+    assert shop.reports["events"].reasons == {}
