@@ -1,0 +1,1 @@
+"""Measurements: what Vitrine is compared with, and how fast it is."""

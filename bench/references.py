@@ -1,0 +1,123 @@
+"""The simple references of basket completion, nothing trained: runs to score.
+
+    python -m bench.references --data DIR --shop bench/hm/shop.toml --bundle BUNDLES --split val --out RUNS
+
+Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix. The text vectors are the
+bundle's, which must not have seen the query day.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from services.bundle import Bundle
+from services.replay import Query, read_queries
+from training.dataset import read_shop
+from training.pipeline import DAY, baskets
+
+_POPULAR_DAYS = 3
+_FAMILY, _TEXT, _POPULAR = 0.2, 0.1, 1e-3
+
+
+class References:
+    """Scores of every item of the universe for a query: float32 (M,)."""
+
+    def __init__(self, data: Path, shop_file: Path, bundle: Bundle, split: str) -> None:
+        self.day, self.queries = read_queries(data, shop_file, split)
+        everything = read_shop(data, shop_file).events
+        self.items = everything.item_ids  # the universe: every item of the events file
+        place = {item: at for at, item in enumerate(self.items)}
+        past = read_shop(data, shop_file, until=self.day)
+        at = np.array([place[item] for item in past.events.item_ids])[past.events.item]
+        days = past.events.time // DAY
+        recent = days >= days.max() - _POPULAR_DAYS + 1
+        self._popularity = np.bincount(at[recent], minlength=len(self.items)).astype(np.float32)
+        self._cosine = _cosine(baskets(past.events), at, len(self.items))
+        self._history: dict[str, np.ndarray] = {}
+        order = np.argsort(past.events.user, kind="stable")
+        users, start = np.unique(past.events.user[order], return_index=True)
+        for user, rows in zip(users, np.split(order, start[1:]), strict=True):
+            self._history[past.events.user_ids[user]] = np.unique(at[rows][-30:])
+        self._place = place
+        families = {item.id: item.family_id for item in past.items}
+        _, self._family = np.unique([families[item] for item in self.items], return_inverse=True)
+        catalogue = bundle.catalogue()
+        row = {item.id: n for n, item in enumerate(catalogue.items)}
+        rows = [row[item] for item in self.items]
+        self._text = catalogue.vectors["text"][rows].astype(np.float32)
+
+    def seeds(self, query: Query) -> np.ndarray:
+        """The session and the history, as places in the universe."""
+        session = [self._place[item] for item in query.session]
+        past = self._history.get(query.user_id, np.empty(0, np.int64))
+        return np.unique(np.concatenate([np.array(session, np.int64), past]))
+
+    def popular(self, query: Query) -> np.ndarray:
+        """Most bought of the last days."""
+        return self._popularity
+
+    def item_item(self, query: Query) -> np.ndarray:
+        """Cosine of co-occurrence in baskets, summed over the seeds."""
+        return np.asarray(self._cosine[self.seeds(query)].sum(0)).ravel()
+
+    def family(self, query: Query) -> np.ndarray:
+        """Item-item, and other colours of the same product."""
+        mine = np.isin(self._family, self._family[self.seeds(query)])
+        return self.item_item(query) + np.float32(_FAMILY) * mine
+
+    def text(self, query: Query) -> np.ndarray:
+        """Highest text similarity to a seed."""
+        seeds = self.seeds(query)
+        if not len(seeds):
+            return self._popularity
+        return np.asarray((self._text @ self._text[seeds].T).max(1))
+
+    def mix(self, query: Query) -> np.ndarray:
+        """All three with hand-set weights, popularity to break ties."""
+        popular = np.float32(_POPULAR) * np.log1p(self._popularity)
+        return self.family(query) + np.float32(_TEXT) * self.text(query) + popular
+
+    def run(self, score: Callable[[Query], np.ndarray], out: Path, count: int = 20) -> None:
+        """Write the best `count` items of every query, its session left out."""
+        with out.open("w") as file:
+            for query in self.queries:
+                scores = np.array(score(query), np.float32)
+                scores[[self._place[item] for item in query.session]] = -np.inf
+                best = np.argpartition(-scores, count)[:count]
+                best = best[np.lexsort((best, -scores[best]))]
+                items = [self.items[at] for at in best]
+                file.write(json.dumps({"user_id": int(query.user_id), "items": items}) + "\n")
+
+
+def _cosine(groups: np.ndarray, items: np.ndarray, count: int) -> sparse.csr_matrix:
+    _, rows = np.unique(groups, return_inverse=True)
+    ones = np.ones(len(items), np.float32)
+    held = sparse.csr_matrix((ones, (rows, items)), shape=(rows.max() + 1, count))
+    held.data[:] = 1
+    together = (held.T @ held).tocsr()
+    scale = sparse.diags(1 / np.sqrt(np.maximum(together.diagonal(), 1)))
+    cosine = (scale @ (together - sparse.diags(together.diagonal())) @ scale).tocsr()
+    return cosine.astype(np.float32)
+
+
+def main() -> None:
+    """Write every reference's run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("data", "shop", "bundle", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--split", choices=("val", "test"), required=True)
+    options = parser.parse_args()
+    references = References(options.data, options.shop, Bundle(options.bundle), options.split)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in ("popular", "item_item", "family", "text", "mix"):
+        references.run(getattr(references, name), options.out / f"{name}.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""From a shop directory to answered queries: train, import, evaluate, as a user runs them."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from services.bundle import MANIFEST, Bundle
+from services.cli import main
+from services.errors import FailedPrecondition
+from tests.models import make_text_encoder
+from training.stages import Stages
+
+WORLDS = ("garden", "kitchen")
+TOML = """
+[items]
+text_attributes = ["world"]
+filter_only = ["sold"]
+[time]
+granularity = "day"
+[task]
+queries = { val = "queries.jsonl" }
+filter = { _sold = "true" }
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two worlds of twelve items; on each of five days, ten people buy four things of one world."""
+    directory = tmp_path_factory.mktemp("shop")
+    generator = np.random.default_rng(0)
+    items = [
+        {
+            "id": f"{w}-{n:02}",
+            "title": f"{w} thing {n}",
+            "world": w,
+            "sold": n < 11,
+            "family_id": f"{w}{n // 2}",
+        }
+        for w in WORLDS
+        for n in range(12)
+    ]
+    events, queries = [], []
+    for day in range(1, 7):
+        for person in range(10):
+            world = WORLDS[person % 2]
+            bought = [f"{world}-{n:02}" for n in generator.permutation(11)[:4]]
+            if day == 6:
+                query = {"user_id": f"p{person}", "date": "2026-01-06", "session": bought[:2]}
+                queries.append(query | {"targets": bought[2:]})
+            for item in bought:
+                events.append(
+                    {"user_id": f"p{person}", "item_id": item, "time": f"2026-01-0{day}", "price": 2}
+                )
+    for name, rows in (("items", items), ("events", events), ("queries", queries)):
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "shop.toml").write_text(TOML)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def bundles(shop: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    out = tmp_path_factory.mktemp("bundles")
+    assert train(shop, base, out, "2026-01-06") == 0
+    yield out
+
+
+def train(shop: Path, base: Path, out: Path, until: str) -> int:
+    return main(["train", f"--data={shop}", f"--out={out}", f"--until={until}", f"--text-base={base}"])
+
+
+def evaluate(shop: Path, bundles: Path, out: Path, *more: str) -> int:
+    return main(["evaluate", f"--data={shop}", f"--bundle={bundles}", "--split=val", f"--out={out}", *more])
+
+
+def test_queries_are_answered_alike_in_any_order_and_by_three_processes(
+    shop: Path, bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(shop, bundles, tmp_path / "run.jsonl", "--over-grpc=5") == 0
+    printed = capsys.readouterr().out
+    assert "5 queries over gRPC to three processes: 0 lists differ" in printed
+    summary = json.loads(printed[: printed.index("}\n5") + 1])
+    assert summary["degraded"] == 0
+    assert summary["targets_among_candidates"] == 1
+    assert {"graph", "popular", "family", "text"} <= summary["candidates_per_query"].keys()
+    assert evaluate(shop, bundles, tmp_path / "reverse.jsonl", "--reverse", "--over-grpc=0") == 0
+    assert (tmp_path / "run.jsonl").read_bytes() == (tmp_path / "reverse.jsonl").read_bytes()
+    for line in (tmp_path / "run.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        world = WORLDS[int(answer["user_id"][1:]) % 2]
+        assert len(answer["items"]) == 20
+        assert all(item.startswith(world) for item in answer["items"][:9])
+        assert not any(item.endswith("-11") for item in answer["items"])  # never sold: the filter holds
+
+
+def test_a_bundle_that_saw_the_day_is_refused(shop: Path, base: Path, tmp_path: Path) -> None:
+    assert train(shop, base, tmp_path / "late", "2026-01-07") == 0
+    assert evaluate(shop, tmp_path / "late", tmp_path / "run.jsonl") == 1
+    assert not (tmp_path / "run.jsonl").exists()
+
+
+def test_a_second_run_takes_over_what_the_first_finished(
+    shop: Path, base: Path, bundles: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = sorted(path.name for path in bundles.iterdir())
+    with caplog.at_level(logging.INFO):
+        assert train(shop, base, bundles, "2026-01-06") == 0
+    kept = [r.getMessage() for r in caplog.records if "kept from an earlier run" in r.getMessage()]
+    assert [message.split(":")[0] for message in kept] == ["text", "vectors", "graph"]
+    assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
+    with caplog.at_level(logging.INFO):
+        caplog.clear()
+        assert train(shop, base, bundles, "2026-01-05") == 0
+    done = [r.getMessage().split(":")[0] for r in caplog.records if ": done in" in r.getMessage()]
+    assert done == ["graph"]  # fewer events, the same texts
+
+
+def test_a_changed_file_is_found_out(bundles: Path) -> None:
+    bundle = Bundle(bundles)
+    victim = bundle.directory / "popular" / "numbers.npy"
+    data = victim.read_bytes()
+    victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    try:
+        with pytest.raises(FailedPrecondition, match=r"popular/numbers.npy is not the file"):
+            Bundle(bundles)
+    finally:
+        victim.write_bytes(data)
+
+
+def test_events_are_imported_once(
+    shop: Path, bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", f"--data={shop}", f"--bundle={bundles}", f"--state={tmp_path}"]
+    assert [main(command), main(command)] == [0, 0]
+    assert capsys.readouterr().out.splitlines() == ["240 events imported", "0 events imported"]
+
+
+def test_a_stage_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    stages = Stages(tmp_path)
+
+    def broken(directory: Path) -> None:
+        (directory / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stages.run("s", [1], [], broken)
+    whole = stages.run("s", [1], [], lambda d: None)
+    assert list(whole.iterdir()) == []
+    assert stages.run("s", [1], [], broken) == whole
+    assert not (whole / MANIFEST).exists()
