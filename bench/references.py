@@ -43,8 +43,8 @@ class References:
         for user, rows in zip(users, np.split(order, start[1:]), strict=True):
             self._history[past.events.user_ids[user]] = np.unique(at[rows][-30:])
         self._place = place
-        families = {item.id: item.family_id for item in past.items}
-        _, self._family = np.unique([families[item] for item in self.items], return_inverse=True)
+        family_of = {item.id: item.family_id for item in past.items}
+        _, self._family = np.unique([family_of[item] for item in self.items], return_inverse=True)
         catalogue = bundle.catalogue()
         row = {item.id: n for n, item in enumerate(catalogue.items)}
         rows = [row[item] for item in self.items]

@@ -28,11 +28,13 @@ class Neighbours:
 class _Snapshot:
     """What readers see: rows [0, base) are in `index`, rows [base, length) in `fresh`.
 
-    `numbers` and `dead` cover rows [0, length) and may be longer; `fresh` likewise.
+    `numbers` and `dead` cover rows [0, length) and may be longer; `fresh` likewise. `order`
+    sorts the numbers of the base.
     """
 
     index: faiss.Index
     base: np.ndarray
+    order: np.ndarray
     fresh: np.ndarray
     length: int
     numbers: np.ndarray
@@ -96,7 +98,7 @@ class SpaceIndex:
         mask = ~snapshot.dead[: snapshot.length]
         rows = None
         if allowed is not None:
-            mask &= np.isin(snapshot.numbers[: snapshot.length], allowed)
+            mask &= _held(snapshot, allowed)
             rows = np.flatnonzero(mask)
         if rows is not None and len(rows) <= _EXACT_ROWS:
             return _exact(snapshot, rows, queries, limit)
@@ -110,12 +112,25 @@ def _build(numbers: np.ndarray, vectors: np.ndarray, room: int = _FRESH_ROWS) ->
     return _Snapshot(
         index=index,
         base=vectors,
+        order=np.argsort(numbers),
         fresh=np.zeros((room, dimension), np.float32),
         length=count,
         numbers=np.concatenate([numbers.astype(np.int64), np.zeros(room, np.int64)]),
         dead=np.zeros(count + room, bool),
         row_of=dict(zip(numbers.tolist(), range(count), strict=True)),
     )
+
+
+def _held(snapshot: _Snapshot, allowed: np.ndarray) -> np.ndarray:
+    """Which rows hold an item of `allowed`: bool (length,)."""
+    mask = np.zeros(snapshot.length, bool)
+    base = len(snapshot.base)
+    if base:
+        at = np.minimum(np.searchsorted(snapshot.numbers[:base], allowed, sorter=snapshot.order), base - 1)
+        rows = snapshot.order[at]
+        mask[rows[snapshot.numbers[rows] == allowed]] = True
+    mask[base:] = np.isin(snapshot.numbers[base : snapshot.length], allowed)
+    return mask
 
 
 def _compact(snapshot: _Snapshot, room: int) -> _Snapshot:

@@ -53,6 +53,7 @@ class Features:
 
     def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
         self._table, self._graph, self._attributes = table, graph, tuple(attributes)
+        self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
         relations = graph.names
         self.names: tuple[str, ...] = (
             *(f"popular_{days}d" for days in WINDOWS),
@@ -116,9 +117,8 @@ class Features:
         codes = self._codes("family_id", moment)
         if codes is None:
             return [np.float32(np.nan)] * 3
-        mine, size = codes[rows], int(codes.max(initial=-1)) + 1
-        known = codes >= 0
-        total = np.bincount(codes[known], moment.popular[known, 2], size)
+        total = self._popular_by("family_id", codes, moment)
+        mine, size = codes[rows], len(total)
         return [
             _share(mine, codes[query.session], size) * len(query.session),
             _share(mine, codes[query.history], size) * len(query.history),
@@ -158,15 +158,24 @@ class Features:
         codes = self._codes(name, moment)
         if codes is None:
             return [np.float32(np.nan)] * 3
-        mine, size = codes[rows], int(codes.max(initial=-1)) + 1
-        known = codes >= 0
-        total = np.bincount(codes[known], moment.popular[known, 2], size)
+        total = self._popular_by(name, codes, moment)
+        mine, size = codes[rows], len(total)
         share = total / max(float(total.sum()), 1.0)
         return [
             _share(mine, codes[query.session], size),
             _share(mine, codes[query.history], size),
             np.where(mine >= 0, np.append(share, np.nan)[mine], np.nan),
         ]
+
+    def _popular_by(self, attribute: str, codes: np.ndarray, moment: Moment) -> np.ndarray:
+        """Engagements of the last week by value of an attribute, float64 (V,): once per moment."""
+        sums = self._sums
+        if sums is None or sums[0] is not moment:
+            self._sums = sums = (moment, {})
+        if attribute not in sums[1]:
+            known, size = codes >= 0, int(codes.max(initial=-1)) + 1
+            sums[1][attribute] = np.bincount(codes[known], moment.popular[known, 2], size)
+        return sums[1][attribute]
 
     def _codes(self, attribute: str, moment: Moment) -> np.ndarray | None:
         # The table may have grown since the moment was taken.
