@@ -40,8 +40,8 @@ class References:
         self._history: dict[str, np.ndarray] = {}
         order = np.argsort(past.events.user, kind="stable")
         users, start = np.unique(past.events.user[order], return_index=True)
-        for user, rows in zip(users, np.split(order, start[1:]), strict=True):
-            self._history[past.events.user_ids[user]] = np.unique(at[rows][-30:])
+        for user, mine in zip(users, np.split(order, start[1:]), strict=True):
+            self._history[past.events.user_ids[user]] = np.unique(at[mine][-30:])
         self._place = place
         family_of = {item.id: item.family_id for item in past.items}
         _, self._family = np.unique([family_of[item] for item in self.items], return_inverse=True)
