@@ -1,0 +1,1 @@
+"""A made-up shop with a known truth, and a tour of Vitrine through it."""
