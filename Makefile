@@ -4,11 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 
-.PHONY: test check protos
+.PHONY: demo test check protos bench-hm
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,postgres,dev]' --constraint constraints.txt
 	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python -m demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
@@ -24,3 +27,6 @@ check: $(VENV)/ready
 	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh $(CURDIR)/build/protos
 	$(BUF) lint build/protos/vitrine.binpb --config protos/buf.yaml
 	diff -r -x '*.binpb' -x __pycache__ build/protos/vitrine protos/gen/vitrine
+
+bench-hm: $(VENV)/ready
+	$(BIN)/python -m bench.hm --split val

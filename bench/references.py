@@ -17,7 +17,7 @@ from scipy import sparse
 from services.bundle import Bundle
 from services.replay import Query, read_queries
 from training.dataset import read_shop
-from training.pipeline import DAY, baskets
+from training.queries import DAY, baskets
 
 _POPULAR_DAYS = 3
 _FAMILY, _TEXT, _POPULAR = 0.2, 0.1, 1e-3

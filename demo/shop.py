@@ -45,7 +45,27 @@ purchase = 1.0
 granularity = "hour"
 
 [split]
-test_days = 3
+test_days = 7
+
+# Small enough for two cores and a few minutes.
+[text]
+layers = 2
+steps = 60
+batch = 64
+learning_rate = 1e-4
+head_steps = 150
+
+[image]
+epochs = 6
+batch = 64
+head_steps = 150
+
+[ranking]
+days = 28
+queries = 4000
+candidates = 150
+judged = 600
+trees = 150
 """
 
 

@@ -4,6 +4,7 @@
     catalogue/        the items trained on, with their vectors
     text/ image/      the encoders
     graph/ …          one directory per further component
+    report/           what training found it to be worth
 
 Written aside and renamed, so that a directory with a manifest is whole. Knows nothing of
 what the components mean.
@@ -25,6 +26,7 @@ from services.errors import FailedPrecondition
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+REPORT = "report"
 _ITEMS = "items.jsonl.gz"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -115,7 +117,9 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
         for path in sorted(staged.rglob("*"))
         if path.is_file()
     }
-    content = json.dumps([files, asdict(profile)], sort_keys=True).encode()
+    # The report tells of the run, how long it took among other things: it does not make a version.
+    made = {name: digest for name, digest in files.items() if not name.startswith(REPORT + "/")}
+    content = json.dumps([made, asdict(profile)], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=6).hexdigest()
     version = f"{(until or datetime.now(UTC)):%Y%m%dT%H%M%S}-{digest}"
     manifest: dict[str, Any] = {

@@ -16,6 +16,9 @@ from services.settings import Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 when it did what was asked, 1 with a line on stderr when it could not."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_worth_reading)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that libraries draw while they load weights
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     run = options.pop("run")
@@ -25,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vitrine: {error}", file=sys.stderr)  # noqa: T201 - a command's answer
         return 1
     return 0
+
+
+def _worth_reading(record: logging.LogRecord) -> bool:
+    # open_clip writes a dozen lines to the root logger for every model it opens.
+    return record.name != "root" or record.levelno >= logging.WARNING
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +65,10 @@ def _add_train(commands: Any) -> None:
     _add_data(train)
     train.add_argument("--out", type=Path, required=True, help="the directory of bundles")
     train.add_argument("--until", type=_moment, help="use only events before this date or time")
-    train.add_argument("--text-base", default="minilm", help="a Hugging Face BERT: hub name or directory")
+    train.add_argument(
+        "--text-base", help="a Hugging Face BERT, hub name or directory, in place of shop.toml's"
+    )
+    train.add_argument("--image-base", help="an open_clip model:tag or directory, in place of shop.toml's")
     train.set_defaults(run=_train)
 
 

@@ -100,6 +100,21 @@ class ItemTable:
         self._vectors: dict[str, _VectorColumn] = {}
         self.sequence = 0
 
+    @classmethod
+    def of(
+        cls,
+        items: Sequence[Item],
+        vectors: Mapping[str, np.ndarray],
+        present: Mapping[str, np.ndarray],
+        created: Sequence[datetime],
+    ) -> "ItemTable":
+        """A table of items with, of each space, vectors (N, D) where `present`, bool (N,)."""
+        table = cls(capacity=max(1024, len(items)))
+        for at, item in enumerate(items):
+            mine = {space: values[at] for space, values in vectors.items() if present[space][at]}
+            table.apply([Change(item_number(item.id), 0, item, created[at], mine)])
+        return table
+
     @property
     def length(self) -> int:
         """The number of rows, live or not."""

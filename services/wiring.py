@@ -10,9 +10,8 @@ import numpy as np
 
 from services import store
 from services.bundle import Bundle, Catalogue, created
-from services.catalog import item_number
 from services.follower import Follower
-from services.item_table import Change, ItemTable
+from services.item_table import ItemTable
 from services.server import Server, Service
 from services.settings import Settings
 
@@ -126,7 +125,14 @@ class App:
         events = behaviour.BehaviourStore(engine, self.bundle.profile.event_types, self.clock)
         directory = self.bundle.component("graph")
         fitted = graph.ItemGraph.load(directory) if directory else graph.ItemGraph.empty()
-        domain = ranking.Ranking(events, self._items(ItemTable()), fitted, self.bundle.profile)
+        domain = ranking.Ranking(
+            events,
+            self._items(ItemTable()),
+            fitted,
+            self.bundle.profile,
+            self.bundle.component("ctr"),
+            self.bundle.component("reranker"),
+        )
         self._closing.append(domain.close)
         hosted = servicer.RankingServicer(domain, self.bundle.version)
         self._local[RANKING] = hosted
@@ -187,9 +193,6 @@ def _clock(fixed: datetime | None) -> Callable[[], datetime]:
     return (lambda: datetime.now(UTC)) if fixed is None else (lambda: fixed)
 
 
-def _table_of(catalogue: Catalogue) -> ItemTable:
-    table = ItemTable(capacity=max(1024, len(catalogue.items)))
-    for at, item in enumerate(catalogue.items):
-        mine = {s: values[at] for s, values in catalogue.vectors.items() if catalogue.present[s][at]}
-        table.apply([Change(item_number(item.id), 0, item, created(item), mine)])
-    return table
+def _table_of(brought: Catalogue) -> ItemTable:
+    since = [created(item) for item in brought.items]
+    return ItemTable.of(brought.items, brought.vectors, brought.present, since)

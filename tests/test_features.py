@@ -146,11 +146,15 @@ def test_features_say_what_their_names_say() -> None:
 def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     items, hour = table(), 39 * 24
     state = state_of([(u, i, 2, hour) for u in range(4) for i in range(u + 1)])
-    sources = Sources(
-        items, GraphView(fit_item_graph(np.zeros(0, int), np.zeros(0, int), NUMBERS[:0]), items)
-    )
+    nothing = fit_item_graph(np.zeros(0, int), np.zeros(0, int), NUMBERS[:0])
+    sources = Sources(items, GraphView(nothing, items), ["colour", "nowhere"])
     allowed = np.array([False, True, True, True, True, True])
     person = make_query(state, items, Person(), columns([]), NOW, np.array([2]))
     rows, scores = sources.candidates("popular", person, moment(state, items, NOW), allowed, 2)
     assert rows.tolist() == [1, 2]
     assert scores[0] > scores[1]
+    of_red = make_query(
+        state, items, Person(session=((int(NUMBERS[0]), "purchase"),)), columns([]), NOW, np.array([2])
+    )
+    rows, _ = sources.candidates("affinity", of_red, moment(state, items, NOW), allowed, 6)
+    assert rows.tolist() == [2]  # of the red ones, 0 is not allowed and nobody bought 4

@@ -30,6 +30,11 @@ class Photographs:
     def __len__(self) -> int:
         return len(self._places)
 
+    def stamp(self, item_id: str) -> str:
+        """What changes when an item's file does: its place, size and time of writing."""
+        path, offset, size = self._places[item_id]
+        return f"{path.name} {offset} {size} {path.stat().st_mtime_ns}"
+
     def read(self, item_id: str) -> bytes:
         """The file of an item; KeyError when it has none."""
         path, offset, size = self._places[item_id]

@@ -1,31 +1,65 @@
-"""`vitrine train`: a shop directory in, a published bundle out, stage by stage."""
+"""`vitrine train`: a shop directory in, a published bundle out, stage by stage.
 
+The last days of the events are the ranking days: what is learned from behaviour before them makes
+the rows that CTR head and reranker learn from, so that no row knows its own basket. What
+is published is then fitted once more on everything.
+"""
+
+import json
 import logging
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from services.bundle import Catalogue, Profile, publish, write_catalogue
-from services.catalog import item_number, item_text
-from services.embedding import encoders
-from services.embedding.encoders import TextEncoder, TextSettings
-from services.ranking import graph as graph_module
-from training import item_graph, text_encoder
-from training.dataset import Events, Shop, read_shop
+from services.bundle import REPORT, Catalogue, Profile, publish, write_catalogue
+from services.catalog import Item, item_number
+from services.ranking import ctr as ctr_module
+from services.ranking import features, graph, moment, reranker, sources
+from services.ranking.graph import ItemGraph
+from training import ctr as ctr_fit
+from training import encoding, item_graph, judging, lesson, queries, rankers, ranking, replay, rows
+from training import reranker as reranker_fit
+from training.dataset import Shop, read_shop
+from training.encoding import Encoded
+from training.queries import DAY, baskets
+from training.replay import Replay
+from training.report import write_report
+from training.shop_settings import ShopSettings
 from training.stages import Stages, digest_of
 
-DAY = 86_400_000_000
 _POPULAR = 2000
 _POPULAR_DAYS = 7
-_ENCODED_AT_ONCE = 2048
+_RANKING_CODE = [
+    queries,
+    replay,
+    rows,
+    lesson,
+    rankers,
+    ranking,
+    ctr_fit,
+    reranker_fit,
+    features,
+    graph,
+    moment,
+    sources,
+    ctr_module,
+    reranker,
+]
 _log = logging.getLogger(__name__)
 
 
-def train(data: Path, out: Path, *, shop_file: Path | None, until: datetime | None, text_base: str) -> Path:
+def train(
+    data: Path,
+    out: Path,
+    *,
+    shop_file: Path | None,
+    until: datetime | None,
+    text_base: str | None = None,
+    image_base: str | None = None,
+) -> Path:
     """Train on a shop directory and publish; the bundle's directory.
 
     Only events before `until` are used. What an earlier run finished on the same inputs is
@@ -34,21 +68,30 @@ def train(data: Path, out: Path, *, shop_file: Path | None, until: datetime | No
     shop = read_shop(data, shop_file, until)
     for report in shop.reports.values():
         _log.info("%s: %d rows read, %d kept %s", report.file, report.read, report.kept, dict(report.reasons))
+    settings = _with_bases(shop.settings, text_base, image_base)
     stages = Stages(out / ".stages")
-    text = _text_stage(stages, text_base)
-    vectors = _vector_stage(stages, shop, text)
-    graph = _graph_stage(stages, shop.events, shop.settings.time.granularity)
+    learned_until = lesson.first_day(shop.events, settings) * DAY
+    encoded = encoding.encode(stages, shop, settings, learned_until)
+    graphs = _graph_stage(stages, shop, encoded, learned_until)
+    ranked = _ranking_stage(stages, shop, settings, encoded, graphs)
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    shutil.copytree(text, staged / "text")
-    shutil.copytree(graph, staged / "graph")
-    text_vectors = np.load(vectors / "text.npy")
-    present = np.ones(len(shop.items), bool)
-    write_catalogue(staged / "catalogue", Catalogue(shop.items, {"text": text_vectors}, {"text": present}))
+    for space, encoder in encoded.encoders.items():
+        shutil.copytree(encoder, staged / space)
+    shutil.copytree(graphs / "final", staged / "graph")
+    for part in ranking.PARTS:
+        if (ranked / part).is_dir():
+            shutil.copytree(ranked / part, staged / part)
+    items = _with_photographs(shop.items, encoded)
+    write_catalogue(staged / "catalogue", Catalogue(items, encoded.final, encoded.present))
     (staged / "popular").mkdir()
     np.save(staged / "popular" / "numbers.npy", popular(shop))
-    return publish(staged, out, profile(shop), until)
+    found = json.loads((ranked / judging.FILE).read_text())
+    write_report(staged / REPORT, _report(shop, until, encoded, found, stages))
+    bundle = publish(staged, out, profile(shop), until)
+    shutil.rmtree(staged, ignore_errors=True)  # still there when the same bundle was
+    return bundle
 
 
 def profile(shop: Shop) -> Profile:
@@ -74,50 +117,100 @@ def popular(shop: Shop) -> np.ndarray:
     return np.array([n for n in numbers[order].tolist() if n in known][:_POPULAR], np.int64)
 
 
-def _text_stage(stages: Stages, base: str) -> Path:
-    bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    settings = TextSettings(max_tokens=96, precision="bf16" if bf16 else "fp32")
-    located = text_encoder.locate(base)
-    identity = encoders.digest(Path(located)) if Path(located).is_dir() else located
-    return stages.run(
-        "text",
-        [identity, asdict(settings)],
-        [text_encoder],
-        lambda directory: text_encoder.save_frozen(base, directory, settings),
-    )
+def _with_bases(settings: ShopSettings, text_base: str | None, image_base: str | None) -> ShopSettings:
+    text = settings.text.model_copy(update={"base": text_base} if text_base else {})
+    image = settings.image.model_copy(update={"base": image_base} if image_base else {})
+    return settings.model_copy(update={"text": text, "image": image})
 
 
-def _vector_stage(stages: Stages, shop: Shop, encoder: Path) -> Path:
-    texts = [item_text(item) for item in shop.items]
+def _with_photographs(items: list[Item], encoded: Encoded) -> list[Item]:
+    """The items with the hash of their photograph, where that was encoded."""
+    return [
+        Item(**{**item.__dict__, "image_hash": encoded.photographs[item.id]})
+        if item.id in encoded.photographs
+        else item
+        for item in items
+    ]
+
+
+def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: int) -> Path:
+    """One graph for each ranking day, of earlier events alone, and the one of all events."""
+    events = shop.events
+    engaged = np.array(list(shop.settings.event_types.values()))[events.kind] > 0
+    numbers = np.array([item_number(item.id) for item in shop.items], np.int64)
+    nodes = np.unique(np.concatenate([numbers, events.number]))
+    groups = baskets(events)
 
     def build(directory: Path) -> None:
-        model = TextEncoder(encoder, "cuda" if torch.cuda.is_available() else "cpu")
-        rows = []
-        for start in range(0, len(texts), _ENCODED_AT_ONCE):
-            rows.append(model.encode(texts[start : start + _ENCODED_AT_ONCE]).vectors.astype(np.float16))
-            _log.info("texts: %d of %d encoded", min(start + _ENCODED_AT_ONCE, len(texts)), len(texts))
-        np.save(directory / "text.npy", np.concatenate(rows))
+        content = {
+            space: item_graph.content_relation(
+                values, encoded.present[space], numbers, nodes, events.number[engaged]
+            )
+            for space, values in encoded.base.items()
+        }
+        last = int(events.time[-1] // DAY)
+        for name in [*range(learned_until // DAY, last + 1), "final"]:
+            mine = engaged if name == "final" else engaged & (events.time < name * DAY)
+            fitted = item_graph.fit_item_graph(
+                events.user[mine].astype(np.int64), groups[mine], events.number[mine], nodes=nodes
+            )
+            ItemGraph(fitted.numbers, {**fitted.relations, **content}).save(directory / str(name))
 
-    inputs = [encoders.digest(encoder), digest_of(*(text.encode() for text in texts))]
-    return stages.run("vectors", inputs, [encoders], build)
-
-
-def _graph_stage(stages: Stages, events: Events, granularity: str) -> Path:
-    inputs = digest_of(
-        events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), events.kind.tobytes()
-    )
-    return stages.run(
-        "graph",
-        [inputs, granularity],
-        [item_graph, graph_module],
-        lambda directory: item_graph.fit_item_graph(
-            events.user.astype(np.int64), baskets(events), events.number
-        ).save(directory),
-    )
+    inputs = [
+        digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
+        digest_of(engaged.tobytes(), nodes.tobytes()),
+        learned_until,
+        encoded.base_keys,
+    ]
+    return stages.run("graph", inputs, [item_graph, graph], build)
 
 
-def baskets(events: Events) -> np.ndarray:
-    """The basket of each event, int64 (N,): its session, or what its person did that day."""
-    day = events.time // DAY
-    of_day = events.user.astype(np.int64) * (1 << 31) + day
-    return np.where(events.session >= 0, -1 - events.session.astype(np.int64), of_day)
+def _ranking_stage(
+    stages: Stages, shop: Shop, settings: ShopSettings, encoded: Encoded, graphs: Path
+) -> Path:
+    """The CTR head and the reranker, with what they were judged to be worth."""
+    events = shop.events
+
+    def build(directory: Path) -> None:
+        by_day = {int(p.name): ItemGraph.load(p) for p in graphs.iterdir() if p.name.isdigit()}
+        past = Replay(shop, by_day, encoded.fold, encoded.present)
+        ranking.fit(past, shop, settings, encoded.fold, directory)
+
+    inputs = [
+        graphs.name,
+        encoded.fold_keys,
+        digest_of(events.kind.tobytes(), events.position.tobytes(), events.session.tobytes()),
+        digest_of(events.price.tobytes(), repr(shop.items).encode(), *(k.encode() for k in events.user_ids)),
+        settings.model_dump(mode="json", exclude={"text", "image"}),
+    ]
+    return stages.run("ranking", inputs, [*_RANKING_CODE, judging], build)
+
+
+def _report(
+    shop: Shop,
+    until: datetime | None,
+    encoded: Encoded,
+    found: Mapping[str, object],
+    stages: Stages,
+) -> dict[str, object]:
+    return {
+        "shop": {
+            "items": len(shop.items),
+            "events": len(shop.events),
+            "users": len(np.unique(shop.events.user)),
+            "photographs": len(encoded.photographs),
+            "until": until.isoformat() if until else None,
+        },
+        "input": {
+            report.file: {
+                "read": report.read,
+                "kept": report.kept,
+                "reasons": dict(report.reasons),
+                "examples": report.examples,
+            }
+            for report in shop.reports.values()
+        },
+        "encoders": encoded.judged,
+        **found,
+        "stages": stages.seconds,
+    }

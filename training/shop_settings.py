@@ -55,8 +55,9 @@ class Time(_Section):
 class Split(_Section):
     """The last days of the events, kept out of fitting to choose and to report."""
 
-    test_days: int = Field(1, ge=0)
-    validation_days: int = Field(1, ge=0)
+    test_days: int = Field(
+        1, ge=1, description="what the report is judged on; learned from as well, afterwards"
+    )
 
 
 class Task(_Section):
@@ -65,6 +66,43 @@ class Task(_Section):
     targets: tuple[str, ...] = Field((), description="event types to predict; the heaviest when empty")
     queries: dict[Literal["val", "test"], str] = Field({}, description="files of ready-made queries")
     filter: dict[str, str] = Field({}, description="attributes an item must have to be a candidate")
+
+
+class TextTraining(_Section):
+    """How the text encoder is made."""
+
+    base: str = Field("minilm", description="a Hugging Face BERT: hub name or directory")
+    mode: Literal["full", "lora", "frozen"] = "full"
+    layers: int = Field(0, ge=0, description="tune only so many of the top layers; 0 means the whole model")
+    steps: int = Field(300, ge=0)
+    batch: int = Field(128, ge=2)
+    learning_rate: float = Field(3e-5, gt=0)
+    max_tokens: int = Field(64, ge=4, le=512)
+    head_steps: int = Field(300, ge=0, description="steps of the projection that is fitted last")
+
+
+class ImageTraining(_Section):
+    """How the image encoder is made; a shop without photographs has none."""
+
+    base: str = Field(
+        "small",
+        description='"small", trained from scratch, or an open_clip "model:pretrained tag", or a directory',
+    )
+    epochs: int = Field(6, ge=0)
+    batch: int = Field(64, ge=2, description="small for small shops: the number of steps counts")
+    learning_rate: float = Field(5e-4, gt=0)
+    head_steps: int = Field(300, ge=0, description="steps of the projection that is fitted last")
+
+
+class RankingTraining(_Section):
+    """How the CTR head and the reranker are made."""
+
+    days: int = Field(2, ge=2, description="the last days, whose baskets they learn from")
+    queries: int = Field(12_000, ge=1, description="the most baskets they learn from")
+    candidates: int = Field(200, ge=10, description="the candidates of a basket that are kept as rows")
+    judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
+    trees: int = Field(250, ge=1)
+    ctr_epochs: int = Field(3, ge=1)
 
 
 class ShopSettings(_Section):
@@ -78,6 +116,9 @@ class ShopSettings(_Section):
     time: Time = Time()
     split: Split = Split()
     task: Task = Task()
+    text: TextTraining = TextTraining()
+    image: ImageTraining = ImageTraining()
+    ranking: RankingTraining = RankingTraining()
 
     @model_validator(mode="after")
     def _types_exist(self) -> "ShopSettings":

@@ -18,10 +18,14 @@ _log = logging.getLogger(__name__)
 
 
 class Stages:
-    """Stage directories under `root`, named after the stage and the key of its inputs."""
+    """Stage directories under `root`, named after the stage and the key of its inputs.
+
+    `seconds` tells how long those took that were run.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self.seconds: dict[str, float] = {}
         root.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, inputs: Any, code: list[ModuleType], build: Callable[[Path], None]) -> Path:
@@ -37,9 +41,14 @@ class Stages:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         began = time.perf_counter()
-        build(aside)
+        try:
+            build(aside)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self.seconds[name] = round(time.perf_counter() - began, 1)
         aside.rename(done)
-        _log.info("%s: done in %.1f s", name, time.perf_counter() - began)
+        _log.info("%s: done in %.1f s", name, self.seconds[name])
         return done
 
 

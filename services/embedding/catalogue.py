@@ -432,14 +432,6 @@ def _without(near: Neighbours, excluded: Sequence[int], limit: int) -> Neighbour
     return Neighbours(near.numbers[keep], near.scores[keep])
 
 
-def centre(vectors: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The unit vector float32 (D,) of a weighted group, float32 (N, D); zeros when they cancel out."""
-    mean = weights @ vectors
-    length = float(np.linalg.norm(mean))
-    unit: np.ndarray = mean / length if length else mean
-    return unit.astype(np.float32)
-
-
 def numbers_of(item_numbers: Sequence[int], item_ids: Sequence[str]) -> list[int]:
     """The numbers, or, when there are none, those of the ids."""
     return list(item_numbers) or [item_number(item_id) for item_id in item_ids]

@@ -184,3 +184,11 @@ def _best(numbers: np.ndarray, scores: np.ndarray, limit: int) -> Neighbours:
     # A matrix product gives equal vectors scores that differ in the last bit, by their place.
     order = np.lexsort((numbers, -np.round(scores, 6)))[:limit]
     return Neighbours(numbers[order], scores[order].astype(np.float32))
+
+
+def centre(vectors: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The unit vector float32 (D,) of a weighted group, float32 (N, D); zeros when they cancel out."""
+    mean = weights @ vectors
+    length = float(np.linalg.norm(mean))
+    unit: np.ndarray = mean / length if length else mean
+    return unit.astype(np.float32)

@@ -11,8 +11,8 @@ from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
 from services import status, wire
 from services.catalog import identifier_problem
-from services.embedding.catalogue import Catalogue, Upserted, centre, numbers_of
-from services.embedding.index import Neighbours
+from services.embedding.catalogue import Catalogue, Upserted, numbers_of
+from services.embedding.index import Neighbours, centre
 from services.embedding.items import Outcome, Record
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.filters import Filter

@@ -26,6 +26,7 @@ from services.errors import (
     VitrineError,
 )
 from services.gateway.clients import Embedding, Ranking
+from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
 T = TypeVar("T")
@@ -35,6 +36,7 @@ _SOURCES = {
     ranking_pb.SOURCE_RISING: "rising",
     ranking_pb.SOURCE_NEW: "new",
     ranking_pb.SOURCE_FAMILY: "family",
+    ranking_pb.SOURCE_AFFINITY: "affinity",
 }
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
 _MAX_EXCLUDED = 100_000
@@ -44,13 +46,13 @@ _MAX_EXCLUDED = 100_000
 class Limits:
     """How far a Recommend goes.
 
-    `per_source` candidates of each source; at most `interests` items of the history stand
-    for interests of their own; `budget` seconds when the caller set no deadline, of which
+    `per_source` candidates of each source of behaviour, `per_interest` items around each
+    interest; `budget` seconds when the caller set no deadline, of which
     `retrieval_share` is for the first step.
     """
 
-    per_source: int = 300
-    interests: int = 8
+    per_source: int = PER_SOURCE
+    per_interest: int = PER_INTEREST
     budget: float = 2.0
     retrieval_share: float = 0.6
 
@@ -89,6 +91,7 @@ class Ordered:
     numbers: list[int]
     scores: list[float]
     components: Mapping[str, Mapping[int, float]]
+    probabilities: Mapping[str, Mapping[int, float]]
     candidates: Candidates
     degraded: Sequence[pb.Degradation]
     state_sequence: int
@@ -132,7 +135,7 @@ class Pipeline:
             kept = self._allowed(wish, retrieved, self._popular.tolist())
             candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
         if not kept:
-            return Ordered([], [], {}, candidates, degraded, 0)
+            return Ordered([], [], {}, {}, candidates, degraded, 0)
         return await self._order(wish, retrieved, kept, candidates, degraded, budget)
 
     async def _order(
@@ -156,17 +159,20 @@ class Pipeline:
             )
             ranked = await _attempt("rank", self._ranking.rank(request), budget, degraded)
         components: dict[str, dict[int, float]] = {}
+        probabilities: dict[str, dict[int, float]] = {}
         if ranked is not None:
             scores = np.nan_to_num(np.array(ranked.scores, np.float32), nan=-np.inf)
             for component in ranked.components:
                 components[component.component] = dict(zip(kept, component.scores, strict=True))
+            for of_type in ranked.probabilities:
+                probabilities[of_type.type] = dict(zip(kept, of_type.probabilities, strict=True))
         else:
             scores = _by_rank(kept, candidates)
         order = np.lexsort((np.array(kept), -scores))
         numbers, ordered = [kept[i] for i in order], scores[order].tolist()
         if wish.diversity > 0:
             numbers, ordered = self._diversified(numbers, ordered, wish.diversity)
-        return Ordered(numbers, ordered, components, candidates, degraded, sequence)
+        return Ordered(numbers, ordered, components, probabilities, candidates, degraded, sequence)
 
     def _retrieve(self, wish: Wish) -> Awaitable[ranking_pb.RetrieveResponse]:
         request = ranking_pb.RetrieveRequest(
@@ -184,17 +190,13 @@ class Pipeline:
     def _groups(
         self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None
     ) -> list[embedding_pb.InterestGroup]:
-        """Each of the latest items as an interest of its own, and all together as one more."""
+        """What to search by: the history, or the session when there is no other."""
         if retrieved is not None:
-            numbers, weights = list(retrieved.history.item_numbers), list(retrieved.history.weights)
+            found = interests(retrieved.history.item_numbers, retrieved.history.weights)
         else:
-            numbers = [item_number(item.item_id) for item in reversed(wish.person.session)]
-            weights = [1.0] * len(numbers)
-        latest = list(dict.fromkeys(numbers))[: self._limits.interests]
-        groups = [embedding_pb.InterestGroup(item_numbers=[number]) for number in latest]
-        if len(numbers) > 1:
-            groups.append(embedding_pb.InterestGroup(item_numbers=numbers, weights=weights))
-        return groups
+            session = [item_number(item.item_id) for item in reversed(wish.person.session)]
+            found = interests(session, [1.0] * len(session))
+        return [embedding_pb.InterestGroup(item_numbers=i.numbers, weights=i.weights) for i in found]
 
     def _search(
         self,
@@ -204,7 +206,7 @@ class Pipeline:
     ) -> Awaitable[embedding_pb.SearchResponse]:
         request = embedding_pb.SearchRequest(
             groups=groups,
-            limit=self._limits.per_source,
+            limit=self._limits.per_interest,
             filter=wish.filter,
             exclude_item_numbers=sorted(self._excluded(wish, retrieved))[:_MAX_EXCLUDED],
             min_sequence=wish.min_sequence,

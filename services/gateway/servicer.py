@@ -1,6 +1,7 @@
 """`RecommendationService`: what other teams call. Validates, asks the pipeline, writes the answer."""
 
 import hashlib
+import math
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -225,6 +226,9 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             )
             for name, scores in ordered.components.items():
                 item.components.add(component=name, score=scores[number])
+            for name, probabilities in ordered.probabilities.items():
+                if not math.isnan(probabilities[number]):
+                    item.probabilities.add(type=name, probability=probabilities[number])
             items.append(item)
         return items
 

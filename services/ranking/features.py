@@ -54,7 +54,7 @@ class Features:
     def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
         self._table, self._graph, self._attributes = table, graph, tuple(attributes)
         self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
-        relations = graph.names
+        self._relations = tuple(name for name in graph.names if name not in _SPACES)
         self.names: tuple[str, ...] = (
             *(f"popular_{days}d" for days in WINDOWS),
             "popular_ever",
@@ -71,7 +71,7 @@ class Features:
             "family_in_session",
             "family_in_history",
             "family_popular_7d",
-            *(f"{r}_{part}" for r in relations for part in ("session", "session_most", "history")),
+            *(f"{r}_{part}" for r in self._relations for part in ("session", "session_most", "history")),
             *(
                 f"{s}_{part}"
                 for s in _SPACES
@@ -88,13 +88,42 @@ class Features:
             *self._person(query, rows),
             *self._family(query, rows, moment),
         ]
-        for relation in self._graph.names:
+        for relation in self._relations:
             columns += self._behaviour(relation, query, rows)
         for space in _SPACES:
             columns += self._similarity(space, query, rows)
         for attribute in self._attributes:
             columns += self._attribute(attribute, query, rows, moment)
         return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
+
+    def unsold(self, matrix: np.ndarray, rows: np.ndarray, moment: Moment) -> np.ndarray:
+        """The `matrix` (C, F) of table rows (C,) as if nobody had ever engaged with the candidate.
+
+        Each candidate by itself. Training shows some rows this way, so that what has no past is
+        ranked by what is known of it (DropoutNet, Volkovs et al., 2017).
+        """
+        column = {name: at for at, name in enumerate(self.names)}
+        behaviour = [*(f"popular_{days}d" for days in WINDOWS), "popular_ever", "bought_before"]
+        behaviour += [
+            f"{r}_{part}" for r in self._relations for part in ("session", "session_most", "history")
+        ]
+        blank, own = matrix.copy(), matrix[:, column["popular_7d"]]
+        blank[:, column["family_popular_7d"]] -= own
+        blank[:, [column[name] for name in behaviour]] = 0
+        blank[:, column["rising"]] = 1
+        blank[:, [column[name] for name in ("age_days", "idle_days")]] = np.nan
+        stated = self._table.numbers("price")
+        price = np.full(len(rows), np.nan) if stated is None else stated[rows, 0]
+        ratio = price / matrix[:, column["price"]]
+        blank[:, column["price"]] = price
+        for name in ("price_to_session", "price_to_history"):
+            blank[:, column[name]] *= ratio
+        for attribute in self._attributes:
+            codes, at = self._codes(attribute, moment), column[f"{attribute}_share_7d"]
+            if codes is not None:
+                total = float(self._popular_by(attribute, codes, moment).sum())
+                blank[:, at] = (blank[:, at] * max(total, 1.0) - own) / np.maximum(total - own, 1.0)
+        return blank
 
     @staticmethod
     def _item_side(rows: np.ndarray, moment: Moment) -> list[Column]:
@@ -126,16 +155,25 @@ class Features:
         ]
 
     def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[Column]:
-        nodes = self._graph.nodes(rows)
+        session = query.session[:_SEEDS]
+        near, cosine, _ = self._graph.edges(relation, session, np.ones(len(session), np.float32))
+        at, kept = self._among(near, rows)
+        total = np.bincount(at, cosine[kept], len(rows))
         most = np.zeros(len(rows), np.float32)
-        total = np.zeros(len(rows), np.float32)
-        for row in query.session[:_SEEDS]:
-            one = _at(self._graph.spread(relation, np.array([row]), np.ones(1, np.float32)), nodes)
-            total += one
-            most = np.maximum(most, one)
+        np.maximum.at(most, at, cosine[kept])
         weights = recency(query.ages[:_SEEDS]) * query.weights[:_SEEDS]
-        past = _at(self._graph.spread(relation, query.history[:_SEEDS], weights), nodes)
-        return [total, most, past]
+        near, cosine, _ = self._graph.edges(relation, query.history[:_SEEDS], weights)
+        at, kept = self._among(near, rows)
+        return [total, most, np.bincount(at, cosine[kept], len(rows))]
+
+    def _among(self, nodes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where in `rows` each node stands, int64 (K,), and which nodes those are, bool."""
+        mine = self._graph.nodes(rows)
+        place = np.full(self._graph.size + 1, -1, np.int64)
+        place[mine] = np.arange(len(rows))
+        place[-1] = -1  # rows without a node
+        at = place[nodes]
+        return at[at >= 0], at >= 0
 
     def _similarity(self, space: str, query: Query, rows: np.ndarray) -> list[Column]:
         column = self._table.vectors(space)
@@ -186,10 +224,6 @@ class Features:
 def recency(days: np.ndarray) -> np.ndarray:
     """How much an engagement of so many days ago still counts: halved every 14 days."""
     return np.asarray(np.exp2(-days / _HALF_LIFE_DAYS))
-
-
-def _at(scores: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-    return np.where(nodes >= 0, np.append(scores, np.float32(0))[nodes], np.float32(0))
 
 
 def _mean(prices: np.ndarray) -> np.float32:

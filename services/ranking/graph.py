@@ -75,22 +75,39 @@ class GraphView:
         """The relations."""
         return list(self._graph.relations)
 
+    @property
+    def size(self) -> int:
+        """The number of nodes."""
+        return len(self._graph.numbers)
+
     def nodes(self, rows: np.ndarray) -> np.ndarray:
         """The node of each table row, -1 where there is none."""
         if len(self._node_of_row) < self._table.length:
             self._node_of_row = find(self._graph.numbers, self._table.item_numbers)
         return np.asarray(self._node_of_row[rows])
 
+    def edges(
+        self, relation: str, rows: np.ndarray, weights: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The edges out of weighted items: nodes int64 (E,), cosines float32 (E,), seeds int64 (E,).
+
+        A cosine is weight x count / sqrt(degree x degree); a seed is a place in `rows`.
+        """
+        found = self._graph.relations[relation]
+        nodes = self.nodes(rows)
+        seeds = np.flatnonzero(nodes >= 0)
+        seeds = seeds[found.degree[nodes[seeds]] > 0]
+        begin, size = found.start[nodes[seeds]], np.diff(found.start)[nodes[seeds]]
+        seed = np.repeat(seeds, size)
+        at = np.arange(len(seed)) + np.repeat(begin - (np.cumsum(size) - size), size)
+        near = found.neighbours[at]
+        scale = weights[seed] / np.sqrt(found.degree[nodes[seed]] * found.degree[near])
+        return near, (found.counts[at] * scale).astype(np.float32), seed
+
     def spread(self, relation: str, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sum of cosines count / sqrt(degree x degree) to weighted items: float32 (M,) over nodes."""
-        edges = self._graph.relations[relation]
-        scores = np.zeros(len(self._graph.numbers), np.float32)
-        for node, weight in zip(self.nodes(rows).tolist(), weights.tolist(), strict=True):
-            if node >= 0 and edges.degree[node]:
-                span = slice(edges.start[node], edges.start[node + 1])
-                near = edges.neighbours[span]
-                scores[near] += weight * edges.counts[span] / np.sqrt(edges.degree[node] * edges.degree[near])
-        return scores
+        """Sum of cosines to weighted items: float32 (M,) over nodes."""
+        near, cosine, _ = self.edges(relation, rows, weights)
+        return np.bincount(near, cosine, len(self._graph.numbers)).astype(np.float32)
 
     def to_rows(self, scores: np.ndarray) -> np.ndarray:
         """Scores over nodes as float32 (N,) over the table's rows, 0 where there is no node."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -20,10 +21,10 @@ from services.bundle import Profile
 from services.errors import Unavailable, VitrineError
 from services.item_table import ItemTable
 from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
-from services.ranking.blend import blend
 from services.ranking.features import MAX_HISTORY, Features, Query, recency
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
+from services.ranking.scoring import Scorer
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
 
@@ -79,23 +80,34 @@ class Retrieved:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Scores float32 (C,) in the order asked for, NaN for unknown items, and those of each component."""
+    """Scores float32 (C,) in the order asked for, NaN for unknown items, and those of each component.
+
+    `probabilities` maps an event type to P(event | shown), float64 (C,).
+    """
 
     scores: np.ndarray
     components: Mapping[str, np.ndarray]
+    probabilities: Mapping[str, np.ndarray]
 
 
 class Ranking:
-    """The service's domain over one bundle."""
+    """The service's domain over one bundle; `ctr` and `reranker` are its models' directories."""
 
     def __init__(
-        self, store: BehaviourStore, view: CatalogueView, graph: ItemGraph, profile: Profile
+        self,
+        store: BehaviourStore,
+        view: CatalogueView,
+        graph: ItemGraph,
+        profile: Profile,
+        ctr: Path | None = None,
+        reranker: Path | None = None,
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
         self.state = BehaviourState(profile.event_types)
         self._graph = GraphView(graph, view.table)
         self.features = Features(view.table, self._graph, profile.attributes)
-        self._sources = Sources(view.table, self._graph)
+        self._scorer = Scorer(self.features, view.table, ctr, reranker)
+        self._sources = Sources(view.table, self._graph, profile.attributes)
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None
@@ -239,18 +251,27 @@ class Ranking:
         kinds = np.concatenate([np.array([self.state.kinds[t] for _, t in session], np.int64), past.kind])
         ages = np.concatenate([np.zeros(len(session)), np.maximum((cut - past.occurred) / 1e6, 0)])
         weights = self.state.weights[kinds] * recency(ages / _SECONDS_A_DAY)
-        most = MAX_HISTORY
-        return numbers[:most], kinds[:most], ages[:most], weights[:most].astype(np.float32)
+        # What the catalogue does not know is nothing to search by.
+        kept = np.flatnonzero(self.view.table.rows(numbers) >= 0)[:MAX_HISTORY]
+        return numbers[kept], kinds[kept], ages[kept], weights[kept].astype(np.float32)
 
     def _rank(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Ranked:
         query, _ = self.query(person, as_of, upto)
         now = self.moment(as_of)
         rows = self.view.table.rows(numbers)
         known = np.flatnonzero((rows >= 0) & (rows < len(now.age)))
-        scores = np.full(len(numbers), np.nan, np.float32)
-        matrix = self.features.matrix(query, rows[known], now)
-        scores[known] = blend(self.features.names, matrix)
-        return Ranked(scores, {"blend": scores})
+        scores = self._scorer.score(query, rows[known], now)
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            every = np.full(len(numbers), np.nan, values.dtype)
+            every[known] = values
+            return every
+
+        return Ranked(
+            spread(scores.values),
+            {name: spread(values) for name, values in scores.components.items()},
+            {name: spread(values) for name, values in scores.probabilities.items()},
+        )
 
     async def _on(self, function: Callable[[], T]) -> T:
         try:

@@ -24,6 +24,7 @@ _SOURCES = {
     "rising": pb.SOURCE_RISING,
     "new": pb.SOURCE_NEW,
     "family": pb.SOURCE_FAMILY,
+    "affinity": pb.SOURCE_AFFINITY,
 }
 _NAMES = {number: name for name, number in _SOURCES.items()}
 
@@ -83,6 +84,8 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         response = pb.RankResponse(scores=ranked.scores.tolist(), bundle=self._bundle)
         for name, scores in ranked.components.items():
             response.components.add(component=name, scores=scores.tolist())
+        for name, probabilities in ranked.probabilities.items():
+            response.probabilities.add(type=name, probabilities=probabilities.tolist())
         if request.view == item_pb2.VIEW_READABLE:
             self._add_rows(response, numbers, ranked.scores)
         return response

@@ -1,6 +1,6 @@
-"""Candidates that behaviour proposes: the item graph, popular, rising, new, the same family."""
+"""Candidates that behaviour proposes: the item graph, popular, rising, new, the same family, affinity."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -10,19 +10,22 @@ from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, Moment
 
 _NEW_DAYS = 30
+# What a neighbour by content counts beside one by behaviour.
+_RELATION_WEIGHTS = {"text": 0.1, "image": 0.1}
 
 
 class Sources:
     """Scores over all rows of an item table, one function per source; 0 and below is no candidate."""
 
-    def __init__(self, table: ItemTable, graph: GraphView) -> None:
-        self._table, self._graph = table, graph
+    def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
+        self._table, self._graph, self._attributes = table, graph, tuple(attributes)
         self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
             "graph": self._near,
             "popular": self._popular,
             "rising": self._rising,
             "new": self._new,
             "family": self._family,
+            "affinity": self._affinity,
         }
 
     def candidates(
@@ -41,7 +44,8 @@ class Sources:
         rows, weights = query.interests()
         total = np.zeros(self._table.length, np.float32)
         for relation in self._graph.names:
-            total += self._graph.to_rows(self._graph.spread(relation, rows, weights))
+            near = self._graph.to_rows(self._graph.spread(relation, rows, weights))
+            total += _RELATION_WEIGHTS.get(relation, 1.0) * near
         return total
 
     @staticmethod
@@ -68,3 +72,18 @@ class Sources:
         np.add.at(weight, codes[seeds[known]], weights[known])
         weight[-1] = 0
         return np.asarray(weight[codes] * (1 + np.log1p(moment.popular[:, 2])))
+
+    def _affinity(self, query: Query, moment: Moment) -> np.ndarray:
+        """What is popular among items that share attributes with the person's."""
+        scores = np.zeros(len(moment.age))
+        sold = np.flatnonzero(moment.popular[:, 2] > 0)
+        seeds, weights = query.interests()
+        for name in self._attributes:
+            column = self._table.texts(name)
+            if column is None or not len(seeds):
+                continue
+            codes = column[0][: len(moment.age), 0]
+            mine = codes[seeds]
+            share = np.bincount(mine[mine >= 0], weights[mine >= 0], int(codes.max(initial=-1)) + 2)
+            scores[sold] += share[codes[sold]]  # a missing code reads the last, empty place
+        return np.asarray(scores * np.log1p(moment.popular[:, 2]))

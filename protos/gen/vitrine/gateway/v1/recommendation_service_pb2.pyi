@@ -204,7 +204,9 @@ class SourceScore(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """The source: "graph", "popular", "rising", "new", "family", "text", "image"."""
+    """The source: "graph", "popular", "rising", "new", "family", "affinity", "text",
+    "image".
+    """
     score: _builtins.float
     """Its score, on its own scale."""
     def __init__(

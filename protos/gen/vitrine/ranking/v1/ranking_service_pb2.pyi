@@ -45,6 +45,8 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     """Near in the text space."""
     SOURCE_IMAGE: _Source.ValueType  # 7
     """Near in the image space."""
+    SOURCE_AFFINITY: _Source.ValueType  # 8
+    """Popular among items that share attributes with the person's."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper):
     """Where a candidate came from."""
@@ -65,6 +67,8 @@ SOURCE_TEXT: Source.ValueType  # 6
 """Near in the text space."""
 SOURCE_IMAGE: Source.ValueType  # 7
 """Near in the image space."""
+SOURCE_AFFINITY: Source.ValueType  # 8
+"""Popular among items that share attributes with the person's."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 @_typing.final
@@ -426,6 +430,36 @@ class ComponentScores(_message.Message):
 Global___ComponentScores: _TypeAlias = ComponentScores  # noqa: Y015
 
 @_typing.final
+class TypeProbabilities(_message.Message):
+    """The probabilities of one event type."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TYPE_FIELD_NUMBER: _builtins.int
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
+    type: _builtins.str
+    """The event type."""
+    @_builtins.property
+    def probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """P(event | shown) of each candidate, calibrated, in the order of the request;
+        NaN for an unknown item.
+        """
+
+    def __init__(
+        self,
+        *,
+        type: _builtins.str = ...,
+        probabilities: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["probabilities", b"probabilities", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TypeProbabilities: _TypeAlias = TypeProbabilities  # noqa: Y015
+
+@_typing.final
 class RankedItem(_message.Message):
     """A candidate with its score."""
 
@@ -461,6 +495,7 @@ class RankResponse(_message.Message):
     COMPONENTS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
     bundle: _builtins.str
     """The bundle used."""
     @_builtins.property
@@ -475,6 +510,10 @@ class RankResponse(_message.Message):
     def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankedItem]:
         """Best first, when view is READABLE."""
 
+    @_builtins.property
+    def probabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___TypeProbabilities]:
+        """Of each event type that was trained with impressions; empty otherwise."""
+
     def __init__(
         self,
         *,
@@ -482,10 +521,11 @@ class RankResponse(_message.Message):
         components: _abc.Iterable[Global___ComponentScores] | None = ...,
         rows: _abc.Iterable[Global___RankedItem] | None = ...,
         bundle: _builtins.str = ...,
+        probabilities: _abc.Iterable[Global___TypeProbabilities] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "components", b"components", "rows", b"rows", "scores", b"scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "components", b"components", "probabilities", b"probabilities", "rows", b"rows", "scores", b"scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,190 @@
+"""The CTR head's fit: cross-entropy over candidates, out of fold for whatever learns from its scores."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from services.ranking.ctr import CtrModel, CtrSettings, gather, signed_log, standardised
+from training.progress import track
+from training.rows import Rows
+
+_QUESTIONS_A_BATCH = 64
+_CANDIDATES = 48
+_FOLDS = 2
+# What of a feature row describes the candidate itself, and how near it is to the person.
+_COLUMNS = (
+    "popular_1d",
+    "popular_3d",
+    "popular_7d",
+    "popular_30d",
+    "popular_ever",
+    "rising",
+    "age_days",
+    "idle_days",
+    "price",
+    "price_to_session",
+    "price_to_history",
+    "session_length",
+    "history_length",
+    "days_since_last",
+    "bought_before",
+    "family_in_session",
+    "family_in_history",
+    "family_popular_7d",
+)
+
+
+def ctr_settings(
+    rows: Rows, vectors: Mapping[str, np.ndarray], types: Sequence[str], *, shown: bool, plain: bool = False
+) -> CtrSettings:
+    """The shape of a head for these rows: standard scales from them, a space per kind of vector."""
+    columns = [name for name in rows.names if name in _COLUMNS]
+    at = [rows.names.index(name) for name in columns]
+    values = signed_log(rows.matrix[:, at].astype(np.float64))
+    known = ~np.isnan(values).all(0)
+    mean, scale = np.zeros(len(at)), np.ones(len(at))
+    mean[known], scale[known] = np.nanmean(values[:, known], 0), np.nanstd(values[:, known], 0)
+    return CtrSettings(
+        spaces={space: int(v.shape[1]) for space, v in vectors.items()},
+        types=tuple(types),
+        columns=tuple(columns),
+        mean=mean.tolist(),
+        scale=np.maximum(scale, 1e-3).tolist(),
+        plain=plain,
+        shown=shown,
+    )
+
+
+def fit_ctr(
+    settings: CtrSettings,
+    rows: Rows,
+    labels: np.ndarray,
+    vectors: Mapping[str, np.ndarray],
+    epochs: int,
+    seed: int = 0,
+) -> CtrModel:
+    """A head fitted on rows with labels float32 (N, T), one column per event type.
+
+    Each epoch sees every question with its answers and a draw of at most 48 candidates in all;
+    rows weigh what they stand for.
+    """
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    model = CtrModel(settings)
+    batches = -(-len(rows.size) // _QUESTIONS_A_BATCH)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=max(1, epochs * batches))
+    start = np.cumsum(rows.size) - rows.size
+    model.train()
+    for step in track(range(epochs * batches), "CTR head"):
+        if step % batches == 0:
+            order = generator.permutation(len(rows.size))
+        chosen = order[step % batches * _QUESTIONS_A_BATCH :][:_QUESTIONS_A_BATCH]
+        picked, present = _pick(rows, labels, start, chosen, generator)
+        logits = _forward(model, rows, chosen, picked, vectors)
+        weight = np.where(present, rows.weight[picked], 0)[:, :, None]
+        wanted = torch.from_numpy(labels[picked])
+        loss = binary_cross_entropy_with_logits(
+            logits, wanted, torch.from_numpy(np.float32(weight)), reduction="sum"
+        )
+        optimiser.zero_grad()
+        (loss / float(weight.sum())).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+    return model.eval()
+
+
+def score(model: CtrModel, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Logits float32 (N, T) of every row."""
+    out = np.empty((len(rows.items), len(model.settings.types)), np.float32)
+    start = np.cumsum(rows.size) - rows.size
+    with torch.inference_mode():
+        for begin in range(0, len(rows.size), 8):
+            chosen = np.arange(begin, min(begin + 8, len(rows.size)))
+            longest = int(rows.size[chosen].max())
+            picked = np.minimum(start[chosen, None] + np.arange(longest), len(rows.items) - 1)
+            logits = _forward(model, rows, chosen, picked, vectors).numpy()
+            for at, question in enumerate(chosen):
+                span = slice(start[question], start[question] + rows.size[question])
+                out[span] = logits[at, : rows.size[question]]
+    return out
+
+
+def out_of_fold(
+    settings: CtrSettings,
+    learned: Rows,
+    labels: np.ndarray,
+    scored: Rows,
+    vectors: Mapping[str, np.ndarray],
+    epochs: int,
+) -> np.ndarray:
+    """Logits float32 (N, T) of `scored`, each by a head that saw nothing of that row's person."""
+    mine, theirs = _folds(learned), _folds(scored)
+    out = np.empty((len(scored.items), len(settings.types)), np.float32)
+    for part in range(_FOLDS):
+        inside, outside = np.flatnonzero(theirs == part), np.flatnonzero(mine != part)
+        if not len(inside):
+            continue
+        seen = np.isin(learned.group(), outside)
+        model = fit_ctr(settings, learned.take(outside), labels[seen], vectors, epochs)
+        out[np.isin(scored.group(), inside)] = score(model, scored.take(inside), vectors)
+    return out
+
+
+def calibrated(settings: CtrSettings, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:
+    """The settings with a slope and an offset by type (Platt, 1999), from logits out of fold (N, T)."""
+    found = [_platt(logits[:, at].astype(np.float64), labels[:, at]) for at in range(labels.shape[1])]
+    return replace(settings, slope=tuple(s for s, _ in found), offset=tuple(o for _, o in found))
+
+
+def _platt(logit: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    done = float(label.sum())
+    # Platt's own targets: labels of a single class have an answer too.
+    target = np.where(label > 0, (done + 1) / (done + 2), 1 / (len(label) - done + 2))
+
+    def loss(at: np.ndarray) -> tuple[float, np.ndarray]:
+        scaled = at[0] * logit + at[1]
+        wrong = expit(scaled) - target
+        entropy = float(np.mean(np.logaddexp(0, scaled) - target * scaled))
+        return entropy, np.array([np.mean(wrong * logit), np.mean(wrong)])
+
+    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="BFGS").x
+    return float(slope), float(offset)
+
+
+def _folds(rows: Rows) -> np.ndarray:
+    """The fold of each question, by its person: int64 (Q,)."""
+    return np.array([zlib.crc32(q.user_id.encode()) % _FOLDS for q in rows.questions], np.int64)
+
+
+def _pick(
+    rows: Rows, labels: np.ndarray, start: np.ndarray, chosen: np.ndarray, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows int64 (B, C) of the chosen questions, answers first, and which of them count, bool."""
+    picked = np.zeros((len(chosen), _CANDIDATES), np.int64)
+    present = np.zeros((len(chosen), _CANDIDATES), bool)
+    for at, question in enumerate(chosen):
+        mine = np.arange(start[question], start[question] + rows.size[question])
+        answer = labels[mine].any(1)
+        others = generator.permutation(mine[~answer])
+        kept = np.concatenate([mine[answer], others])[:_CANDIDATES]
+        picked[at, : len(kept)], present[at, : len(kept)] = kept, True
+    return picked, present
+
+
+def _forward(
+    model: CtrModel, rows: Rows, chosen: np.ndarray, picked: np.ndarray, vectors: Mapping[str, np.ndarray]
+) -> torch.Tensor:
+    settings = model.settings
+    persons = gather([rows.queries[q] for q in chosen], vectors, settings.spaces)
+    items = {s: torch.from_numpy(np.float32(vectors[s][rows.items[picked]])) for s in settings.spaces}
+    at = [rows.names.index(name) for name in settings.columns]
+    dense = torch.from_numpy(standardised(settings, rows.matrix[picked][..., at]))
+    return model(persons, items, dense)  # type: ignore[no-any-return]

@@ -1,0 +1,210 @@
+"""What a bundle's ranking is worth: the last days, unseen, in full and with each part taken away.
+
+Judged are models fitted on the ranking days before; what is published learns from all of them.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services import filters
+from services.ranking.blend import blend
+from training import ctr, metrics
+from training.dataset import Events, Shop
+from training.lesson import Lesson
+from training.queries import Question
+from training.rankers import Fitted, fit_models
+from training.replay import Replay
+from training.rows import Rows, judging_rows
+from training.shop_settings import ShopSettings
+
+FILE = "judged.json"
+PAGE = 20
+_NONE = -np.inf
+_log = logging.getLogger(__name__)
+
+
+def write_nothing(directory: Path) -> None:
+    """Say that there was nothing to judge by."""
+    (directory / FILE).write_text("{}\n")
+
+
+def judge(
+    past: Replay,
+    shop: Shop,
+    settings: ShopSettings,
+    lesson: Lesson,
+    questions: Sequence[Question],
+    vectors: Mapping[str, np.ndarray],
+    since: int,
+    directory: Path,
+) -> None:
+    """Write the report's sections on questions from `since` on, microseconds since 1970."""
+    early = lesson.before(since)
+    asked = [q for q in questions if q.as_of >= since]
+    chosen = np.sort(np.random.default_rng(1).permutation(len(asked))[: settings.ranking.judged])
+    asked = [asked[at] for at in chosen]
+    if not asked or not len(early.rows.size) or not len(early.seen.size):
+        write_nothing(directory)
+        return
+    allowed = filters.evaluate(_condition(settings), past.table)
+    rows = judging_rows(past, asked, allowed)
+    whole = fit_models(early, settings, vectors)
+    pages = {"whole bundle": _pages(rows, whole.score(rows, vectors))}
+    pages["hand-set weights"] = _pages(rows, blend(rows.names, rows.matrix))
+    pages["item graph"] = _pages(rows, rows.matrix[:, _at(rows, "baskets_", "people_")].sum(1))
+    pages["popular"] = _pages(rows, rows.matrix[:, rows.names.index("popular_7d")])
+    if whole.head is not None:
+        pages["CTR head alone"] = _pages(rows, ctr.score(whole.head, rows, vectors)[:, -1])
+    about = _about(past, shop.events, asked, since, int(allowed.sum()))
+    found = {
+        "split": _split(lesson, asked, since),
+        "ranking": {name: metrics.ranking_metrics(p, **about) for name, p in pages.items()},
+        "ablation": {},
+        "candidates": _candidates(past, rows, about),
+        "ctr": _ctr(lesson, early, whole, settings, vectors, since, rows),
+        "reranker": _importance(whole),
+    }
+    targets = about["targets"]
+    for part in ("text", "image", "graph", "ctr", "reranker"):
+        if part == "image" and "image" not in vectors:
+            continue
+        _log.info("judging without %s", part)
+        if part == "reranker":
+            score = blend(rows.names, rows.matrix).astype(np.float64)
+        else:
+            score = fit_models(early, settings, vectors, part).score(rows, vectors)
+        lacking = _pages(rows, np.where(_proposed(past, rows, part), score, _NONE))
+        found["ablation"][part] = _difference(pages["whole bundle"], lacking, targets)
+    (directory / FILE).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _condition(settings: ShopSettings) -> filters.Filter:
+    return filters.AllOf(tuple(filters.Equals(name, text) for name, text in settings.task.filter.items()))
+
+
+def _pages(rows: Rows, score: np.ndarray) -> list[np.ndarray]:
+    """The best 20 items of every question, ties by row."""
+    found, start = [], 0
+    for size in rows.size.tolist():
+        mine = score[start : start + size]
+        best = np.argsort(-mine, kind="stable")[:PAGE]
+        found.append(rows.items[start : start + size][best[np.isfinite(mine[best])]])
+        start += size
+    return found
+
+
+def _at(rows: Rows, *prefixes: str) -> list[int]:
+    return [at for at, name in enumerate(rows.names) if name.startswith(prefixes)]
+
+
+def _proposed(past: Replay, rows: Rows, part: str) -> np.ndarray:
+    """The rows that some source other than a part's own proposed, bool (N,)."""
+    names = past.source_names
+    own = 1 << names.index(part) if part in names else 0
+    return np.asarray((rows.sources & ~own) != 0)
+
+
+def _about(
+    past: Replay, events: Events, asked: Sequence[Question], since: int, universe: int
+) -> dict[str, Any]:
+    engaged = past.state.weights[events.kind] > 0
+    numbers, counts = np.unique(events.number[engaged & (events.time < since)], return_counts=True)
+    rows = past.table.rows(numbers)
+    known = rows >= 0
+    bands = metrics.popularity_bands(dict(zip(rows[known].tolist(), counts[known].tolist(), strict=True)))
+    answers = [past.table.rows(q.targets.tolist()) for q in asked]
+    warm = np.array([len(past.query(q).history) > 0 for q in asked])
+    return {"targets": answers, "bands": bands, "warm": warm, "universe": universe, "k": PAGE}
+
+
+def _split(lesson: Lesson, asked: Sequence[Question], since: int) -> dict[str, Any]:
+    return {
+        "learned_until": _iso(since),
+        "judged": [_iso(since), _iso(asked[-1].as_of)],
+        "questions": len(asked),
+        "note": f"rankers learned from {len(lesson.before(since).rows.size)} earlier baskets",
+    }
+
+
+def _iso(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).isoformat()
+
+
+def _candidates(past: Replay, rows: Rows, about: Mapping[str, Any]) -> dict[str, Any]:
+    count = len(rows.size)
+    held: dict[str, list[bool]] = {}
+    start = 0
+    for size, answer in zip(rows.size.tolist(), about["targets"], strict=True):
+        mine = np.isin(answer, rows.items[start : start + size])
+        for item, found in zip(answer.tolist(), mine.tolist(), strict=True):
+            held.setdefault(about["bands"].get(item, "strict_cold"), []).append(found)
+        start += size
+    every = [found for band in held.values() for found in band]
+    return {
+        "per_question": {
+            name: float(((rows.sources >> bit) & 1).sum() / count)
+            for bit, name in enumerate(past.source_names)
+        },
+        "targets_held": float(np.mean(every)),
+        "held_by_band": {band: float(np.mean(found)) for band, found in held.items()},
+    }
+
+
+def _ctr(
+    lesson: Lesson,
+    early: Lesson,
+    whole: Fitted,
+    settings: ShopSettings,
+    vectors: Mapping[str, np.ndarray],
+    since: int,
+    rows: Rows,
+) -> dict[str, Any]:
+    """The head beside the plain form, on what was shown, or proposed, in the judged days."""
+    if whole.head is None:
+        return {}
+    late = np.flatnonzero([q.as_of >= since for q in lesson.seen.questions])
+    seen, labels = (rows, rows.label[:, None])
+    if lesson.shown:
+        if not len(late):
+            return {}
+        seen, labels = lesson.seen.take(late), lesson.labels[np.isin(lesson.seen.group(), late)]
+    shape = ctr.ctr_settings(early.seen, vectors, early.types, shown=early.shown, plain=True)
+    plain = ctr.fit_ctr(shape, early.seen, early.labels, vectors, settings.ranking.ctr_epochs)
+    head = whole.head.settings
+    found = {}
+    for at, name in enumerate(early.types):
+        logit = ctr.score(whole.head, seen, vectors)[:, at].astype(np.float64)
+        if head.shown:
+            logit = head.slope[at] * logit + head.offset[at]
+        simple = ctr.score(plain, seen, vectors)[:, at].astype(np.float64)
+        found[name] = {
+            "rows": len(logit),
+            "head": metrics.classification_metrics(1 / (1 + np.exp(-logit)), labels[:, at]),
+            "plain": metrics.classification_metrics(1 / (1 + np.exp(-simple)), labels[:, at]),
+        }
+    return found
+
+
+def _importance(whole: Fitted) -> dict[str, Any]:
+    gain = whole.model.feature_importance("gain")
+    total = max(float(gain.sum()), 1e-12)
+    names = [whole.names[at] for at in whole.columns]
+    share = {name: float(g / total) for name, g in zip(names, gain, strict=True)}
+    return {"importance": share, "trees": whole.model.num_trees()}
+
+
+def _difference(
+    whole: Sequence[np.ndarray], lacking: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    one, other = metrics.per_query(whole, targets, PAGE), metrics.per_query(lacking, targets, PAGE)
+    found: dict[str, Any] = {}
+    for name in ("recall", "ndcg"):
+        found[name] = metrics.interval(other[name]).to_dict()
+        found[f"{name}_difference"] = metrics.paired_interval(one[name], other[name]).to_dict()
+    return found

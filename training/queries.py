@@ -1,0 +1,116 @@
+"""Questions with known answers, made of past baskets: what came next, given what came first."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.dataset import Events
+
+DAY = 86_400_000_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """A person at a moment, microseconds since 1970, and what they went on to engage with.
+
+    `session` holds (item number, event type), oldest first; `targets` int64 item numbers.
+    """
+
+    user_id: str
+    as_of: int
+    session: tuple[tuple[int, str], ...]
+    targets: np.ndarray
+
+
+def baskets(events: Events) -> np.ndarray:
+    """The basket of each event, int64 (N,): its session, or what its person did that day."""
+    day = events.time // DAY
+    of_day = events.user.astype(np.int64) * (1 << 31) + day
+    return np.where(events.session >= 0, -1 - events.session.astype(np.int64), of_day)
+
+
+def make_questions(
+    events: Events, weights: dict[str, float], targets: tuple[str, ...], since: int, seed: int = 0
+) -> list[Question]:
+    """One question for each basket from `since` on, microseconds since 1970, that can be asked.
+
+    The first half of a basket, in time and among equal times at random, is the session, the
+    target types of the rest the answer. A basket of one item is asked for with an empty session,
+    if its person has a past. The moment is the beginning of the basket: what of it is
+    known comes with the session alone.
+    """
+    generator = np.random.default_rng(seed)
+    kinds = list(weights)
+    wanted = np.array([name in targets for name in kinds])
+    engaged = np.array([weights[name] > 0 for name in kinds])
+    rows = np.flatnonzero(engaged[events.kind])
+    first_of_user = np.full(len(events.user_ids), np.iinfo(np.int64).max)
+    np.minimum.at(first_of_user, events.user[rows], events.time[rows])
+    rows = rows[events.time[rows] >= since]
+    group = baskets(events)[rows]
+    order = np.lexsort((generator.random(len(rows)), events.time[rows], group))
+    rows, group = rows[order], group[order]
+    found = []
+    for mine in np.split(rows, np.flatnonzero(np.diff(group)) + 1) if len(rows) else []:
+        question = _question(events, kinds, wanted, mine, first_of_user)
+        if question is not None:
+            found.append(question)
+    return sorted(found, key=lambda q: (q.as_of, q.user_id))
+
+
+def make_pages(
+    events: Events, weights: dict[str, float], since: int, most: int, seed: int = 0
+) -> tuple[list[Question], list[np.ndarray], list[str]]:
+    """Pages shown from `since` on, at most `most`; what was done, float32 (S, T); the T event types.
+
+    A page is what one person was shown at one time in one session; an item of it was engaged
+    with when an event of the session says so afterwards. Nothing when the shop logs no
+    impressions, which are the types that weigh nothing.
+    """
+    kinds = list(weights)
+    shown_kinds = [at for at, name in enumerate(kinds) if weights[name] == 0]
+    types = [name for name in kinds if weights[name] > 0]
+    late = events.time >= since
+    shown = np.flatnonzero(np.isin(events.kind, shown_kinds) & late & (events.session >= 0))
+    if not len(shown):
+        return [], [], types
+    done = np.flatnonzero(~np.isin(events.kind, shown_kinds) & late & (events.session >= 0))
+    when: dict[tuple[int, int, int], int] = {}
+    for row in done.tolist():
+        key = int(events.session[row]), int(events.number[row]), int(events.kind[row])
+        when[key] = max(int(events.time[row]), when.get(key, 0))
+    order = np.lexsort((events.position[shown], events.time[shown], events.session[shown]))
+    shown = shown[order]
+    border = (np.diff(events.session[shown]) != 0) | (np.diff(events.time[shown]) != 0)
+    pages = np.split(shown, np.flatnonzero(border) + 1)
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(pages))[:most])
+    questions, labels = [], []
+    for at in chosen:
+        page = pages[at]
+        session, time = int(events.session[page[0]]), int(events.time[page[0]])
+        numbers = list(dict.fromkeys(events.number[page].tolist()))
+        label = [[when.get((session, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
+        user = events.user_ids[events.user[page[0]]]
+        questions.append(Question(user, time, (), np.array(numbers, np.int64)))
+        labels.append(np.array(label, np.float32))
+    in_time = sorted(range(len(questions)), key=lambda n: (questions[n].as_of, questions[n].user_id))
+    return [questions[n] for n in in_time], [labels[n] for n in in_time], types
+
+
+def _question(
+    events: Events, kinds: list[str], wanted: np.ndarray, mine: np.ndarray, first_of_user: np.ndarray
+) -> Question | None:
+    numbers = events.number[mine]
+    _, first = np.unique(numbers, return_index=True)
+    half = (len(first) + 1) // 2 if len(first) > 1 else 0
+    firsts = np.sort(first)
+    cut = firsts[half] if half < len(firsts) else len(mine)
+    head, tail = mine[:cut], mine[cut:]
+    seen = set(events.number[head].tolist())
+    answer = [n for n in events.number[tail[wanted[events.kind[tail]]]].tolist() if n not in seen]
+    user, start = events.user[mine[0]], int(events.time[mine].min())
+    if not answer or (not len(head) and first_of_user[user] >= start):
+        return None
+    session = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in head)
+    targets = np.array(sorted(set(answer)), np.int64)
+    return Question(events.user_ids[user], start, session, targets)

@@ -1,0 +1,66 @@
+"""CTR head and reranker together: the reranker reads the head's scores, out of fold when it learns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import lightgbm
+import numpy as np
+
+from services.ranking.ctr import CtrModel
+from services.ranking.scoring import ctr_column
+from training import ctr
+from training.lesson import Lesson
+from training.reranker import fit_reranker
+from training.rows import Rows
+from training.shop_settings import ShopSettings
+
+# Of each part, what its feature columns begin with.
+_COLUMNS = {"text": ("text_",), "image": ("image_",), "graph": ("baskets_", "people_"), "ctr": ("ctr_",)}
+
+
+def belongs(column: str, part: str) -> bool:
+    """Whether a feature column is made of a part: text, image, graph or ctr."""
+    return column.startswith(_COLUMNS.get(part, ("\0",)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted models and the columns that the reranker reads, the head's included."""
+
+    head: CtrModel | None
+    model: lightgbm.Booster
+    names: tuple[str, ...]
+    columns: np.ndarray
+
+    def score(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Scores float64 (N,) of rows."""
+        return np.asarray(self.model.predict(self._matrix(rows, vectors)))
+
+    def _matrix(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        matrix = rows.matrix
+        if self.head is not None:
+            matrix = np.concatenate([matrix, ctr.score(self.head, rows, vectors)], axis=1)
+        return matrix[:, self.columns]
+
+
+def fit_models(
+    lesson: Lesson, settings: ShopSettings, vectors: Mapping[str, np.ndarray], without: str = ""
+) -> Fitted:
+    """Both models; `without` names a part that they must not know: text, image, graph or ctr."""
+    rows = lesson.rows
+    spaces = {space: values for space, values in vectors.items() if space != without}
+    names, head = tuple(rows.names), None
+    matrix = rows.matrix
+    if without != "ctr" and spaces:  # without vectors there is nothing for the head to read
+        epochs = settings.ranking.ctr_epochs
+        shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
+        if lesson.shown:
+            own = ctr.out_of_fold(shape, lesson.seen, lesson.labels, lesson.seen, spaces, epochs)
+            shape = ctr.calibrated(shape, own, lesson.labels)
+        apart = ctr.out_of_fold(shape, lesson.seen, lesson.labels, rows, spaces, epochs)
+        head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
+        names = (*names, *(ctr_column(t) for t in lesson.types))
+        matrix = np.concatenate([matrix, apart], axis=1)
+    columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
+    model = fit_reranker(rows, matrix[:, columns], [names[at] for at in columns], settings.ranking.trees)
+    return Fitted(head, model, names, columns)

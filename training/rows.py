@@ -1,0 +1,167 @@
+"""Feature rows with labels: candidates of past questions, as the ranking service would have seen them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.ranking.blend import blend
+from services.ranking.features import Query
+from training.progress import track
+from training.queries import Question
+from training.replay import Replay
+
+_UNSOLD_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of Q questions one after the other.
+
+    `matrix` float32 (N, F); `items` int64 (N,) table rows; `label` and `weight` float32 (N,);
+    `size` int64 (Q,) rows of each question, which are `questions` and, in rows of the table,
+    `queries`; `unsold` bool (N,) rows shown without their item's behaviour; `targets` int64
+    (Q,) how many answers each question has; `sources` int64 (N,) bits of who proposed a row.
+    """
+
+    names: Sequence[str]
+    matrix: np.ndarray
+    items: np.ndarray
+    sources: np.ndarray
+    label: np.ndarray
+    weight: np.ndarray
+    unsold: np.ndarray
+    size: np.ndarray
+    questions: Sequence[Question]
+    queries: Sequence[Query]
+    targets: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Rows":
+        """The rows of some questions, int64 (K,)."""
+        start = np.cumsum(self.size) - self.size
+        spans = [np.arange(start[q], start[q] + self.size[q]) for q in chosen]
+        rows = np.concatenate([np.empty(0, np.int64), *spans])
+        return Rows(
+            self.names,
+            self.matrix[rows],
+            self.items[rows],
+            self.sources[rows],
+            self.label[rows],
+            self.weight[rows],
+            self.unsold[rows],
+            self.size[chosen],
+            [self.questions[q] for q in chosen],
+            [self.queries[q] for q in chosen],
+            self.targets[chosen],
+        )
+
+    def group(self) -> np.ndarray:
+        """The question of each row, int64 (N,)."""
+        return np.repeat(np.arange(len(self.size)), self.size)
+
+
+def learning_rows(replay: Replay, questions: Sequence[Question], kept: int, seed: int = 0) -> Rows | None:
+    """Rows to learn from: of each question its answers and `kept` other candidates.
+
+    Half of the others are the best by hand-set weights; the rest are drawn at random and weigh
+    for those left out. Items nobody had engaged with are left out, because that they are
+    there at all may betray that somebody would; instead one row in ten is shown
+    without its item's behaviour. Questions without an answer among the candidates teach
+    nothing and are left out; None when all are.
+    """
+    generator = np.random.default_rng(seed)
+    parts = []
+    for question in track(questions, "rows"):
+        now, query = replay.at(question.as_of), replay.query(question)
+        allowed = replay.live(question.as_of) & ~np.isnan(now.age)
+        items, sources = replay.candidates(query, now, allowed)
+        answer = replay.table.rows(question.targets.tolist())
+        label = np.isin(items, answer)
+        if not label.any():
+            continue
+        features = replay.features(now)
+        matrix = features.matrix(query, items, now)
+        chosen, weight = _chosen(label, blend(replay.names, matrix), kept, generator)
+        matrix, unsold = matrix[chosen], generator.random(len(chosen)) < _UNSOLD_SHARE
+        matrix[unsold] = features.unsold(matrix[unsold], items[chosen][unsold], now)
+        parts.append(
+            (
+                question,
+                query,
+                matrix,
+                items[chosen],
+                sources[chosen],
+                label[chosen],
+                weight,
+                unsold,
+                len(answer),
+            )
+        )
+    return _joined(replay, parts) if parts else None
+
+
+def judging_rows(replay: Replay, questions: Sequence[Question], allowed: np.ndarray) -> Rows:
+    """Rows to judge by: every candidate among `allowed`, bool (M,), of every question."""
+    parts = []
+    for question in track(questions, "questions"):
+        now, query = replay.at(question.as_of), replay.query(question)
+        items, sources = replay.candidates(query, now, allowed & replay.live(question.as_of))
+        label = np.isin(items, replay.table.rows(question.targets.tolist()))
+        matrix = replay.features(now).matrix(query, items, now)
+        ones, never = np.ones(len(items), np.float32), np.zeros(len(items), bool)
+        parts.append((question, query, matrix, items, sources, label, ones, never, len(question.targets)))
+    return _joined(replay, parts)
+
+
+def shown_rows(
+    replay: Replay, pages: Sequence[Question], labels: Sequence[np.ndarray]
+) -> tuple[Rows, np.ndarray]:
+    """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
+
+    A page is a question whose targets are the items shown; its labels are float32 (S, T).
+    """
+    parts, kept = [], []
+    for page, label in zip(track(pages, "pages"), labels, strict=True):
+        now, query = replay.at(page.as_of), replay.query(page)
+        items = replay.table.rows(page.targets.tolist())
+        known = items >= 0
+        items = items[known]
+        if not len(items):
+            continue
+        matrix = replay.features(now).matrix(query, items, now)
+        zeros, ones = np.zeros(len(items), np.int64), np.ones(len(items), np.float32)
+        any_of = label[known].any(1)
+        parts.append((page, query, matrix, items, zeros, any_of, ones, zeros.astype(bool), len(items)))
+        kept.append(label[known])
+    return _joined(replay, parts), np.concatenate(kept).astype(np.float32)
+
+
+def _chosen(
+    label: np.ndarray, score: np.ndarray, kept: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    others = np.flatnonzero(~label)
+    order = others[np.argsort(-score[others], kind="stable")]
+    best, rest = order[: kept // 2], order[kept // 2 :]
+    drawn = generator.permutation(rest)[: kept - len(best)]
+    chosen = np.concatenate([np.flatnonzero(label), best, drawn])
+    weight = np.ones(len(chosen), np.float32)
+    if len(drawn):
+        weight[len(chosen) - len(drawn) :] = len(rest) / len(drawn)
+    return chosen, weight
+
+
+def _joined(replay: Replay, parts: Sequence[tuple[object, ...]]) -> Rows:
+    questions, queries, matrix, items, sources, label, weight, unsold, targets = zip(*parts, strict=True)
+    return Rows(
+        replay.names,
+        np.concatenate(matrix),
+        np.concatenate(items),
+        np.concatenate(sources),
+        np.concatenate(label).astype(np.float32),
+        np.concatenate(weight),
+        np.concatenate(unsold),
+        np.array([len(i) for i in items], np.int64),
+        questions,
+        queries,
+        np.array(targets, np.int64),
+    )
