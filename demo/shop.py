@@ -62,10 +62,11 @@ head_steps = 150
 
 [ranking]
 days = 28
-queries = 4000
-candidates = 150
-judged = 600
-trees = 150
+queries = 3000
+candidates = 100
+judged = 400
+trees = 100
+ctr_epochs = 2
 """
 
 

@@ -140,7 +140,7 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
 def _newest(directory: Path) -> Path:
     if (directory / MANIFEST).is_file():
         return directory
-    found = sorted(path.parent for path in directory.glob(f"*/{MANIFEST}"))
+    found = sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
     if not found:
         raise FailedPrecondition(f"{directory} holds no bundle; `vitrine train` makes one")
     return found[-1]

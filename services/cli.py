@@ -121,7 +121,7 @@ def _import(options: dict[str, Any]) -> None:
     bundle = Bundle(options["bundle"])
     shop = read_shop(options["data"], options["shop"], options["until"])
     settings = Settings(bundle=bundle.directory, state=options["state"])
-    print(f"{import_events(settings, bundle, shop.events)} events imported")  # noqa: T201
+    print(f"{import_events(settings, bundle, shop)} events imported")  # noqa: T201
 
 
 def _serve(options: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from services.ranking.behaviour import BehaviourStore, Event, EventItem
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
 from services.wiring import App
-from training.dataset import Events, read_shop
+from training.dataset import Shop, read_shop
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
@@ -86,7 +86,7 @@ def evaluate(
         settings = Settings(
             bundle=bundle.directory, state=Path(folder), address="127.0.0.1:0", clock=day + _NOON
         )
-        import_events(settings, bundle, shop.events)
+        import_events(settings, bundle, shop)
         requests = [_request(query, shop.settings.task.filter) for query in queries]
         replay = asyncio.run(_replay(settings, requests, queries, reverse=reverse))
         with out.open("w") as file:
@@ -117,13 +117,14 @@ def read_queries(data: Path, shop_file: Path | None, split: str) -> tuple[dateti
     return day, [Query(str(r["user_id"]), tuple(r["session"]), tuple(r["targets"])) for r in rows]
 
 
-def import_events(settings: Settings, bundle: Bundle, events: Events) -> int:
+def import_events(settings: Settings, bundle: Bundle, shop: Shop) -> int:
     """Load a shop's events into a state that no process serves; how many were new."""
+    events = shop.events
     settings.state.mkdir(parents=True, exist_ok=True)
     url = settings.ranking_database or f"sqlite:///{(settings.state / 'ranking').absolute()}.sqlite"
     engine = store.open_engine(url)
-    kinds = list(bundle.profile.event_types)
-    kept = BehaviourStore(engine, kinds, lambda: datetime.now(UTC))
+    kept = BehaviourStore(engine, list(bundle.profile.event_types), lambda: datetime.now(UTC))
+    kinds = list(shop.settings.event_types)  # the order that the events' kinds count in
     rows = zip(
         events.event_ids,
         events.user.tolist(),

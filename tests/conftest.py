@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +21,13 @@ def skip_without(what: str, reason: str) -> None:
     if what in _REQUIRED:
         pytest.fail(f"{what} is in VITRINE_REQUIRE: {reason}")
     pytest.skip(f"{what}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A skip must not hide: the summary ends in how many there were, and why."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    line = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()) or "none"
+    terminalreporter.write_line(f"skipped: {line}")
 
 
 class Clock:

@@ -21,6 +21,14 @@ text_attributes = ["world"]
 filter_only = ["sold"]
 [time]
 granularity = "day"
+[text]
+mode = "frozen"
+head_steps = 2
+[ranking]
+candidates = 30
+judged = 5
+trees = 40
+ctr_epochs = 1
 [task]
 queries = { val = "queries.jsonl" }
 filter = { _sold = "true" }
@@ -114,13 +122,14 @@ def test_a_second_run_takes_over_what_the_first_finished(
     with caplog.at_level(logging.INFO):
         assert train(shop, base, bundles, "2026-01-06") == 0
     kept = [r.getMessage() for r in caplog.records if "kept from an earlier run" in r.getMessage()]
-    assert [message.split(":")[0] for message in kept] == ["text", "vectors", "graph"]
+    behaviour = ["text-head-before", "text-head", "text-encoder", "graph", "ranking"]
+    assert [message.split(":")[0] for message in kept] == ["text", "text-vectors", *behaviour]
     assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
     with caplog.at_level(logging.INFO):
         caplog.clear()
         assert train(shop, base, bundles, "2026-01-05") == 0
     done = [r.getMessage().split(":")[0] for r in caplog.records if ": done in" in r.getMessage()]
-    assert done == ["graph"]  # fewer events, the same texts
+    assert done == behaviour  # fewer events, the same texts
 
 
 def test_a_changed_file_is_found_out(bundles: Path) -> None:

@@ -16,7 +16,7 @@ from training.rows import Rows
 
 _QUESTIONS_A_BATCH = 64
 _CANDIDATES = 48
-_FOLDS = 2
+_FOLDS = 4
 # What of a feature row describes the candidate itself, and how near it is to the person.
 _COLUMNS = (
     "popular_1d",
@@ -121,21 +121,21 @@ def out_of_fold(
     settings: CtrSettings,
     learned: Rows,
     labels: np.ndarray,
-    scored: Rows,
+    scored: Sequence[Rows],
     vectors: Mapping[str, np.ndarray],
     epochs: int,
-) -> np.ndarray:
-    """Logits float32 (N, T) of `scored`, each by a head that saw nothing of that row's person."""
-    mine, theirs = _folds(learned), _folds(scored)
-    out = np.empty((len(scored.items), len(settings.types)), np.float32)
+) -> list[np.ndarray]:
+    """Logits float32 (N, T) of each of `scored`, by heads that saw nothing of a row's person."""
+    mine = _folds(learned)
+    found = [np.empty((len(rows.items), len(settings.types)), np.float32) for rows in scored]
     for part in range(_FOLDS):
-        inside, outside = np.flatnonzero(theirs == part), np.flatnonzero(mine != part)
-        if not len(inside):
-            continue
+        outside = np.flatnonzero(mine != part)
         seen = np.isin(learned.group(), outside)
         model = fit_ctr(settings, learned.take(outside), labels[seen], vectors, epochs)
-        out[np.isin(scored.group(), inside)] = score(model, scored.take(inside), vectors)
-    return out
+        for rows, out in zip(scored, found, strict=True):
+            inside = np.flatnonzero(_folds(rows) == part)
+            out[np.isin(rows.group(), inside)] = score(model, rows.take(inside), vectors)
+    return found
 
 
 def calibrated(settings: CtrSettings, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:

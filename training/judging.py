@@ -169,7 +169,7 @@ def _ctr(
     if whole.head is None:
         return {}
     late = np.flatnonzero([q.as_of >= since for q in lesson.seen.questions])
-    seen, labels = (rows, rows.label[:, None])
+    seen, labels = rows, (rows.label[:, None] > 0).astype(np.float32)
     if lesson.shown:
         if not len(late):
             return {}

@@ -51,11 +51,11 @@ def make_lesson(
     pages, done, types = queries.make_pages(
         shop.events, dict(settings.event_types), since, settings.ranking.queries
     )
-    if pages:
-        seen, labels = shown_rows(past, pages, done)
-        return Lesson(rows, seen, labels, types, shown=True)
+    shown = shown_rows(past, pages, done)
+    if shown is not None:
+        return Lesson(rows, *shown, types, shown=True)
     target = "_or_".join(settings.targets)
-    return Lesson(rows, rows, rows.label[:, None], [target], shown=False)
+    return Lesson(rows, rows, (rows.label[:, None] > 0).astype(np.float32), [target], shown=False)
 
 
 def _some(questions: list[Question], most: int, seed: int = 0) -> list[Question]:

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
+from services import interests, item_table
 from services.bundle import REPORT, Catalogue, Profile, publish, write_catalogue
 from services.catalog import Item, item_number
+from services.embedding import index
+from services.ranking import blend, features, graph, moment, reranker, sources, state
 from services.ranking import ctr as ctr_module
-from services.ranking import features, graph, moment, reranker, sources
+from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
 from training import ctr as ctr_fit
-from training import encoding, item_graph, judging, lesson, queries, rankers, ranking, replay, rows
+from training import encoding, item_graph, judging, lesson, metrics, queries, rankers, ranking, replay, rows
 from training import reranker as reranker_fit
 from training.dataset import Shop, read_shop
 from training.encoding import Encoded
@@ -47,6 +50,13 @@ _RANKING_CODE = [
     sources,
     ctr_module,
     reranker,
+    blend,
+    index,
+    interests,
+    item_table,
+    metrics,
+    ranking_service,
+    state,
 ]
 _log = logging.getLogger(__name__)
 

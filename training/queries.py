@@ -1,6 +1,6 @@
 """Questions with known answers, made of past baskets: what came next, given what came first."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,13 +13,16 @@ DAY = 86_400_000_000
 class Question:
     """A person at a moment, microseconds since 1970, and what they went on to engage with.
 
-    `session` holds (item number, event type), oldest first; `targets` int64 item numbers.
+    `session` holds (item number, event type), oldest first; `targets` int64 (T,) item numbers
+    and `grades` float32 (T,), how much each was engaged with: the weight of the strongest type,
+    or none at all for equal ones.
     """
 
     user_id: str
     as_of: int
     session: tuple[tuple[int, str], ...]
     targets: np.ndarray
+    grades: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
 
 
 def baskets(events: Events) -> np.ndarray:
@@ -30,14 +33,20 @@ def baskets(events: Events) -> np.ndarray:
 
 
 def make_questions(
-    events: Events, weights: dict[str, float], targets: tuple[str, ...], since: int, seed: int = 0
+    events: Events,
+    weights: dict[str, float],
+    targets: tuple[str, ...],
+    since: int,
+    seed: int = 0,
+    bare: float = 0.0,
 ) -> list[Question]:
     """One question for each basket from `since` on, microseconds since 1970, that can be asked.
 
     The first half of a basket, in time and among equal times at random, is the session, the
     target types of the rest the answer. A basket of one item is asked for with an empty session,
     if its person has a past. The moment is the beginning of the basket: what of it is
-    known comes with the session alone.
+    known comes with the session alone. A share `bare` of the baskets of people with a past is asked
+    for with an empty session, as when they have only just arrived.
     """
     generator = np.random.default_rng(seed)
     kinds = list(weights)
@@ -50,9 +59,11 @@ def make_questions(
     group = baskets(events)[rows]
     order = np.lexsort((generator.random(len(rows)), events.time[rows], group))
     rows, group = rows[order], group[order]
-    found = []
+    found, weight = [], np.array([weights[name] for name in kinds], np.float32)
     for mine in np.split(rows, np.flatnonzero(np.diff(group)) + 1) if len(rows) else []:
-        question = _question(events, kinds, wanted, mine, first_of_user)
+        known = bool(first_of_user[events.user[mine[0]]] < events.time[mine].min())
+        arriving = known and generator.random() < bare
+        question = _question(events, kinds, np.where(wanted, weight, 0), mine, known, arriving)
         if question is not None:
             found.append(question)
     return sorted(found, key=lambda q: (q.as_of, q.user_id))
@@ -98,19 +109,23 @@ def make_pages(
 
 
 def _question(
-    events: Events, kinds: list[str], wanted: np.ndarray, mine: np.ndarray, first_of_user: np.ndarray
+    events: Events, kinds: list[str], grade: np.ndarray, mine: np.ndarray, known: bool, arriving: bool
 ) -> Question | None:
     numbers = events.number[mine]
     _, first = np.unique(numbers, return_index=True)
-    half = (len(first) + 1) // 2 if len(first) > 1 else 0
+    half = (len(first) + 1) // 2 if len(first) > 1 and not arriving else 0
     firsts = np.sort(first)
     cut = firsts[half] if half < len(firsts) else len(mine)
     head, tail = mine[:cut], mine[cut:]
     seen = set(events.number[head].tolist())
-    answer = [n for n in events.number[tail[wanted[events.kind[tail]]]].tolist() if n not in seen]
-    user, start = events.user[mine[0]], int(events.time[mine].min())
-    if not answer or (not len(head) and first_of_user[user] >= start):
+    answer: dict[int, float] = {}
+    for number, worth in zip(events.number[tail].tolist(), grade[events.kind[tail]].tolist(), strict=True):
+        if worth > 0 and number not in seen:
+            answer[number] = max(worth, answer.get(number, 0.0))
+    if not answer or not (len(head) or known):
         return None
+    user, start = events.user[mine[0]], int(events.time[mine].min())
     session = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in head)
-    targets = np.array(sorted(set(answer)), np.int64)
-    return Question(events.user_ids[user], start, session, targets)
+    targets = np.array(sorted(answer), np.int64)
+    grades = np.array([answer[n] for n in targets.tolist()], np.float32)
+    return Question(events.user_ids[user], start, session, targets, grades)

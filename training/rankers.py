@@ -54,13 +54,13 @@ def fit_models(
     if without != "ctr" and spaces:  # without vectors there is nothing for the head to read
         epochs = settings.ranking.ctr_epochs
         shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
+        scored = [rows, lesson.seen] if lesson.shown else [rows]
+        apart, *own = ctr.out_of_fold(shape, lesson.seen, lesson.labels, scored, spaces, epochs)
         if lesson.shown:
-            own = ctr.out_of_fold(shape, lesson.seen, lesson.labels, lesson.seen, spaces, epochs)
-            shape = ctr.calibrated(shape, own, lesson.labels)
-        apart = ctr.out_of_fold(shape, lesson.seen, lesson.labels, rows, spaces, epochs)
+            shape = ctr.calibrated(shape, own[0], lesson.labels)
         head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
         names = (*names, *(ctr_column(t) for t in lesson.types))
         matrix = np.concatenate([matrix, apart], axis=1)
     columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
-    model = fit_reranker(rows, matrix[:, columns], [names[at] for at in columns], settings.ranking.trees)
+    model = fit_reranker(rows, matrix[:, columns], settings.ranking.trees)
     return Fitted(head, model, names, columns)

@@ -18,6 +18,8 @@ from training.shop_settings import ShopSettings
 
 CTR, RERANKER = "ctr", "reranker"
 PARTS = (CTR, RERANKER)
+# Home pages are asked for by people of whom only the past is known.
+_BARE = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -27,9 +29,12 @@ def fit(
     """Fit, judge and write the models, and beside them what judging found."""
     since = first_day(shop.events, settings) * DAY
     judged_from = (int(shop.events.time[-1] // DAY) - settings.split.test_days + 1) * DAY
-    weights, targets = dict(settings.event_types), tuple(settings.targets)
-    questions = queries.make_questions(shop.events, weights, targets, since)
-    lesson = make_lesson(past, shop, settings, questions, since)
+    weights = dict(settings.event_types)
+    engaged = tuple(name for name, weight in weights.items() if weight > 0)
+    # Every engagement teaches, graded by its weight; only the shop's targets are judged by.
+    teaching = queries.make_questions(shop.events, weights, engaged, since, bare=_BARE)
+    lesson = make_lesson(past, shop, settings, teaching, since)
+    questions = queries.make_questions(shop.events, weights, tuple(settings.targets), since)
     if lesson is None:
         _log.warning("no past basket can be learned from: hand-set weights will rank")
         judging.write_nothing(directory)

@@ -18,7 +18,8 @@ _UNSOLD_SHARE = 0.1
 class Rows:
     """Rows of Q questions one after the other.
 
-    `matrix` float32 (N, F); `items` int64 (N,) table rows; `label` and `weight` float32 (N,);
+    `matrix` float32 (N, F); `items` int64 (N,) table rows; `label` float32 (N,) the grade of an
+    answer, 0 for others; `weight` float32 (N,);
     `size` int64 (Q,) rows of each question, which are `questions` and, in rows of the table,
     `queries`; `unsold` bool (N,) rows shown without their item's behaviour; `targets` int64
     (Q,) how many answers each question has; `sources` int64 (N,) bits of who proposed a row.
@@ -76,7 +77,7 @@ def learning_rows(replay: Replay, questions: Sequence[Question], kept: int, seed
         allowed = replay.live(question.as_of) & ~np.isnan(now.age)
         items, sources = replay.candidates(query, now, allowed)
         answer = replay.table.rows(question.targets.tolist())
-        label = np.isin(items, answer)
+        label = _grades(items, answer, question.grades)
         if not label.any():
             continue
         features = replay.features(now)
@@ -106,7 +107,7 @@ def judging_rows(replay: Replay, questions: Sequence[Question], allowed: np.ndar
     for question in track(questions, "questions"):
         now, query = replay.at(question.as_of), replay.query(question)
         items, sources = replay.candidates(query, now, allowed & replay.live(question.as_of))
-        label = np.isin(items, replay.table.rows(question.targets.tolist()))
+        label = _grades(items, replay.table.rows(question.targets.tolist()), question.grades)
         matrix = replay.features(now).matrix(query, items, now)
         ones, never = np.ones(len(items), np.float32), np.zeros(len(items), bool)
         parts.append((question, query, matrix, items, sources, label, ones, never, len(question.targets)))
@@ -115,10 +116,11 @@ def judging_rows(replay: Replay, questions: Sequence[Question], allowed: np.ndar
 
 def shown_rows(
     replay: Replay, pages: Sequence[Question], labels: Sequence[np.ndarray]
-) -> tuple[Rows, np.ndarray]:
+) -> tuple[Rows, np.ndarray] | None:
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
-    A page is a question whose targets are the items shown; its labels are float32 (S, T).
+    A page is a question whose targets are the items shown; its labels are float32 (S, T). None
+    when no page shows an item that the catalogue knows.
     """
     parts, kept = [], []
     for page, label in zip(track(pages, "pages"), labels, strict=True):
@@ -133,13 +135,24 @@ def shown_rows(
         any_of = label[known].any(1)
         parts.append((page, query, matrix, items, zeros, any_of, ones, zeros.astype(bool), len(items)))
         kept.append(label[known])
-    return _joined(replay, parts), np.concatenate(kept).astype(np.float32)
+    return (_joined(replay, parts), np.concatenate(kept).astype(np.float32)) if parts else None
+
+
+def _grades(items: np.ndarray, answer: np.ndarray, grades: np.ndarray) -> np.ndarray:
+    """The grade of each of `items`, rising int64 (C,), 0 for what is no answer: float32 (C,)."""
+    label = np.zeros(len(items), np.float32)
+    if not len(items):
+        return label
+    at = np.minimum(np.searchsorted(items, answer), len(items) - 1)
+    held = items[at] == answer
+    label[at[held]] = grades[held] if len(grades) else 1
+    return label
 
 
 def _chosen(
     label: np.ndarray, score: np.ndarray, kept: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    others = np.flatnonzero(~label)
+    others = np.flatnonzero(label == 0)
     order = others[np.argsort(-score[others], kind="stable")]
     best, rest = order[: kept // 2], order[kept // 2 :]
     drawn = generator.permutation(rest)[: kept - len(best)]

@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,12 +26,18 @@ class Stages:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        # As it was loaded: a file that is edited during a long run is not the code that runs.
+        self._sources = {
+            name: inspect.getsource(module)
+            for name, module in list(sys.modules.items())
+            if name.startswith(("training.", "services."))
+        }
         self.seconds: dict[str, float] = {}
         root.mkdir(parents=True, exist_ok=True)
 
     def run(self, name: str, inputs: Any, code: list[ModuleType], build: Callable[[Path], None]) -> Path:
         """The directory of a stage: as it was left if `inputs` (JSON) and `code` are the same, else built."""
-        sources = [inspect.getsource(module) for module in code]
+        sources = [self._sources[module.__name__] for module in code]
         document = json.dumps([inputs, sources], sort_keys=True, default=str)
         key = hashlib.blake2b(document.encode(), digest_size=8).hexdigest()
         done = self._root / f"{name}-{key}"

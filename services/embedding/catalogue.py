@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
@@ -191,14 +192,20 @@ class Catalogue:
         limit: int,
         condition: filters.Filter | None,
         excluded: Sequence[int] = (),
+        as_of: datetime | None = None,
     ) -> list[Neighbours]:
-        """The nearest live items of each query, float32 (Q, D), that meet `condition`."""
+        """The nearest live items of each query, float32 (Q, D), that meet `condition`.
+
+        With `as_of`, only those available at that time.
+        """
 
         def run() -> list[Neighbours]:
             index = self.spaces[space]
-            allowed = None
+            mask = np.ones(self.table.length, bool) if as_of is None else self.table.available(as_of)
             if condition is not None:
-                allowed = self.table.item_numbers[filters.evaluate(condition, self.table)]
+                qualifying = filters.evaluate(condition, self.table)
+                mask = mask & qualifying[: len(mask)]
+            allowed = None if mask.all() else self.table.item_numbers[: len(mask)][mask]
             found = index.search(queries, limit + len(excluded), allowed)
             return [_without(near, excluded, limit) for near in found]
 

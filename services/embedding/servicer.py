@@ -205,7 +205,10 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         request: pb.SearchRequest,
     ) -> list[pb.SearchResult]:
         vectors = np.stack([vector for _, vector in queries])
-        found = await self._catalogue.search(space, vectors, limit, condition, request.exclude_item_numbers)
+        as_of = wire.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
+        found = await self._catalogue.search(
+            space, vectors, limit, condition, request.exclude_item_numbers, as_of
+        )
         readable = request.view == item_pb2.VIEW_READABLE
         return [self._result(at, space, near, readable) for (at, _), near in zip(queries, found, strict=True)]
 

@@ -211,6 +211,7 @@ class Pipeline:
             exclude_item_numbers=sorted(self._excluded(wish, retrieved))[:_MAX_EXCLUDED],
             min_sequence=wish.min_sequence,
             bundle=self.bundle,
+            as_of=wire.time_to(wish.as_of),
         )
         return self._embedding.search(request)
 

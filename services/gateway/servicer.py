@@ -111,6 +111,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 filter=request.filter if request.HasField("filter") else None,
                 min_sequence=request.min_sequence,
                 bundle=self.pipeline.bundle,
+                as_of=wire.time_to(now),
             )
         )
         scores: dict[int, float] = {}

@@ -23,56 +23,57 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from vitrine.catalog.v1 import filter_pb2 as vitrine_dot_catalog_dot_v1_dot_filter__pb2
 from vitrine.catalog.v1 import item_pb2 as vitrine_dot_catalog_dot_v1_dot_item__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,vitrine/embedding/v1/embedding_service.proto\x12\x14vitrine.embedding.v1\x1a google/protobuf/field_mask.proto\x1a\x17google/rpc/status.proto\x1a\x1fvitrine/catalog/v1/filter.proto\x1a\x1dvitrine/catalog/v1/item.proto\",\n\x07Vectors\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\":\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"2\n\x11\x45mbedTextsRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\"\xa4\x01\n\x12\x45mbedTextsResponse\x12.\n\x07vectors\x18\x01 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x16\n\x0etruncated_rows\x18\x02 \x03(\r\x12.\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1e.vitrine.embedding.v1.RowError\x12\x16\n\x0e\x65ncoder_digest\x18\x04 \x01(\t\"4\n\x12\x45mbedImagesRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\"\x8d\x01\n\x13\x45mbedImagesResponse\x12.\n\x07vectors\x18\x01 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12.\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x1e.vitrine.embedding.v1.RowError\x12\x16\n\x0e\x65ncoder_digest\x18\x03 \x01(\t\"n\n\x12UpsertItemsRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.vitrine.catalog.v1.Item\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"H\n\x13UpsertItemsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.vitrine.catalog.v1.ItemOutcome\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"H\n\x13\x44\x65leteItemsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.vitrine.catalog.v1.ItemOutcome\"J\n\x0fGetItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"t\n\x10GetItemsResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ItemRecord\x12\x18\n\x10missing_item_ids\x18\x02 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"H\n\rInterestGroup\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x10\n\x08item_ids\x18\x02 \x03(\t\x12\x0f\n\x07weights\x18\x03 \x03(\x02\"\xe3\x02\n\rSearchRequest\x12\x33\n\x06groups\x18\x01 \x03(\x0b\x32#.vitrine.embedding.v1.InterestGroup\x12.\n\x07vectors\x18\x02 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\x0c\x12)\n\x06spaces\x18\x05 \x03(\x0e\x32\x19.vitrine.catalog.v1.Space\x12\r\n\x05limit\x18\x06 \x01(\x05\x12*\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x1a.vitrine.catalog.v1.Filter\x12\x1c\n\x14\x65xclude_item_numbers\x18\x08 \x03(\x06\x12\x14\n\x0cmin_sequence\x18\t \x01(\x04\x12\x0e\n\x06\x62undle\x18\n \x01(\t\x12&\n\x04view\x18\x0b \x01(\x0e\x32\x18.vitrine.catalog.v1.View\"+\n\tSearchHit\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x9c\x01\n\x0cSearchResult\x12\r\n\x05query\x18\x01 \x01(\r\x12(\n\x05space\x18\x02 \x01(\x0e\x32\x19.vitrine.catalog.v1.Space\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12-\n\x04hits\x18\x05 \x03(\x0b\x32\x1f.vitrine.embedding.v1.SearchHit\"g\n\x0eSearchResponse\x12\x33\n\x07results\x18\x01 \x03(\x0b\x32\".vitrine.embedding.v1.SearchResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\"R\n\x11WatchItemsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x15\n\runtil_current\x18\x03 \x01(\x08\"\x98\x02\n\x12WatchItemsResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ItemRecord\x12\x1c\n\x14\x64\x65leted_item_numbers\x18\x02 \x03(\x06\x12\x11\n\ttext_rows\x18\x03 \x03(\r\x12\x33\n\x0ctext_vectors\x18\x04 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x12\n\nimage_rows\x18\x05 \x03(\r\x12\x34\n\rimage_vectors\x18\x06 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x11\n\tcaught_up\x18\x08 \x01(\x08\x32\xb6\x05\n\x10\x45mbeddingService\x12_\n\nEmbedTexts\x12\'.vitrine.embedding.v1.EmbedTextsRequest\x1a(.vitrine.embedding.v1.EmbedTextsResponse\x12\x62\n\x0b\x45mbedImages\x12(.vitrine.embedding.v1.EmbedImagesRequest\x1a).vitrine.embedding.v1.EmbedImagesResponse\x12\x66\n\x0bUpsertItems\x12(.vitrine.embedding.v1.UpsertItemsRequest\x1a).vitrine.embedding.v1.UpsertItemsResponse(\x01\x30\x01\x12\x62\n\x0b\x44\x65leteItems\x12(.vitrine.embedding.v1.DeleteItemsRequest\x1a).vitrine.embedding.v1.DeleteItemsResponse\x12Y\n\x08GetItems\x12%.vitrine.embedding.v1.GetItemsRequest\x1a&.vitrine.embedding.v1.GetItemsResponse\x12S\n\x06Search\x12#.vitrine.embedding.v1.SearchRequest\x1a$.vitrine.embedding.v1.SearchResponse\x12\x61\n\nWatchItems\x12\'.vitrine.embedding.v1.WatchItemsRequest\x1a(.vitrine.embedding.v1.WatchItemsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,vitrine/embedding/v1/embedding_service.proto\x12\x14vitrine.embedding.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fvitrine/catalog/v1/filter.proto\x1a\x1dvitrine/catalog/v1/item.proto\",\n\x07Vectors\x12\x11\n\tdimension\x18\x01 \x01(\r\x12\x0e\n\x06values\x18\x02 \x03(\x02\":\n\x08RowError\x12\x0b\n\x03row\x18\x01 \x01(\r\x12!\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x12.google.rpc.Status\"2\n\x11\x45mbedTextsRequest\x12\r\n\x05texts\x18\x01 \x03(\t\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\"\xa4\x01\n\x12\x45mbedTextsResponse\x12.\n\x07vectors\x18\x01 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x16\n\x0etruncated_rows\x18\x02 \x03(\r\x12.\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x1e.vitrine.embedding.v1.RowError\x12\x16\n\x0e\x65ncoder_digest\x18\x04 \x01(\t\"4\n\x12\x45mbedImagesRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\"\x8d\x01\n\x13\x45mbedImagesResponse\x12.\n\x07vectors\x18\x01 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12.\n\x06\x65rrors\x18\x02 \x03(\x0b\x32\x1e.vitrine.embedding.v1.RowError\x12\x16\n\x0e\x65ncoder_digest\x18\x03 \x01(\t\"n\n\x12UpsertItemsRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.vitrine.catalog.v1.Item\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"H\n\x13UpsertItemsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.vitrine.catalog.v1.ItemOutcome\"&\n\x12\x44\x65leteItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"H\n\x13\x44\x65leteItemsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.vitrine.catalog.v1.ItemOutcome\"J\n\x0fGetItemsRequest\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"t\n\x10GetItemsResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ItemRecord\x12\x18\n\x10missing_item_ids\x18\x02 \x03(\t\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"H\n\rInterestGroup\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x10\n\x08item_ids\x18\x02 \x03(\t\x12\x0f\n\x07weights\x18\x03 \x03(\x02\"\x8e\x03\n\rSearchRequest\x12\x33\n\x06groups\x18\x01 \x03(\x0b\x32#.vitrine.embedding.v1.InterestGroup\x12.\n\x07vectors\x18\x02 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\r\n\x05image\x18\x04 \x01(\x0c\x12)\n\x06spaces\x18\x05 \x03(\x0e\x32\x19.vitrine.catalog.v1.Space\x12\r\n\x05limit\x18\x06 \x01(\x05\x12*\n\x06\x66ilter\x18\x07 \x01(\x0b\x32\x1a.vitrine.catalog.v1.Filter\x12\x1c\n\x14\x65xclude_item_numbers\x18\x08 \x03(\x06\x12\x14\n\x0cmin_sequence\x18\t \x01(\x04\x12\x0e\n\x06\x62undle\x18\n \x01(\t\x12&\n\x04view\x18\x0b \x01(\x0e\x32\x18.vitrine.catalog.v1.View\x12)\n\x05\x61s_of\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"+\n\tSearchHit\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x9c\x01\n\x0cSearchResult\x12\r\n\x05query\x18\x01 \x01(\r\x12(\n\x05space\x18\x02 \x01(\x0e\x32\x19.vitrine.catalog.v1.Space\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x0e\n\x06scores\x18\x04 \x03(\x02\x12-\n\x04hits\x18\x05 \x03(\x0b\x32\x1f.vitrine.embedding.v1.SearchHit\"g\n\x0eSearchResponse\x12\x33\n\x07results\x18\x01 \x03(\x0b\x32\".vitrine.embedding.v1.SearchResult\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t\"R\n\x11WatchItemsRequest\x12\x16\n\x0e\x61\x66ter_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\x12\x15\n\runtil_current\x18\x03 \x01(\x08\"\x98\x02\n\x12WatchItemsResponse\x12-\n\x05items\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ItemRecord\x12\x1c\n\x14\x64\x65leted_item_numbers\x18\x02 \x03(\x06\x12\x11\n\ttext_rows\x18\x03 \x03(\r\x12\x33\n\x0ctext_vectors\x18\x04 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x12\n\nimage_rows\x18\x05 \x03(\r\x12\x34\n\rimage_vectors\x18\x06 \x01(\x0b\x32\x1d.vitrine.embedding.v1.Vectors\x12\x10\n\x08sequence\x18\x07 \x01(\x04\x12\x11\n\tcaught_up\x18\x08 \x01(\x08\x32\xb6\x05\n\x10\x45mbeddingService\x12_\n\nEmbedTexts\x12\'.vitrine.embedding.v1.EmbedTextsRequest\x1a(.vitrine.embedding.v1.EmbedTextsResponse\x12\x62\n\x0b\x45mbedImages\x12(.vitrine.embedding.v1.EmbedImagesRequest\x1a).vitrine.embedding.v1.EmbedImagesResponse\x12\x66\n\x0bUpsertItems\x12(.vitrine.embedding.v1.UpsertItemsRequest\x1a).vitrine.embedding.v1.UpsertItemsResponse(\x01\x30\x01\x12\x62\n\x0b\x44\x65leteItems\x12(.vitrine.embedding.v1.DeleteItemsRequest\x1a).vitrine.embedding.v1.DeleteItemsResponse\x12Y\n\x08GetItems\x12%.vitrine.embedding.v1.GetItemsRequest\x1a&.vitrine.embedding.v1.GetItemsResponse\x12S\n\x06Search\x12#.vitrine.embedding.v1.SearchRequest\x1a$.vitrine.embedding.v1.SearchResponse\x12\x61\n\nWatchItems\x12\'.vitrine.embedding.v1.WatchItemsRequest\x1a(.vitrine.embedding.v1.WatchItemsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.embedding.v1.embedding_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VECTORS']._serialized_start=193
-  _globals['_VECTORS']._serialized_end=237
-  _globals['_ROWERROR']._serialized_start=239
-  _globals['_ROWERROR']._serialized_end=297
-  _globals['_EMBEDTEXTSREQUEST']._serialized_start=299
-  _globals['_EMBEDTEXTSREQUEST']._serialized_end=349
-  _globals['_EMBEDTEXTSRESPONSE']._serialized_start=352
-  _globals['_EMBEDTEXTSRESPONSE']._serialized_end=516
-  _globals['_EMBEDIMAGESREQUEST']._serialized_start=518
-  _globals['_EMBEDIMAGESREQUEST']._serialized_end=570
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=573
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=714
-  _globals['_UPSERTITEMSREQUEST']._serialized_start=716
-  _globals['_UPSERTITEMSREQUEST']._serialized_end=826
-  _globals['_UPSERTITEMSRESPONSE']._serialized_start=828
-  _globals['_UPSERTITEMSRESPONSE']._serialized_end=900
-  _globals['_DELETEITEMSREQUEST']._serialized_start=902
-  _globals['_DELETEITEMSREQUEST']._serialized_end=940
-  _globals['_DELETEITEMSRESPONSE']._serialized_start=942
-  _globals['_DELETEITEMSRESPONSE']._serialized_end=1014
-  _globals['_GETITEMSREQUEST']._serialized_start=1016
-  _globals['_GETITEMSREQUEST']._serialized_end=1090
-  _globals['_GETITEMSRESPONSE']._serialized_start=1092
-  _globals['_GETITEMSRESPONSE']._serialized_end=1208
-  _globals['_INTERESTGROUP']._serialized_start=1210
-  _globals['_INTERESTGROUP']._serialized_end=1282
-  _globals['_SEARCHREQUEST']._serialized_start=1285
-  _globals['_SEARCHREQUEST']._serialized_end=1640
-  _globals['_SEARCHHIT']._serialized_start=1642
-  _globals['_SEARCHHIT']._serialized_end=1685
-  _globals['_SEARCHRESULT']._serialized_start=1688
-  _globals['_SEARCHRESULT']._serialized_end=1844
-  _globals['_SEARCHRESPONSE']._serialized_start=1846
-  _globals['_SEARCHRESPONSE']._serialized_end=1949
-  _globals['_WATCHITEMSREQUEST']._serialized_start=1951
-  _globals['_WATCHITEMSREQUEST']._serialized_end=2033
-  _globals['_WATCHITEMSRESPONSE']._serialized_start=2036
-  _globals['_WATCHITEMSRESPONSE']._serialized_end=2316
-  _globals['_EMBEDDINGSERVICE']._serialized_start=2319
-  _globals['_EMBEDDINGSERVICE']._serialized_end=3013
+  _globals['_VECTORS']._serialized_start=226
+  _globals['_VECTORS']._serialized_end=270
+  _globals['_ROWERROR']._serialized_start=272
+  _globals['_ROWERROR']._serialized_end=330
+  _globals['_EMBEDTEXTSREQUEST']._serialized_start=332
+  _globals['_EMBEDTEXTSREQUEST']._serialized_end=382
+  _globals['_EMBEDTEXTSRESPONSE']._serialized_start=385
+  _globals['_EMBEDTEXTSRESPONSE']._serialized_end=549
+  _globals['_EMBEDIMAGESREQUEST']._serialized_start=551
+  _globals['_EMBEDIMAGESREQUEST']._serialized_end=603
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=606
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=747
+  _globals['_UPSERTITEMSREQUEST']._serialized_start=749
+  _globals['_UPSERTITEMSREQUEST']._serialized_end=859
+  _globals['_UPSERTITEMSRESPONSE']._serialized_start=861
+  _globals['_UPSERTITEMSRESPONSE']._serialized_end=933
+  _globals['_DELETEITEMSREQUEST']._serialized_start=935
+  _globals['_DELETEITEMSREQUEST']._serialized_end=973
+  _globals['_DELETEITEMSRESPONSE']._serialized_start=975
+  _globals['_DELETEITEMSRESPONSE']._serialized_end=1047
+  _globals['_GETITEMSREQUEST']._serialized_start=1049
+  _globals['_GETITEMSREQUEST']._serialized_end=1123
+  _globals['_GETITEMSRESPONSE']._serialized_start=1125
+  _globals['_GETITEMSRESPONSE']._serialized_end=1241
+  _globals['_INTERESTGROUP']._serialized_start=1243
+  _globals['_INTERESTGROUP']._serialized_end=1315
+  _globals['_SEARCHREQUEST']._serialized_start=1318
+  _globals['_SEARCHREQUEST']._serialized_end=1716
+  _globals['_SEARCHHIT']._serialized_start=1718
+  _globals['_SEARCHHIT']._serialized_end=1761
+  _globals['_SEARCHRESULT']._serialized_start=1764
+  _globals['_SEARCHRESULT']._serialized_end=1920
+  _globals['_SEARCHRESPONSE']._serialized_start=1922
+  _globals['_SEARCHRESPONSE']._serialized_end=2025
+  _globals['_WATCHITEMSREQUEST']._serialized_start=2027
+  _globals['_WATCHITEMSREQUEST']._serialized_end=2109
+  _globals['_WATCHITEMSRESPONSE']._serialized_start=2112
+  _globals['_WATCHITEMSRESPONSE']._serialized_end=2392
+  _globals['_EMBEDDINGSERVICE']._serialized_start=2395
+  _globals['_EMBEDDINGSERVICE']._serialized_end=3089
 # @@protoc_insertion_point(module_scope)

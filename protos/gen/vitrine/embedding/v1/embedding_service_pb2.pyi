@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.rpc import status_pb2 as _status_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
@@ -433,6 +434,7 @@ class SearchRequest(_message.Message):
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
     VIEW_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """A text, encoded into the text space, and into the image space by the text
     side of the image encoder.
@@ -467,6 +469,10 @@ class SearchRequest(_message.Message):
     def exclude_item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Optional. Numbers of items to leave out, at most 100,000."""
 
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """Optional. Only items available at this time; absent means at any time."""
+
     def __init__(
         self,
         *,
@@ -481,10 +487,11 @@ class SearchRequest(_message.Message):
         min_sequence: _builtins.int = ...,
         bundle: _builtins.str = ...,
         view: _item_pb2.View.ValueType = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "vectors", b"vectors"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "filter", b"filter", "vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "exclude_item_numbers", b"exclude_item_numbers", "filter", b"filter", "groups", b"groups", "image", b"image", "limit", b"limit", "min_sequence", b"min_sequence", "spaces", b"spaces", "text", b"text", "vectors", b"vectors", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "exclude_item_numbers", b"exclude_item_numbers", "filter", b"filter", "groups", b"groups", "image", b"image", "limit", b"limit", "min_sequence", b"min_sequence", "spaces", b"spaces", "text", b"text", "vectors", b"vectors", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,322 @@
+"""CTR head, reranker, scorer: alone as in a batch, served as trained, blind to the row's own person."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import lightgbm
+import numpy as np
+import pytest
+import torch
+
+from services.errors import FailedPrecondition
+from services.item_table import ItemTable
+from services.ranking.blend import blend
+from services.ranking.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
+from services.ranking.features import Features, Query
+from services.ranking.graph import GraphView
+from services.ranking.moment import DAY, moment
+from services.ranking.reranker import Reranker, write_reranker
+from services.ranking.scoring import Scorer, ctr_column
+from services.ranking.state import BehaviourState
+from tests import shops
+from training.ctr import calibrated, ctr_settings, fit_ctr, out_of_fold, score
+from training.lesson import Lesson
+from training.metrics import classification_metrics
+from training.queries import Question
+from training.reranker import fit_reranker
+from training.rows import Rows
+
+NAMES = ("popular_7d", "price", "noise", "age_days")
+ITEMS, TEXT, IMAGE = 300, 6, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    return np.asarray(values / np.linalg.norm(values, axis=-1, keepdims=True), np.float32)
+
+
+def catalogue() -> dict[str, np.ndarray]:
+    """Every fifth item has no photograph, item 0 has no vector at all."""
+    choice = np.random.default_rng(0)
+    text, image = (unit(choice.standard_normal((ITEMS, size))) for size in (TEXT, IMAGE))
+    image[::5] = 0
+    text[0] = 0
+    return {"text": text, "image": image}
+
+
+def person(history: np.ndarray, session: np.ndarray) -> Query:
+    return Query(
+        session=session,
+        session_weights=np.ones(len(session), np.float32),
+        history=history,
+        ages=np.linspace(1, 20, len(history), dtype=np.float32),
+        weights=np.full(len(history), 0.5, np.float32),
+        bought=np.ones(len(history), bool),
+    )
+
+
+def taste_rows(people: int, vectors: dict[str, np.ndarray], seed: int, *, size: int = 20) -> Rows:
+    """People whose past is near a taste of theirs; of the candidates they like the nearest quarter."""
+    choice = np.random.default_rng(seed)
+    queries, items, labels = [], [], []
+    for _ in range(people):
+        near = vectors["text"] @ unit(choice.standard_normal(TEXT))
+        past = choice.permutation(np.argsort(-near)[:20])[:8]
+        candidates = choice.permutation(np.setdiff1d(np.arange(1, ITEMS), past))[:size]
+        queries.append(person(past[2:], past[:2]))
+        items.append(candidates)
+        labels.append(near[candidates] > np.quantile(near[candidates], 0.75))
+    return rows_of(queries, items, labels, seed)
+
+
+def rows_of(queries: list[Query], items: list[np.ndarray], labels: list[np.ndarray], seed: int) -> Rows:
+    flat = np.concatenate(items).astype(np.int64)
+    matrix = np.random.default_rng(seed).exponential(5, (len(flat), len(NAMES))).astype(np.float32)
+    label = np.concatenate(labels).astype(np.float32)
+    none = np.empty(0, np.int64)
+    return Rows(
+        names=NAMES,
+        matrix=matrix,
+        items=flat,
+        sources=np.zeros(len(flat), np.int64),
+        label=label,
+        weight=np.ones(len(flat), np.float32),
+        unsold=np.zeros(len(flat), bool),
+        size=np.array([len(i) for i in items], np.int64),
+        questions=[Question(f"p{at}", at, (), none) for at in range(len(queries))],
+        queries=queries,
+        targets=np.ones(len(queries), np.int64),
+    )
+
+
+def odd_rows() -> Rows:
+    """Nobody, a past longer than is read, a session alone; 1 to 60 candidates, one that has no vector."""
+    choice = np.random.default_rng(3)
+    none = np.empty(0, np.int64)
+    long = choice.integers(0, ITEMS, MAX_HISTORY + 30)
+    queries = [person(none, none), person(long, long[:70]), person(none, long[:3]), person(long[:1], none)]
+    sizes = (7, 60, 1, 20)
+    items = [np.concatenate([[0], choice.permutation(np.arange(1, ITEMS))[: size - 1]]) for size in sizes]
+    return rows_of(queries, items, [np.arange(size) % 3 == 0 for size in sizes], seed=4)
+
+
+def random_head(vectors: dict[str, np.ndarray], rows: Rows, **more: object) -> CtrModel:
+    torch.manual_seed(5)
+    settings = replace(ctr_settings(rows, vectors, ("click", "purchase"), shown=True), **more)  # type: ignore[arg-type]
+    return CtrModel(settings).eval()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_scores_are_the_same_alone_in_a_batch_and_served(*, plain: bool, tmp_path: Path) -> None:
+    vectors, rows = catalogue(), odd_rows()
+    model = random_head(vectors, rows, plain=plain, slope=(2.0, 0.5), offset=(-1.0, 0.25))
+    together = score(model, rows, vectors)
+    write_ctr(tmp_path, model)
+    served = CtrHead(tmp_path, ("other", *reversed(NAMES)))
+    group, matrix = rows.group(), np.concatenate([rows.matrix, np.full((len(rows.items), 1), np.nan)], 1)
+    for at, query in enumerate(rows.queries):
+        mine = group == at
+        alone = score(model, rows.take(np.array([at])), vectors)
+        np.testing.assert_allclose(together[mine], alone, atol=1e-5)
+        logits = served.logits(query, rows.items[mine], matrix[mine][:, ::-1], vectors)
+        np.testing.assert_allclose(together[mine], logits, atol=1e-5)
+        order = np.random.default_rng(at).permutation(int(mine.sum()))
+        moved = served.logits(query, rows.items[mine][order], matrix[mine][order][:, ::-1], vectors)
+        np.testing.assert_allclose(moved, logits[order], atol=1e-5)
+        told = served.probabilities(logits)
+        assert list(told) == ["click", "purchase"]
+        np.testing.assert_allclose(told["click"], 1 / (1 + np.exp(1 - 2.0 * logits[:, 0])), rtol=1e-4)
+        np.testing.assert_allclose(told["purchase"], 1 / (1 + np.exp(-0.25 - 0.5 * logits[:, 1])), rtol=1e-4)
+    assert together.std() > 1e-3
+
+
+def test_what_is_not_known_never_makes_a_score_that_is_no_number(tmp_path: Path) -> None:
+    vectors, rows = catalogue(), odd_rows()
+    matrix = rows.matrix.copy()
+    matrix[::2, 0], matrix[1::3, 1], matrix[:, 3] = np.nan, np.inf, np.nan
+    unknown = replace(rows, matrix=matrix)
+    finite = replace(rows, matrix=np.where(np.isfinite(matrix), matrix, np.nan))
+    shape = ctr_settings(finite, vectors, ("click", "purchase"), shown=True)
+    assert np.isfinite([*shape.mean, *shape.scale]).all()
+    labels = np.stack([rows.label, 1 - rows.label], 1)
+    model = fit_ctr(shape, finite, labels, vectors, epochs=2)
+    assert np.isfinite(score(model, unknown, vectors)).all()
+    unfit = CtrModel(replace(shape, shown=False))
+    write_ctr(tmp_path, unfit)
+    assert CtrHead(tmp_path, NAMES).probabilities(np.zeros((3, 2), np.float32)) == {}
+
+
+def test_a_head_that_reads_a_missing_column_is_refused(tmp_path: Path) -> None:
+    write_ctr(tmp_path, random_head(catalogue(), odd_rows()))
+    with pytest.raises(FailedPrecondition, match="price"):
+        CtrHead(tmp_path, ("popular_7d", "noise", "age_days"))
+
+
+def test_a_taste_is_learned_and_carries_over_to_people_never_seen() -> None:
+    vectors = catalogue()
+    rows, unseen = taste_rows(192, vectors, seed=1), taste_rows(50, vectors, seed=2)
+    found = {}
+    for plain in (False, True):
+        shape = ctr_settings(rows, vectors, ("purchase",), shown=False, plain=plain)
+        model = fit_ctr(shape, rows, rows.label[:, None], vectors, epochs=12)
+        logits = score(model, unseen, vectors)[:, 0].astype(np.float64)
+        found[plain] = classification_metrics(1 / (1 + np.exp(-logits)), unseen.label)["auc"]
+    assert found[False] > 0.8
+    assert found[False] > found[True] + 0.1
+
+
+def test_the_same_seed_gives_the_same_head() -> None:
+    vectors = catalogue()
+    rows = taste_rows(70, vectors, seed=1)
+    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
+    one, two = (score(fit_ctr(shape, rows, rows.label[:, None], vectors, 2), rows, vectors) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    other = score(fit_ctr(shape, rows, rows.label[:, None], vectors, 2, seed=1), rows, vectors)
+    assert not np.array_equal(one, other)
+
+
+def test_a_head_never_saw_the_person_it_scores() -> None:
+    vectors = catalogue()
+    rows = taste_rows(40, vectors, seed=1)
+    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
+    labels = rows.label[:, None]
+    (before,) = out_of_fold(shape, rows, labels, [rows], vectors, epochs=2)
+    group = rows.group()
+    for who in (0, 7):
+        mine = group == who
+        flipped = labels.copy()
+        flipped[mine] = 1 - flipped[mine]
+        (after,) = out_of_fold(shape, rows, flipped, [rows], vectors, epochs=2)
+        np.testing.assert_array_equal(before[mine], after[mine])
+        assert not np.array_equal(before[~mine], after[~mine])
+
+
+def test_a_shop_of_one_customer_is_scored_too() -> None:
+    vectors = catalogue()
+    rows = taste_rows(5, vectors, seed=1)
+    rows = replace(rows, questions=[replace(q, user_id="ann") for q in rows.questions])
+    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
+    (scores,) = out_of_fold(shape, rows, rows.label[:, None], [rows], vectors, epochs=1)
+    assert np.isfinite(scores).all()
+
+
+def test_a_lesson_before_the_first_question_holds_nothing() -> None:
+    rows = taste_rows(5, catalogue(), seed=1)
+    lesson = Lesson(rows, rows, rows.label[:, None], ["purchase"], shown=False)
+    assert [q.as_of for q in lesson.before(3).rows.questions] == [0, 1, 2]
+    nothing = lesson.before(0)
+    assert (len(nothing.rows.size), len(nothing.seen.items), len(nothing.labels)) == (0, 0, 0)
+
+
+def test_calibration_mends_an_overconfident_head() -> None:
+    choice = np.random.default_rng(0)
+    truth = choice.normal(-1, 1.5, (8000, 2))
+    labels = (choice.random((8000, 2)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    logits = (4 * truth + [2.0, -3.0]).astype(np.float32)
+    shape = CtrSettings({"text": 2}, ("click", "purchase"), (), (), (), shown=True)
+    mended = calibrated(shape, logits[:4000], labels[:4000])
+    np.testing.assert_allclose(mended.slope, 0.25, atol=0.03)
+    for at in range(2):
+        late, label = logits[4000:, at].astype(np.float64), labels[4000:, at]
+        raw = classification_metrics(1 / (1 + np.exp(-late)), label)
+        made = 1 / (1 + np.exp(-(mended.slope[at] * late + mended.offset[at])))
+        assert raw["ece"] > 0.1
+        assert classification_metrics(made, label)["ece"] < 0.03
+
+
+def test_labels_of_one_class_are_calibrated_to_numbers() -> None:
+    shape = CtrSettings({"text": 2}, ("click",), (), (), (), shown=True)
+    logits = np.linspace(-2, 2, 50, dtype=np.float32)[:, None]
+    mended = calibrated(shape, logits, np.zeros((50, 1), np.float32))
+    assert np.isfinite([*mended.slope, *mended.offset]).all()
+
+
+def fitted_reranker(columns: tuple[str, ...], seed: int = 0) -> lightgbm.Booster:
+    """Trees that like the second column and dislike the last, over questions of ten candidates."""
+    choice = np.random.default_rng(seed)
+    matrix = choice.random((4000, len(columns))).astype(np.float32)
+    label = (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)
+    split = np.split(np.arange(4000), 400)
+    rows = rows_of([person(split[0][:0], split[0][:0])] * 400, split, np.split(label, 400), seed)
+    return fit_reranker(rows, matrix, trees=5, seed=seed)
+
+
+def test_a_served_reranker_gives_lightgbms_own_prediction(tmp_path: Path) -> None:
+    columns = ("price", "popular_7d", "age, in days")
+    model = fitted_reranker(columns)
+    write_reranker(tmp_path, model, columns)
+    names = ("age, in days", "noise", "popular_7d", "price")
+    matrix = np.random.default_rng(1).random((50, 4)).astype(np.float32)
+    matrix[::7, 2] = np.nan
+    served = Reranker(tmp_path, names)
+    expected = np.asarray(model.predict(matrix[:, [3, 2, 0]]))
+    np.testing.assert_allclose(served.score(matrix), expected, rtol=1e-5, atol=1e-6)
+    assert np.ptp(expected) > 0
+    best, worst = np.array([[0.1, 0, 0.9, 0.5]], np.float32), np.array([[0.9, 0, 0.1, 0.5]], np.float32)
+    assert served.score(best) > served.score(worst)
+    assert served.score(matrix[:0]).shape == (0,)
+    with pytest.raises(FailedPrecondition, match="popular_7d"):
+        Reranker(tmp_path, ("age, in days", "price"))
+
+
+def small_shop() -> tuple[Features, ItemTable, Query]:
+    items = shops.items()
+    text = unit(np.random.default_rng(0).standard_normal((len(items), TEXT)))
+    table = ItemTable.of(
+        items, {"text": text}, {"text": np.ones(len(items), bool)}, [shops.UNTIL] * len(items)
+    )
+    features = Features(table, GraphView(shops.graph(), table), ["colour"])
+    return features, table, person(np.array([1, 2, 3]), np.array([4]))
+
+
+def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
+    features, table, query = small_shop()
+    now, rows = moment(BehaviourState({"purchase": 1.0}), table, 30_000 * DAY), np.arange(5, 25)
+    matrix = features.matrix(query, rows, now)
+    by_hand = Scorer(features, table).score(query, rows, now)
+    assert list(by_hand.components) == ["blend"]
+    np.testing.assert_array_equal(by_hand.values, blend(features.names, matrix))
+    assert np.ptp(by_hand.values) > 0
+    assert by_hand.probabilities == {}
+
+    column = table.vectors("text")
+    assert column is not None
+    stored = {"text": column[0], "image": np.zeros((table.length, IMAGE), np.float16)}
+    torch.manual_seed(0)
+    shape = CtrSettings(
+        {"text": TEXT, "image": IMAGE},  # no item has a photograph yet
+        ("click", "purchase"),
+        ("price", "age_days"),
+        (0.0, 0.0),
+        (1.0, 1.0),
+        shown=True,
+        slope=(1.0, 1.0),
+        offset=(0.0, 0.0),
+    )
+    head_at, trees_at = tmp_path / "ctr", tmp_path / "reranker"
+    head_at.mkdir()
+    trees_at.mkdir()
+    write_ctr(head_at, CtrModel(shape))
+    logits = CtrHead(head_at, features.names).logits(query, rows, matrix, stored)
+    with_head = Scorer(features, table, head_at)
+    assert with_head.columns == (*features.names, "ctr_click", "ctr_purchase")
+    scored = with_head.score(query, rows, now)
+    assert list(scored.components) == ["blend", "ctr_click", "ctr_purchase"]
+    np.testing.assert_array_equal(scored.values, by_hand.values)
+    np.testing.assert_allclose(scored.components["ctr_purchase"], logits[:, 1], atol=1e-5)
+    np.testing.assert_allclose(scored.probabilities["click"], 1 / (1 + np.exp(-logits[:, 0])), rtol=1e-4)
+
+    columns = ("price", ctr_column("purchase"), ctr_column("click"))
+    model = fitted_reranker(columns)
+    write_reranker(trees_at, model, columns)
+    with pytest.raises(FailedPrecondition, match="ctr_purchase"):
+        Scorer(features, table, None, trees_at)
+    full = Scorer(features, table, head_at, trees_at).score(query, rows, now)
+    assert list(full.components) == ["blend", "ctr_click", "ctr_purchase", "reranker"]
+    read = np.stack([matrix[:, features.names.index("price")], logits[:, 1], logits[:, 0]], 1)
+    np.testing.assert_allclose(full.values, np.asarray(model.predict(read)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(full.values, full.components["reranker"])
