@@ -127,6 +127,25 @@ def test_a_single_item_is_asked_for_of_people_with_a_past_alone(rows: list[Deed]
 
 
 @given(ENGAGED, st.integers(0, 3))
+@settings(deadline=None)
+def test_who_has_only_just_arrived_is_asked_about_the_whole_basket(rows: list[Deed], seed: int) -> None:
+    events, groups = events_of(rows), by_basket(rows, 0)
+    halved = make_questions(events, WEIGHTS, PURCHASE, 0, seed)
+    arrived = make_questions(events, WEIGHTS, PURCHASE, 0, seed, bare=1.0)
+    expected = {}
+    for mine in groups.values():
+        user, begin = mine[0].user, min(deed.time for deed in mine)
+        bought = {number(deed.item) for deed in mine if KINDS[deed.kind] in PURCHASE}
+        if bought and any(d.user == user and d.kind > 0 and d.time < begin for d in rows):
+            expected[("ann", "bob", "cid")[user], begin] = bought
+    assert {(q.user_id, q.as_of): set(q.targets.tolist()) for q in arrived if not q.session} == expected
+    # Whoever is new is asked about as ever.
+    assert {(q.user_id, q.as_of) for q in arrived if q.session} == {
+        (q.user_id, q.as_of) for q in halved if (q.user_id, q.as_of) not in expected
+    }
+
+
+@given(ENGAGED, st.integers(0, 3))
 @settings(deadline=None, max_examples=30)
 def test_the_same_seed_asks_the_same(rows: list[Deed], seed: int) -> None:
     def told(questions: list[Question]) -> list[tuple[object, ...]]:

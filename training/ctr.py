@@ -11,40 +11,20 @@ from scipy.special import expit
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from services.ranking.ctr import CtrModel, CtrSettings, gather, signed_log, standardised
+from services.ranking.features import CANDIDATE_COLUMNS
 from training.progress import track
 from training.rows import Rows
 
 _QUESTIONS_A_BATCH = 64
 _CANDIDATES = 48
 _FOLDS = 4
-# What of a feature row describes the candidate itself, and how near it is to the person.
-_COLUMNS = (
-    "popular_1d",
-    "popular_3d",
-    "popular_7d",
-    "popular_30d",
-    "popular_ever",
-    "rising",
-    "age_days",
-    "idle_days",
-    "price",
-    "price_to_session",
-    "price_to_history",
-    "session_length",
-    "history_length",
-    "days_since_last",
-    "bought_before",
-    "family_in_session",
-    "family_in_history",
-    "family_popular_7d",
-)
 
 
 def ctr_settings(
     rows: Rows, vectors: Mapping[str, np.ndarray], types: Sequence[str], *, shown: bool, plain: bool = False
 ) -> CtrSettings:
     """The shape of a head for these rows: standard scales from them, a space per kind of vector."""
-    columns = [name for name in rows.names if name in _COLUMNS]
+    columns = [name for name in rows.names if name in CANDIDATE_COLUMNS]
     at = [rows.names.index(name) for name in columns]
     values = signed_log(rows.matrix[:, at].astype(np.float64))
     known = ~np.isnan(values).all(0)

@@ -104,7 +104,7 @@ def encode_photographs(
     """
     vectors = np.zeros((len(ids), encoder.dimension), np.float16)
     present = np.zeros(len(ids), bool)
-    fit = pixels.fit_of(encoder._preprocess)
+    fit = pixels.fit_of(encoder.preprocess)
     batches = pixels.pictures(photographs, ids, fit, encoder.side, batch)
     for start, pictures in zip(track(range(0, len(ids), batch), "photographs"), batches, strict=True):
         rows = [start + n for n, picture in enumerate(pictures) if picture is not None]

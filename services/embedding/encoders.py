@@ -133,20 +133,24 @@ class TextEncoder:
 
 
 class ImageEncoder:
-    """An open_clip model: pictures and texts in one space, scaled to unit length (CLIP, 2021)."""
+    """An open_clip model: pictures and texts in one space, scaled to unit length (CLIP, 2021).
+
+    `preprocess` makes a picture what the model reads; `side` is the side it looks at, in pixels.
+    """
 
     def __init__(self, directory: Path, device: str = "cpu") -> None:
         self.settings = ImageSettings(**_read_settings(directory))
         self.digest = digest(directory)
         self._device = device
         name = f"local-dir:{directory}"
-        self._model, _, self._preprocess = open_clip.create_model_and_transforms(
+        self._model, _, self.preprocess = open_clip.create_model_and_transforms(
             name, device=device, precision=self.settings.precision
         )
         self._model.eval()
         self._head = _read_head(directory, device)
         self._tokenize = open_clip.get_tokenizer(name)
-        self.side = int(self._model.visual.image_size[0])
+        size = self._model.visual.image_size
+        self.side = int(size if isinstance(size, int) else size[0])  # open_clip's ResNets have one number
         self.dimension = int(self._model.encode_text(self._tokenize([""]).to(device)).shape[-1])
 
     @torch.inference_mode()
@@ -155,7 +159,7 @@ class ImageEncoder:
         dtype = _PRECISIONS[self.settings.precision]
         vectors = [np.empty((0, self.dimension), np.float32)]
         for start in range(0, len(pictures), self.settings.batch):
-            pixels = torch.stack([self._preprocess(p) for p in pictures[start : start + self.settings.batch]])
+            pixels = torch.stack([self.preprocess(p) for p in pictures[start : start + self.settings.batch]])
             vectors.append(_unit(self._model.encode_image(pixels.to(self._device, dtype)), self._head))
         return np.concatenate(vectors)
 

@@ -21,6 +21,25 @@ _HALF_LIFE_DAYS = 14.0
 _SPACES = ("text", "image")
 _SIMILARITIES = ("session", "session_most", "history", "history_most")
 
+# What describes the candidate itself beside the person, vectors and attributes aside.
+CANDIDATE_COLUMNS = (
+    *(f"popular_{days}d" for days in WINDOWS),
+    "popular_ever",
+    "rising",
+    "age_days",
+    "idle_days",
+    "price",
+    "price_to_session",
+    "price_to_history",
+    "session_length",
+    "history_length",
+    "days_since_last",
+    "bought_before",
+    "family_in_session",
+    "family_in_history",
+    "family_popular_7d",
+)
+
 Column = np.ndarray | np.float32
 """One feature: float32 (C,), or the same value for every candidate."""
 
@@ -56,21 +75,7 @@ class Features:
         self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
         self._relations = tuple(name for name in graph.names if name not in _SPACES)
         self.names: tuple[str, ...] = (
-            *(f"popular_{days}d" for days in WINDOWS),
-            "popular_ever",
-            "rising",
-            "age_days",
-            "idle_days",
-            "price",
-            "price_to_session",
-            "price_to_history",
-            "session_length",
-            "history_length",
-            "days_since_last",
-            "bought_before",
-            "family_in_session",
-            "family_in_history",
-            "family_popular_7d",
+            *CANDIDATE_COLUMNS,
             *(f"{r}_{part}" for r in self._relations for part in ("session", "session_most", "history")),
             *(
                 f"{s}_{part}"
