@@ -26,7 +26,7 @@ from training.dataset import Shop
 from training.pairs import Pairs, make_pairs, pair_recall
 from training.progress import track
 from training.queries import baskets
-from training.shop_settings import ShopSettings
+from training.shop_settings import ImageTraining, ShopSettings
 from training.stages import Stages, digest_of
 
 _ENCODED_AT_ONCE = 2048
@@ -176,6 +176,31 @@ def _image(
     _projected(stages, "image", body, vectors, captions, behaviour, training.head_steps, encoded)
     missing = {item_id for item_id, ok in zip(ids, encoded.present["image"], strict=True) if not ok}
     encoded.photographs = {i: h for i, h in encoded.photographs.items() if i not in missing}
+    _judge_image(stages, shop, training, behaviour.during.among(encoded.present["image"]), encoded)
+
+
+def _judge_image(stages: Stages, shop: Shop, training: ImageTraining, late: Pairs, encoded: Encoded) -> None:
+    """Held-out pair recall by photographs alone, with the base as it came beside it."""
+    held = late.held_out(_HELD_OUT)
+    if not len(held[0]):
+        return
+    untouched = training.model_copy(update={"epochs": 0})
+    code = [image_encoder, pixels, images]
+    frozen = stages.run(
+        "image-frozen",
+        [training.base],
+        code,
+        lambda d: image_encoder.train_image_encoder(d, untouched, shop.photographs, []),
+    )
+    ids = [shop.items[at].id for at in np.unique(np.concatenate(held))]
+
+    def build(directory: Path) -> None:
+        model = ImageEncoder(frozen, "cuda" if torch.cuda.is_available() else "cpu")
+        np.save(directory / "vectors.npy", image_encoder.encode_photographs(model, shop.photographs, ids)[0])
+
+    chosen = digest_of(*(i.encode() + encoded.photographs[i] for i in ids))
+    made = stages.run("image-frozen-vectors", [encoders.digest(frozen), chosen], [encoders, *code], build)
+    _judge("image", late, {"frozen": np.load(made / "vectors.npy")}, encoded)
 
 
 def _places(shop: Shop, ids: list[str]) -> str:
