@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,6 +68,9 @@ judged = 400
 trees = 100
 ctr_epochs = 2
 """
+
+
+_LEAST_ITEMS = 50
 
 
 @dataclass(frozen=True)
@@ -153,12 +156,23 @@ def _write_events(path: Path, rows: Rows, user_ids: Sequence[str], products: Seq
             out.write(line.encode())
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argument's type: a whole number that a shop of any use needs."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of {least} or more is needed")
+        return int(text)
+
+    return read
+
+
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The options that a recipe is made of."""
     usual = Recipe()
     parser.add_argument("--seed", type=int, default=usual.seed)
-    parser.add_argument("--items", type=int, default=usual.items)
-    parser.add_argument("--users", type=int, default=usual.users)
+    parser.add_argument("--items", type=_at_least(_LEAST_ITEMS), default=usual.items)
+    parser.add_argument("--users", type=_at_least(2 * usual.new_users), default=usual.users)
 
 
 def main(arguments: list[str] | None = None) -> None:
