@@ -232,18 +232,6 @@ def test_a_shop_too_small_to_judge_is_trained_all_the_same(bases: Path, tmp_path
     assert len(version(tmp_path / "out")) == 1
 
 
-def test_an_interrupted_stage_leaves_nothing(tmp_path: Path) -> None:
-    stages = Stages(tmp_path)
-
-    def broken(directory: Path) -> None:
-        (directory / "half").write_text("x")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stages.run("s", [1], [], broken)
-    assert list(tmp_path.iterdir()) == []
-
-
 class _Watched(Stages):
     """Stages that write down what they begin, and kill their process inside one of them."""
 

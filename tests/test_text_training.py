@@ -1,5 +1,6 @@
 """The text encoder's fine-tuning: what each mode changes and leaves, and that bought pairs come nearer."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.models import DIMENSION, make_text_encoder
 from training.contrastive import apply_head
 from training.pairs import Pairs, make_pairs
 from training.shop_settings import TextTraining
-from training.text_encoder import fine_tune, save_frozen, with_head
+from training.text_encoder import fine_tune, save_frozen
 
 SHAPE = TextSettings(max_tokens=16, batch_tokens=256)
 WORDS = ("ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew")
@@ -121,7 +122,8 @@ def test_what_is_bought_together_comes_nearer(base: Path, tmp_path: Path, mode: 
 
 def test_a_projection_beside_an_encoder_is_applied_to_what_it_gives(base: Path, tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((DIMENSION, DIMENSION)).astype(np.float32)
-    with_head(base, weight, tmp_path / "headed")
+    shutil.copytree(base, tmp_path / "headed")
+    write_head(tmp_path / "headed", weight)
     bare, headed = TextEncoder(base), TextEncoder(tmp_path / "headed")
     got, plain = headed.encode(TEXTS).vectors, bare.encode(TEXTS).vectors
     np.testing.assert_allclose(got, apply_head(plain, weight), atol=1e-5)

@@ -161,6 +161,7 @@ def test_a_stage_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         stages.run("s", [1], [], broken)
+    assert list(tmp_path.iterdir()) == []
     whole = stages.run("s", [1], [], lambda d: None)
     assert list(whole.iterdir()) == []
     assert stages.run("s", [1], [], broken) == whole

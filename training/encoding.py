@@ -6,7 +6,6 @@ fit, is fitted twice: on the same events, for the rows that rankers learn from, 
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,7 +31,6 @@ from training.stages import Stages, digest_of
 _ENCODED_AT_ONCE = 2048
 _HELD_OUT = 3000
 _K = 20
-_log = logging.getLogger(__name__)
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """The text encoder: a Hugging Face BERT, fine-tuned on what people engage with together."""
 
-import logging
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from services.embedding.encoders import TextSettings, attention, write_head, write_settings
+from services.embedding.encoders import TextSettings, attention, write_settings
 from training.contrastive import pair_loss
 from training.pairs import Pairs
 from training.progress import track
@@ -19,7 +17,6 @@ from training.shop_settings import TextTraining
 
 MINILM = "minilm"
 _LORA_RANK = 16
-_log = logging.getLogger(__name__)
 
 
 def locate(base: str) -> str:
@@ -103,12 +100,6 @@ def fine_tune(
     tokenizer.save_pretrained(directory)
     model.save_pretrained(directory)
     write_settings(directory, settings)
-
-
-def with_head(body: Path, weight: np.ndarray, directory: Path) -> None:
-    """Write an encoder that is `body` followed by a projection, float32 (D, D)."""
-    shutil.copytree(body, directory, dirs_exist_ok=True)
-    write_head(directory, weight)
 
 
 def _trainable(model: Any, training: TextTraining) -> Any:
