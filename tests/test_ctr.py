@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightgbm
 import numpy as np
@@ -19,11 +20,12 @@ from services.ranking.reranker import Reranker, write_reranker
 from services.ranking.scoring import Scorer, ctr_column
 from services.ranking.state import BehaviourState
 from tests import shops
-from training.ctr import calibrated, ctr_settings, fit_ctr, out_of_fold, score
+from training import reranker as reranker_fit
+from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score
 from training.lesson import Lesson
 from training.metrics import classification_metrics
 from training.queries import Question
-from training.reranker import fit_reranker
+from training.reranker import Lists, fit_reranker
 from training.rows import Rows
 
 NAMES = ("popular_7d", "price", "noise", "age_days")
@@ -179,29 +181,51 @@ def test_the_same_seed_gives_the_same_head() -> None:
     assert not np.array_equal(one, other)
 
 
-def test_a_head_never_saw_the_person_it_scores() -> None:
+def test_what_is_foretold_knows_nothing_of_its_own_time_or_later() -> None:
     vectors = catalogue()
     rows = taste_rows(40, vectors, seed=1)
     shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
+    labels, part = rows.label[:, None], rows.group() // 10
+    (before,) = foretold(shape, rows, labels, [rows], vectors, epochs=2)
+    assert np.isnan(before[part == 0]).all()
+    assert np.isfinite(before[part > 0]).all()
+    for changed in range(4):
+        flipped = np.where((part == changed)[:, None], 1 - labels, labels)
+        (after,) = foretold(shape, rows, flipped, [rows], vectors, epochs=2)
+        np.testing.assert_array_equal(before[part <= changed], after[part <= changed])
+        for later in range(changed + 1, 4):
+            assert not np.array_equal(before[part == later], after[part == later])
+
+
+def test_days_are_never_cut_in_two() -> None:
+    """The people of a day share its fashions: a head that knows some of them knows too much of the others."""
+    vectors = catalogue()
+    rows = taste_rows(40, vectors, seed=1)
+    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
+    for days in (2, 3):
+        of_days = replace(rows, questions=[replace(q, as_of=q.as_of * days // 40) for q in rows.questions])
+        (scores,) = foretold(shape, of_days, rows.label[:, None], [of_days], vectors, epochs=1)
+        day = np.array([q.as_of for q in of_days.questions])[rows.group()]
+        np.testing.assert_array_equal(np.isnan(scores[:, 0]), day == 0)
+
+
+def test_of_one_moment_a_head_never_saw_the_person_it_scores() -> None:
+    vectors = catalogue()
+    rows = taste_rows(40, vectors, seed=1)
+    rows = replace(rows, questions=[replace(q, as_of=0) for q in rows.questions])
+    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
     labels = rows.label[:, None]
-    (before,) = out_of_fold(shape, rows, labels, [rows], vectors, epochs=2)
+    (before,) = foretold(shape, rows, labels, [rows], vectors, epochs=2)
     group = rows.group()
     for who in (0, 7):
         mine = group == who
         flipped = labels.copy()
         flipped[mine] = 1 - flipped[mine]
-        (after,) = out_of_fold(shape, rows, flipped, [rows], vectors, epochs=2)
+        (after,) = foretold(shape, rows, flipped, [rows], vectors, epochs=2)
         np.testing.assert_array_equal(before[mine], after[mine])
         assert not np.array_equal(before[~mine], after[~mine])
-
-
-def test_a_shop_of_one_customer_is_scored_too() -> None:
-    vectors = catalogue()
-    rows = taste_rows(5, vectors, seed=1)
-    rows = replace(rows, questions=[replace(q, user_id="ann") for q in rows.questions])
-    shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
-    (scores,) = out_of_fold(shape, rows, rows.label[:, None], [rows], vectors, epochs=1)
-    assert np.isfinite(scores).all()
+    same = replace(rows, questions=[replace(q, user_id="ann") for q in rows.questions])
+    assert np.isfinite(foretold(shape, same, labels, [same], vectors, epochs=1)[0]).all()
 
 
 def test_a_lesson_before_the_first_question_holds_nothing() -> None:
@@ -240,9 +264,79 @@ def fitted_reranker(columns: tuple[str, ...], seed: int = 0) -> lightgbm.Booster
     choice = np.random.default_rng(seed)
     matrix = choice.random((4000, len(columns))).astype(np.float32)
     label = (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)
-    split = np.split(np.arange(4000), 400)
-    rows = rows_of([person(split[0][:0], split[0][:0])] * 400, split, np.split(label, 400), seed)
-    return fit_reranker(rows, matrix, trees=5, seed=seed)
+    return fit_reranker(lists(matrix, label), trees=5, seed=seed)
+
+
+def lists(matrix: np.ndarray, grade: np.ndarray) -> Lists:
+    """Lists of ten rows, one a second."""
+    count = len(matrix) // 10
+    weight = np.ones(len(matrix), np.float32)
+    return Lists(matrix, grade, weight, np.full(count, 10), np.arange(count) * 1_000_000)
+
+
+def offers(seed: int = 0) -> tuple[Lists, Lists]:
+    """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
+    choice = np.random.default_rng(seed)
+    matrix = choice.random((40_000, 2)).astype(np.float32)
+    fame, taste = matrix.T
+    offered = choice.random(40_000) < fame**2
+    taken = (offered & (choice.random(40_000) < taste)).astype(np.float32)
+    seen = np.flatnonzero(offered)[:10_000]
+    return lists(matrix, taken), lists(matrix[seen], taken[seen])
+
+
+def test_what_was_passed_over_counts_more_than_what_was_never_on_offer() -> None:
+    asked, shown = offers()
+    alone, both = (
+        fame_for_taste(model) for model in (fit_reranker(asked, 40), fit_reranker(asked, 40, shown))
+    )
+    assert 0 < both < 0.8 * alone
+
+
+def fame_for_taste(model: lightgbm.Booster) -> float:
+    """How much more a model makes of fame than of taste."""
+    low, high, rest = np.full(50, 0.4), np.full(50, 0.9), np.linspace(0.4, 0.9, 50)
+
+    def gained(column: int) -> float:
+        ends = [np.stack([end, rest][:: 1 - 2 * column], axis=1) for end in (low, high)]
+        before, after = (np.asarray(model.predict(end)) for end in ends)
+        return float(np.mean(after - before))
+
+    return gained(0) / gained(1)
+
+
+def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
+    """Of noise no number of trees helps to put answers first, wherever they stood."""
+    choice = np.random.default_rng(0)
+    found = []
+    for first in (True, False):
+        grade = np.zeros((400, 10), np.float32)
+        grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
+        noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
+        record: dict[str, Any] = {}
+        data = reranker_fit._dataset([noise], np.array([0.0, 1.0]))
+        lightgbm.train(
+            reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
+        )
+        found.append(record["training"]["ndcg@20"][0])
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_how_many_trees_are_enough_is_judged_by_a_time_that_no_page_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, shown = offers()
+    learned: list[int] = []
+    train = lightgbm.train
+
+    def watched(parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any) -> Any:
+        learned.append(np.shape(rows.data)[0])
+        return train(parameters, rows, *rest, **more)
+
+    monkeypatch.setattr(lightgbm, "train", watched)
+    late = replace(shown, when=shown.when + asked.when[3200] - shown.when[100])
+    fit_reranker(asked, 20, late)
+    assert learned == [10 * (3200 + 100), 10 * (4000 + 1000)]
 
 
 def test_a_served_reranker_gives_lightgbms_own_prediction(tmp_path: Path) -> None:

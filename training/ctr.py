@@ -1,4 +1,4 @@
-"""The CTR head's fit: cross-entropy over candidates, out of fold for whatever learns from its scores."""
+"""The CTR head's fit: cross-entropy over candidates; whatever learns from its scores sees foretold ones."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from training.rows import Rows
 
 _QUESTIONS_A_BATCH = 64
 _CANDIDATES = 48
-_FOLDS = 4
+_PARTS = 4
 
 
 def ctr_settings(
@@ -97,7 +97,7 @@ def score(model: CtrModel, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.
     return out
 
 
-def out_of_fold(
+def foretold(
     settings: CtrSettings,
     learned: Rows,
     labels: np.ndarray,
@@ -105,21 +105,30 @@ def out_of_fold(
     vectors: Mapping[str, np.ndarray],
     epochs: int,
 ) -> list[np.ndarray]:
-    """Logits float32 (N, T) of each of `scored`, by heads that saw nothing of a row's person."""
-    mine = _folds(learned)
-    found = [np.empty((len(rows.items), len(settings.types)), np.float32) for rows in scored]
-    for part in range(_FOLDS):
-        outside = np.flatnonzero(mine != part)
-        seen = np.isin(learned.group(), outside)
-        model = fit_ctr(settings, learned.take(outside), labels[seen], vectors, epochs)
-        for rows, out in zip(scored, found, strict=True):
-            inside = np.flatnonzero(_folds(rows) == part)
-            out[np.isin(rows.group(), inside)] = score(model, rows.take(inside), vectors)
+    """Logits float32 (N, T) of each of `scored`, by heads that saw earlier rows alone; NaN for the earliest.
+
+    Time is cut into at most four parts; the rows of one are scored by a head that learned from the
+    parts before. A head that knows what others bought on the same day scores better than one that
+    has to foretell the next, and would be believed too much. Only where everything is of one
+    moment, rows are scored by heads that saw nothing of their own people instead.
+    """
+    edges = _edges(learned)
+    mine = _parts(learned, edges)
+    found = [np.full((len(rows.items), len(settings.types)), np.nan, np.float32) for rows in scored]
+    for part in range(1 if len(edges) else 0, _PARTS):
+        outside = np.flatnonzero(mine < part if len(edges) else mine != part)
+        inside = [np.flatnonzero(_parts(rows, edges) == part) for rows in scored]
+        if not any(map(len, inside)):
+            continue
+        known = labels[np.isin(learned.group(), outside)]
+        model = fit_ctr(settings, learned.take(outside), known, vectors, epochs)
+        for rows, chosen, out in zip(scored, inside, found, strict=True):
+            out[np.isin(rows.group(), chosen)] = score(model, rows.take(chosen), vectors)
     return found
 
 
 def calibrated(settings: CtrSettings, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:
-    """The settings with a slope and an offset by type (Platt, 1999), from logits out of fold (N, T)."""
+    """The settings with a slope and an offset by type (Platt, 1999), from foretold logits (N, T)."""
     found = [_platt(logits[:, at].astype(np.float64), labels[:, at]) for at in range(labels.shape[1])]
     return replace(settings, slope=tuple(s for s, _ in found), offset=tuple(o for _, o in found))
 
@@ -139,9 +148,18 @@ def _platt(logit: np.ndarray, label: np.ndarray) -> tuple[float, float]:
     return float(slope), float(offset)
 
 
-def _folds(rows: Rows) -> np.ndarray:
-    """The fold of each question, by its person: int64 (Q,)."""
-    return np.array([zlib.crc32(q.user_id.encode()) % _FOLDS for q in rows.questions], np.int64)
+def _edges(rows: Rows) -> np.ndarray:
+    """The last moments of all parts of time but the last, int64 (P - 1,), rising."""
+    when = np.array([q.as_of for q in rows.questions], np.int64)
+    edges = np.unique(np.quantile(when, np.arange(1, _PARTS) / _PARTS, method="lower")).astype(np.int64)
+    return np.asarray(edges[edges < when.max()])
+
+
+def _parts(rows: Rows, edges: np.ndarray) -> np.ndarray:
+    """The part of each question, int64 (Q,): of time, or of the people where there are no edges."""
+    if len(edges):
+        return np.searchsorted(edges, [q.as_of for q in rows.questions])
+    return np.array([zlib.crc32(q.user_id.encode()) % _PARTS for q in rows.questions], np.int64)
 
 
 def _pick(

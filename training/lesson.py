@@ -17,7 +17,7 @@ class Lesson:
     """What the rankers learn from.
 
     `rows` are candidates of past questions; `seen` with `labels`, float32 (N, T), what the CTR
-    head learns from: pages that were shown, or the same rows when the shop logs none.
+    head learns from: pages that were `shown`, or the same rows when the shop logs none.
     """
 
     rows: Rows
@@ -51,7 +51,8 @@ def make_lesson(
     pages, done, types = queries.make_pages(
         shop.events, dict(settings.event_types), since, settings.ranking.queries
     )
-    shown = shown_rows(past, pages, done)
+    worth = np.array([settings.event_types[name] for name in types], np.float32)
+    shown = shown_rows(past, pages, done, worth)
     if shown is not None:
         return Lesson(rows, *shown, types, shown=True)
     target = "_or_".join(settings.targets)

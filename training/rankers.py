@@ -1,4 +1,4 @@
-"""CTR head and reranker together: the reranker reads the head's scores, out of fold when it learns."""
+"""CTR head and reranker together: the reranker reads the head's scores, foretold ones when it learns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from services.ranking.ctr import CtrModel
 from services.ranking.scoring import ctr_column
 from training import ctr
 from training.lesson import Lesson
-from training.reranker import fit_reranker
+from training.reranker import Lists, fit_reranker
 from training.rows import Rows
 from training.shop_settings import ShopSettings
 
@@ -47,20 +47,26 @@ def fit_models(
     lesson: Lesson, settings: ShopSettings, vectors: Mapping[str, np.ndarray], without: str = ""
 ) -> Fitted:
     """Both models; `without` names a part that they must not know: text, image, graph or ctr."""
-    rows = lesson.rows
     spaces = {space: values for space, values in vectors.items() if space != without}
-    names, head = tuple(rows.names), None
-    matrix = rows.matrix
+    # Pages that were shown tell what was passed over from what was never on offer.
+    learned = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
+    matrices = [rows.matrix for rows in learned]
+    names, head = tuple(lesson.rows.names), None
     if without != "ctr" and spaces:  # without vectors there is nothing for the head to read
         epochs = settings.ranking.ctr_epochs
         shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
-        scored = [rows, lesson.seen] if lesson.shown else [rows]
-        apart, *own = ctr.out_of_fold(shape, lesson.seen, lesson.labels, scored, spaces, epochs)
+        foretold = ctr.foretold(shape, lesson.seen, lesson.labels, learned, spaces, epochs)
         if lesson.shown:
-            shape = ctr.calibrated(shape, own[0], lesson.labels)
+            known = np.isfinite(foretold[1][:, 0])
+            shape = ctr.calibrated(shape, foretold[1][known], lesson.labels[known])
         head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
         names = (*names, *(ctr_column(t) for t in lesson.types))
-        matrix = np.concatenate([matrix, apart], axis=1)
+        matrices = [np.concatenate(both, axis=1) for both in zip(matrices, foretold, strict=True)]
     columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
-    model = fit_reranker(rows, matrix[:, columns], settings.ranking.trees)
-    return Fitted(head, model, names, columns)
+    asked, *shown = (_lists(rows, matrix[:, columns]) for rows, matrix in zip(learned, matrices, strict=True))
+    return Fitted(head, fit_reranker(asked, settings.ranking.trees, *shown), names, columns)
+
+
+def _lists(rows: Rows, matrix: np.ndarray) -> Lists:
+    when = np.array([q.as_of for q in rows.questions], np.int64)
+    return Lists(matrix, rows.label, rows.weight, rows.size, when)

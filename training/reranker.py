@@ -1,9 +1,10 @@
-"""The reranker's fit: LambdaMART by LightGBM over rows of past questions."""
+"""The reranker's fit: LambdaMART by LightGBM over rows of past questions, and of pages that were shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import lightgbm
 import numpy as np
-
-from training.rows import Rows
 
 _HELD = 0.2
 _PATIENCE = 20
@@ -27,31 +28,62 @@ _PARAMETERS = {
 }
 
 
-def fit_reranker(rows: Rows, matrix: np.ndarray, trees: int, seed: int = 0) -> lightgbm.Booster:
-    """Trees over a matrix (N, K); groups are questions, grades what is gained.
+@dataclass(frozen=True)
+class Lists:
+    """Q lists to put in order, one after the other, the oldest first.
 
-    A fifth of the questions, the last ones, tells after how many of at most `trees` trees more
-    of them do not help; then all are learned from.
+    `matrix` float32 (N, K); `grade` float32 (N,), what is gained by a row; `weight` float32 (N,);
+    `size` int64 (Q,) rows of each list, `when` int64 (Q,) its moment, microseconds since 1970.
     """
-    grades, label = np.unique(rows.label, return_inverse=True)
+
+    matrix: np.ndarray
+    grade: np.ndarray
+    weight: np.ndarray
+    size: np.ndarray
+    when: np.ndarray
+
+    def take(self, chosen: np.ndarray) -> "Lists":
+        """Some of the lists, `chosen` bool (Q,)."""
+        rows = np.repeat(chosen, self.size)
+        return Lists(
+            self.matrix[rows], self.grade[rows], self.weight[rows], self.size[chosen], self.when[chosen]
+        )
+
+
+def fit_reranker(asked: Lists, trees: int, *shown: Lists, seed: int = 0) -> lightgbm.Booster:
+    """Trees that put the lists of past questions in order, and those of pages that people were `shown`.
+
+    The last fifth of the questions tells after how many of at most `trees` trees more of them do
+    not help; then all are learned from.
+    """
+    parts = [asked, *shown]
+    grades = np.unique(np.concatenate([part.grade for part in parts]))
     gain = (grades / max(float(grades.max()), 1e-9)).tolist()
     parameters = _PARAMETERS | {"seed": seed, "num_threads": 0, "label_gain": gain}
-    start = int(len(rows.size) * (1 - _HELD))
-    cut = int(rows.size[:start].sum())
-    if start and start < len(rows.size):
-        early = _dataset(matrix[:cut], label[:cut], rows.weight[:cut], rows.size[:start])
-        late = _dataset(matrix[cut:], label[cut:], rows.weight[cut:], rows.size[start:], early)
+    place = np.arange(len(asked.size))
+    start = int(len(place) * (1 - _HELD))
+    if 0 < start < len(place):
+        early = [asked.take(place < start), *(part.take(part.when < asked.when[start]) for part in shown)]
+        learned = _dataset(early, grades)
+        held = _dataset([asked.take(place >= start)], grades, learned)
         stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
-        tried = lightgbm.train(parameters, early, trees, valid_sets=[late], callbacks=[stop])
+        tried = lightgbm.train(parameters, learned, trees, valid_sets=[held], callbacks=[stop])
         trees = min(trees, max(tried.best_iteration, _LEAST_TREES))
-    return lightgbm.train(parameters, _dataset(matrix, label, rows.weight, rows.size), trees)
+    return lightgbm.train(parameters, _dataset(parts, grades), trees)
 
 
 def _dataset(
-    matrix: np.ndarray,
-    label: np.ndarray,
-    weight: np.ndarray,
-    size: np.ndarray,
-    like: lightgbm.Dataset | None = None,
+    parts: Sequence[Lists], grades: np.ndarray, like: lightgbm.Dataset | None = None
 ) -> lightgbm.Dataset:
-    return lightgbm.Dataset(matrix, label, weight=weight, group=size, reference=like)
+    size = np.concatenate([part.size for part in parts])
+    # LightGBM breaks ties by place: answers that come first would look well ranked before anything is
+    # learned, and no tree would seem to help.
+    drawn = np.random.default_rng(0).random(int(size.sum()))
+    order = np.lexsort((drawn, np.repeat(np.arange(len(size)), size)))
+    return lightgbm.Dataset(
+        np.concatenate([part.matrix for part in parts])[order],
+        np.searchsorted(grades, np.concatenate([part.grade for part in parts])[order]),
+        weight=np.concatenate([part.weight for part in parts])[order],
+        group=size,
+        reference=like,
+    )

@@ -115,12 +115,13 @@ def judging_rows(replay: Replay, questions: Sequence[Question], allowed: np.ndar
 
 
 def shown_rows(
-    replay: Replay, pages: Sequence[Question], labels: Sequence[np.ndarray]
+    replay: Replay, pages: Sequence[Question], labels: Sequence[np.ndarray], worth: np.ndarray
 ) -> tuple[Rows, np.ndarray] | None:
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
-    A page is a question whose targets are the items shown; its labels are float32 (S, T). None
-    when no page shows an item that the catalogue knows.
+    A page is a question whose targets are the items shown; its labels are float32 (S, T), and the
+    grade of a row is the most that one of them is worth, float32 (T,). None when no page
+    shows an item that the catalogue knows.
     """
     parts, kept = [], []
     for page, label in zip(track(pages, "pages"), labels, strict=True):
@@ -132,8 +133,8 @@ def shown_rows(
             continue
         matrix = replay.features(now).matrix(query, items, now)
         zeros, ones = np.zeros(len(items), np.int64), np.ones(len(items), np.float32)
-        any_of = label[known].any(1)
-        parts.append((page, query, matrix, items, zeros, any_of, ones, zeros.astype(bool), len(items)))
+        grade = (label[known] * worth).max(1)
+        parts.append((page, query, matrix, items, zeros, grade, ones, zeros.astype(bool), len(items)))
         kept.append(label[known])
     return (_joined(replay, parts), np.concatenate(kept).astype(np.float32)) if parts else None
 
