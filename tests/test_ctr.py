@@ -1,4 +1,4 @@
-"""CTR head, reranker, scorer: alone as in a batch, served as trained, blind to the row's own person."""
+"""CTR head, reranker, scorer: alone as in a batch, served as trained, blind to what they have to foretell."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +25,10 @@ from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score
 from training.lesson import Lesson
 from training.metrics import classification_metrics
 from training.queries import Question
+from training.rankers import fit_models
 from training.reranker import Lists, fit_reranker
 from training.rows import Rows
+from training.shop_settings import RankingTraining, ShopSettings
 
 NAMES = ("popular_7d", "price", "noise", "age_days")
 ITEMS, TEXT, IMAGE = 300, 6, 8
@@ -89,7 +91,7 @@ def rows_of(queries: list[Query], items: list[np.ndarray], labels: list[np.ndarr
         weight=np.ones(len(flat), np.float32),
         unsold=np.zeros(len(flat), bool),
         size=np.array([len(i) for i in items], np.int64),
-        questions=[Question(f"p{at}", at, (), none) for at in range(len(queries))],
+        questions=[Question(f"p{at}", at // 10 * DAY + at, (), none) for at in range(len(queries))],
         queries=queries,
         targets=np.ones(len(queries), np.int64),
     )
@@ -181,20 +183,23 @@ def test_the_same_seed_gives_the_same_head() -> None:
     assert not np.array_equal(one, other)
 
 
-def test_what_is_foretold_knows_nothing_of_its_own_time_or_later() -> None:
+def test_what_is_foretold_knows_nothing_of_its_own_days_or_later() -> None:
     vectors = catalogue()
-    rows = taste_rows(40, vectors, seed=1)
+    rows, others = taste_rows(40, vectors, seed=1), taste_rows(40, vectors, seed=2)
+    others = replace(others, questions=[replace(q, user_id=f"x{q.user_id}") for q in others.questions])
     shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
     labels, part = rows.label[:, None], rows.group() // 10
-    (before,) = foretold(shape, rows, labels, [rows], vectors, epochs=2)
-    assert np.isnan(before[part == 0]).all()
-    assert np.isfinite(before[part > 0]).all()
+    before = foretold(shape, rows, labels, [rows, others], vectors, epochs=2)
+    for scores in before:
+        assert np.isnan(scores[part == 0]).all()
+        assert np.isfinite(scores[part > 0]).all()
     for changed in range(4):
         flipped = np.where((part == changed)[:, None], 1 - labels, labels)
-        (after,) = foretold(shape, rows, flipped, [rows], vectors, epochs=2)
-        np.testing.assert_array_equal(before[part <= changed], after[part <= changed])
-        for later in range(changed + 1, 4):
-            assert not np.array_equal(before[part == later], after[part == later])
+        after = foretold(shape, rows, flipped, [rows, others], vectors, epochs=2)
+        for old, new in zip(before, after, strict=True):
+            np.testing.assert_array_equal(old[part <= changed], new[part <= changed])
+            for later in range(changed + 1, 4):
+                assert not np.array_equal(old[part == later], new[part == later])
 
 
 def test_days_are_never_cut_in_two() -> None:
@@ -203,16 +208,19 @@ def test_days_are_never_cut_in_two() -> None:
     rows = taste_rows(40, vectors, seed=1)
     shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
     for days in (2, 3):
-        of_days = replace(rows, questions=[replace(q, as_of=q.as_of * days // 40) for q in rows.questions])
+        moments = [at * days * DAY // 40 for at in range(40)]
+        of_days = replace(
+            rows, questions=[replace(q, as_of=at) for q, at in zip(rows.questions, moments, strict=True)]
+        )
         (scores,) = foretold(shape, of_days, rows.label[:, None], [of_days], vectors, epochs=1)
-        day = np.array([q.as_of for q in of_days.questions])[rows.group()]
+        day = (np.array(moments) // DAY)[rows.group()]
         np.testing.assert_array_equal(np.isnan(scores[:, 0]), day == 0)
 
 
-def test_of_one_moment_a_head_never_saw_the_person_it_scores() -> None:
+def test_of_one_day_a_head_never_saw_the_person_it_scores() -> None:
     vectors = catalogue()
     rows = taste_rows(40, vectors, seed=1)
-    rows = replace(rows, questions=[replace(q, as_of=0) for q in rows.questions])
+    rows = replace(rows, questions=[replace(q, as_of=q.as_of % DAY) for q in rows.questions])
     shape = ctr_settings(rows, vectors, ("purchase",), shown=False)
     labels = rows.label[:, None]
     (before,) = foretold(shape, rows, labels, [rows], vectors, epochs=2)
@@ -225,7 +233,7 @@ def test_of_one_moment_a_head_never_saw_the_person_it_scores() -> None:
         np.testing.assert_array_equal(before[mine], after[mine])
         assert not np.array_equal(before[~mine], after[~mine])
     same = replace(rows, questions=[replace(q, user_id="ann") for q in rows.questions])
-    assert np.isfinite(foretold(shape, same, labels, [same], vectors, epochs=1)[0]).all()
+    assert np.isnan(foretold(shape, same, labels, [same], vectors, epochs=1)[0]).all()
 
 
 def test_a_lesson_before_the_first_question_holds_nothing() -> None:
@@ -236,13 +244,26 @@ def test_a_lesson_before_the_first_question_holds_nothing() -> None:
     assert (len(nothing.rows.size), len(nothing.seen.items), len(nothing.labels)) == (0, 0, 0)
 
 
+def plain_rows(days: list[int]) -> Rows:
+    """A row for each question, one on each of `days`."""
+    nobody = person(np.empty(0, np.int64), np.empty(0, np.int64))
+    rows = rows_of([nobody] * len(days), [np.zeros(1)] * len(days), [np.zeros(1)] * len(days), seed=0)
+    asked = [replace(q, as_of=day * DAY) for q, day in zip(rows.questions, days, strict=True)]
+    return replace(rows, questions=asked)
+
+
 def test_calibration_mends_an_overconfident_head() -> None:
     choice = np.random.default_rng(0)
     truth = choice.normal(-1, 1.5, (8000, 2))
     labels = (choice.random((8000, 2)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
     logits = (4 * truth + [2.0, -3.0]).astype(np.float32)
     shape = CtrSettings({"text": 2}, ("click", "purchase"), (), (), (), shown=True)
-    mended = calibrated(shape, logits[:4000], labels[:4000])
+    early = choice.normal(0, 1, (1000, 2)).astype(np.float32)  # of heads that knew little; they do not count
+    early[:10] = np.nan
+    rows = plain_rows([0] * 1000 + [1] * 4000)
+    mended = calibrated(
+        shape, rows, np.concatenate([early, logits[:4000]]), np.concatenate([early > 0, labels[:4000]])
+    )
     np.testing.assert_allclose(mended.slope, 0.25, atol=0.03)
     for at in range(2):
         late, label = logits[4000:, at].astype(np.float64), labels[4000:, at]
@@ -252,19 +273,40 @@ def test_calibration_mends_an_overconfident_head() -> None:
         assert classification_metrics(made, label)["ece"] < 0.03
 
 
-def test_labels_of_one_class_are_calibrated_to_numbers() -> None:
+def test_labels_of_one_class_are_calibrated_to_numbers_and_nothing_to_nothing() -> None:
     shape = CtrSettings({"text": 2}, ("click",), (), (), (), shown=True)
-    logits = np.linspace(-2, 2, 50, dtype=np.float32)[:, None]
-    mended = calibrated(shape, logits, np.zeros((50, 1), np.float32))
+    rows, logits = plain_rows([0] * 50), np.linspace(-2, 2, 50, dtype=np.float32)[:, None]
+    mended = calibrated(shape, rows, logits, np.zeros((50, 1), np.float32))
     assert np.isfinite([*mended.slope, *mended.offset]).all()
+    unknown = calibrated(shape, rows, np.full((50, 1), np.nan, np.float32), np.zeros((50, 1), np.float32))
+    assert (unknown.slope, unknown.offset) == ((1.0,), (0.0,))
 
 
-def fitted_reranker(columns: tuple[str, ...], seed: int = 0) -> lightgbm.Booster:
+def test_models_of_a_shop_that_logs_what_it_showed() -> None:
+    vectors = catalogue()
+    asked, pages = taste_rows(60, vectors, seed=1), taste_rows(60, vectors, seed=2, size=6)
+    labels = np.stack([pages.label, np.zeros(len(pages.items), np.float32)], axis=1)
+    lesson = Lesson(asked, pages, labels, ["click", "purchase"], shown=True)
+    settings = ShopSettings(ranking=RankingTraining(trees=20, ctr_epochs=1))
+    whole, blind = (fit_models(lesson, settings, vectors, without) for without in ("", "ctr"))
+    assert whole.names == (*NAMES, "ctr_click", "ctr_purchase")
+    assert [whole.names[at] for at in whole.columns] == list(whole.names)
+    assert whole.head is not None
+    assert whole.head.settings.slope[0] > 0
+    assert np.isfinite([*whole.head.settings.slope, *whole.head.settings.offset]).all()
+    assert (blind.head, blind.names) == (None, NAMES)
+    alone = replace(lesson, shown=False, seen=asked, labels=asked.label[:, None], types=["click"])
+    unseen = fit_models(alone, settings, vectors)
+    fresh = taste_rows(20, vectors, seed=3)
+    one, other = (model.score(fresh, vectors) for model in (whole, unseen))
+    assert np.isfinite([one, other]).all()
+    assert not np.allclose(one, other)
+
+
+def fitted_reranker(columns: tuple[str, ...]) -> lightgbm.Booster:
     """Trees that like the second column and dislike the last, over questions of ten candidates."""
-    choice = np.random.default_rng(seed)
-    matrix = choice.random((4000, len(columns))).astype(np.float32)
-    label = (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)
-    return fit_reranker(lists(matrix, label), trees=5, seed=seed)
+    matrix = np.random.default_rng(0).random((4000, len(columns))).astype(np.float32)
+    return fit_reranker(lists(matrix, (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)), trees=5)
 
 
 def lists(matrix: np.ndarray, grade: np.ndarray) -> Lists:
@@ -274,9 +316,26 @@ def lists(matrix: np.ndarray, grade: np.ndarray) -> Lists:
     return Lists(matrix, grade, weight, np.full(count, 10), np.arange(count) * 1_000_000)
 
 
-def offers(seed: int = 0) -> tuple[Lists, Lists]:
+def test_rows_stay_whole_and_in_their_list() -> None:
+    size = np.array([3, 1, 7, 2, 5])
+    number = np.arange(18, dtype=np.float32)
+    known = Lists(number[:, None], number % 3, number + 1, size, np.arange(5))
+    data = reranker_fit._dataset(
+        [known, known.take(np.array([True, False, True, False, True]))], np.arange(3.0)
+    )
+    matrix = np.asarray(data.data)[:, 0]
+    expected = [*np.split(number, np.cumsum(size)[:-1]), number[:3], number[4:11], number[13:]]
+    assert np.asarray(data.group).tolist() == [len(one) for one in expected]
+    np.testing.assert_array_equal(np.asarray(data.label), matrix % 3)
+    np.testing.assert_array_equal(np.asarray(data.weight), matrix + 1)
+    for mine, wanted in zip(np.split(matrix, np.cumsum(np.asarray(data.group))[:-1]), expected, strict=True):
+        np.testing.assert_array_equal(np.sort(mine), wanted)
+    assert not np.array_equal(matrix, np.concatenate(expected))
+
+
+def offers() -> tuple[Lists, Lists]:
     """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
-    choice = np.random.default_rng(seed)
+    choice = np.random.default_rng(0)
     matrix = choice.random((40_000, 2)).astype(np.float32)
     fame, taste = matrix.T
     offered = choice.random(40_000) < fame**2
@@ -287,9 +346,7 @@ def offers(seed: int = 0) -> tuple[Lists, Lists]:
 
 def test_what_was_passed_over_counts_more_than_what_was_never_on_offer() -> None:
     asked, shown = offers()
-    alone, both = (
-        fame_for_taste(model) for model in (fit_reranker(asked, 40), fit_reranker(asked, 40, shown))
-    )
+    alone, both = (fame_for_taste(fit_reranker(asked, 40, shown=pages)) for pages in (None, shown))
     assert 0 < both < 0.8 * alone
 
 
@@ -322,21 +379,26 @@ def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
     assert found[0] == pytest.approx(found[1], abs=0.05)
 
 
-def test_how_many_trees_are_enough_is_judged_by_a_time_that_no_page_knows(
+def test_how_many_trees_are_enough_is_judged_by_a_time_that_nothing_learned_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, shown = offers()
-    learned: list[int] = []
+    late = replace(shown, when=shown.when + asked.when[3200] - shown.when[100])
+    sets: list[list[np.ndarray]] = []
     train = lightgbm.train
 
     def watched(parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any) -> Any:
-        learned.append(np.shape(rows.data)[0])
+        sets.append([np.sort(np.asarray(data.data), axis=0) for data in (rows, *more.get("valid_sets", []))])
         return train(parameters, rows, *rest, **more)
 
     monkeypatch.setattr(lightgbm, "train", watched)
-    late = replace(shown, when=shown.when + asked.when[3200] - shown.when[100])
-    fit_reranker(asked, 20, late)
-    assert learned == [10 * (3200 + 100), 10 * (4000 + 1000)]
+    fit_reranker(asked, 20, shown=late)
+    tried, held = sets[0]
+    np.testing.assert_array_equal(held, np.sort(asked.matrix[32_000:], axis=0))
+    early = np.concatenate([asked.matrix[:32_000], late.matrix[:1000]])
+    np.testing.assert_array_equal(tried, np.sort(early, axis=0))
+    (final,) = sets[1]
+    assert len(final) == len(asked.matrix) + len(late.matrix)
 
 
 def test_a_served_reranker_gives_lightgbms_own_prediction(tmp_path: Path) -> None:

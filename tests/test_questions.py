@@ -173,7 +173,9 @@ def test_a_session_is_a_basket_across_midnight_and_two_of_a_day_are_two() -> Non
 @given(deeds(st.integers(-1, 1), 5), st.integers(0, 3))
 @settings(deadline=None, max_examples=200)
 def test_a_page_says_what_was_done_with_it_afterwards(rows: list[Deed], hour: int) -> None:
-    since = hour * HOUR
+    evening = 21 * HOUR  # so that some sessions go on after midnight
+    since = evening + hour * HOUR
+    rows = [deed._replace(time=deed.time + evening) for deed in rows]
     # A session is one person's.
     rows = [deed._replace(user=deed.session % 3) if deed.session >= 0 else deed for deed in rows]
     pages, labels, types = make_pages(events_of(rows), WEIGHTS, since, most=1000)
@@ -187,7 +189,7 @@ def test_a_page_says_what_was_done_with_it_afterwards(rows: list[Deed], hour: in
                         later.session == deed.session
                         and later.item == deed.item
                         and KINDS[later.kind] == name
-                        and later.time >= deed.time
+                        and deed.time <= later.time < (deed.time // DAY + 1) * DAY
                         for later in rows
                     )
                 )

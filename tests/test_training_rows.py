@@ -37,7 +37,7 @@ from training.lesson import first_day
 from training.photographs import Photographs
 from training.queries import DAY, Question, baskets, make_questions
 from training.replay import Replay
-from training.rows import judging_rows, learning_rows
+from training.rows import judging_rows, learning_rows, shown_rows
 from training.shop_settings import ItemColumns, RankingTraining, ShopSettings, TextTraining, Time
 from training.stages import Stages
 
@@ -480,6 +480,28 @@ def test_answers_are_kept_and_what_is_drawn_stands_for_what_is_left_out() -> Non
         now, query = past.at(question.as_of), past.query(question)
         every, _ = past.candidates(query, now, past.live(question.as_of) & ~np.isnan(now.age))
         assert not np.isin(past.table.rows(question.targets.tolist()), every).any()
+
+
+def test_a_page_has_its_items_graded_by_the_weightiest_thing_done() -> None:
+    shop = shop_of(items_of(20), deeds_of(20, seed=5), settings_of("hour"))
+    past = graphs_by_day(shop, *vectors_of(20))
+    moment = (FIRST + DAYS - 1) * DAY
+    targets = np.array([item_number(name) for name in ("i3", "unknown", "i0", "i7", "i1")], np.int64)
+    page = Question("p1", moment, (), targets)
+    done = np.array([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1]], np.float32)
+    found = shown_rows(
+        past, [page, replace(page, targets=targets[1:2])], [done, done[1:2]], np.array([0.25, 0.8])
+    )
+    assert found is not None
+    rows, labels = found
+    assert past.table.ids(rows.items) == ["i3", "i0", "i7", "i1"]
+    np.testing.assert_array_equal(labels, done[[0, 2, 3, 4]])
+    np.testing.assert_allclose(rows.label, [0.25, 0, 0.8, 0.8])
+    assert rows.size.tolist() == [4]
+    assert rows.weight.tolist() == [1] * 4
+    now = past.at(moment)
+    matrix = past.features(now).matrix(past.query(page), rows.items, now)
+    np.testing.assert_array_equal(rows.matrix, matrix)
 
 
 def test_before_anybody_engaged_with_anything_there_is_nothing_to_learn_from() -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from services.ranking.ctr import CtrModel, CtrSettings, gather, signed_log, standardised
 from services.ranking.features import CANDIDATE_COLUMNS
 from training.progress import track
+from training.queries import DAY
 from training.rows import Rows
 
 _QUESTIONS_A_BATCH = 64
@@ -105,20 +106,22 @@ def foretold(
     vectors: Mapping[str, np.ndarray],
     epochs: int,
 ) -> list[np.ndarray]:
-    """Logits float32 (N, T) of each of `scored`, by heads that saw earlier rows alone; NaN for the earliest.
+    """Logits float32 (N, T) of each of `scored`, by heads that learned from earlier days; NaN if none did.
 
-    Time is cut into at most four parts; the rows of one are scored by a head that learned from the
-    parts before. A head that knows what others bought on the same day scores better than one that
-    has to foretell the next, and would be believed too much. Only where everything is of one
-    moment, rows are scored by heads that saw nothing of their own people instead.
+    The days of `learned`, whose `labels` are float32 (N', T), are cut into at most four parts; rows of a
+    part are scored by a head that learned from the parts before. It has seen less than the head that
+    is served; but one that knows what others bought on the same day scores better than one that
+    has to foretell the next, and would be believed too much. Where `learned` is of a single
+    day there is no other way: there a head scores the people that it did not learn from.
     """
     edges = _edges(learned)
-    mine = _parts(learned, edges)
+    split = [_part(rows, edges) for rows in scored]
+    mine, first = _part(learned, edges), 1 if len(edges) else 0
     found = [np.full((len(rows.items), len(settings.types)), np.nan, np.float32) for rows in scored]
-    for part in range(1 if len(edges) else 0, _PARTS):
+    for part in range(first, _PARTS):
         outside = np.flatnonzero(mine < part if len(edges) else mine != part)
-        inside = [np.flatnonzero(_parts(rows, edges) == part) for rows in scored]
-        if not any(map(len, inside)):
+        inside = [np.flatnonzero(parts == part) for parts in split]
+        if not len(outside) or not any(map(len, inside)):
             continue
         known = labels[np.isin(learned.group(), outside)]
         model = fit_ctr(settings, learned.take(outside), known, vectors, epochs)
@@ -127,9 +130,17 @@ def foretold(
     return found
 
 
-def calibrated(settings: CtrSettings, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:
-    """The settings with a slope and an offset by type (Platt, 1999), from foretold logits (N, T)."""
-    found = [_platt(logits[:, at].astype(np.float64), labels[:, at]) for at in range(labels.shape[1])]
+def calibrated(settings: CtrSettings, rows: Rows, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:
+    """The settings with a slope and an offset by type (Platt, 1999), from foretold `logits` (N, T) of `rows`.
+
+    Of the last part of time alone, whose head had seen most. Without any, logits stay as they are.
+    """
+    edges = _edges(rows)
+    last = _part(rows, edges)[rows.group()] == len(edges) if len(edges) else np.ones(len(logits), bool)
+    known = last & np.isfinite(logits[:, 0])
+    if not known.any():
+        return replace(settings, slope=(1.0,) * labels.shape[1], offset=(0.0,) * labels.shape[1])
+    found = [_platt(logits[known, at].astype(np.float64), labels[known, at]) for at in range(labels.shape[1])]
     return replace(settings, slope=tuple(s for s, _ in found), offset=tuple(o for _, o in found))
 
 
@@ -149,17 +160,23 @@ def _platt(logit: np.ndarray, label: np.ndarray) -> tuple[float, float]:
 
 
 def _edges(rows: Rows) -> np.ndarray:
-    """The last moments of all parts of time but the last, int64 (P - 1,), rising."""
-    when = np.array([q.as_of for q in rows.questions], np.int64)
-    edges = np.unique(np.quantile(when, np.arange(1, _PARTS) / _PARTS, method="lower")).astype(np.int64)
-    return np.asarray(edges[edges < when.max()])
+    """The last days, since 1970, of all parts of time but the last: int64 (P - 1,), rising."""
+    day = _days(rows)
+    days = np.unique(day)
+    edges = np.unique(np.quantile(day, np.arange(1, _PARTS) / _PARTS, method="lower")).astype(np.int64)
+    edges = edges[edges < days[-1]]
+    return np.asarray(edges if len(edges) else days[-2:-1])
 
 
-def _parts(rows: Rows, edges: np.ndarray) -> np.ndarray:
+def _part(rows: Rows, edges: np.ndarray) -> np.ndarray:
     """The part of each question, int64 (Q,): of time, or of the people where there are no edges."""
     if len(edges):
-        return np.searchsorted(edges, [q.as_of for q in rows.questions])
+        return np.searchsorted(edges, _days(rows))
     return np.array([zlib.crc32(q.user_id.encode()) % _PARTS for q in rows.questions], np.int64)
+
+
+def _days(rows: Rows) -> np.ndarray:
+    return np.array([q.as_of // DAY for q in rows.questions], np.int64)
 
 
 def _pick(

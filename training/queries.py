@@ -75,8 +75,9 @@ def make_pages(
     """Pages shown from `since` on, at most `most`; what was done, float32 (S, T); the T event types.
 
     A page is what one person was shown at one time in one session; an item of it was engaged
-    with when an event of the session says so afterwards. Nothing when the shop logs no
-    impressions, which are the types that weigh nothing.
+    with when an event of the session says so afterwards, on the same day: what came later is
+    not known to who learns from that day. Nothing when the shop logs no impressions, which are
+    the types that weigh nothing; those without a session are left out.
     """
     kinds = list(weights)
     shown_kinds = [at for at, name in enumerate(kinds) if weights[name] == 0]
@@ -86,10 +87,11 @@ def make_pages(
     if not len(shown):
         return [], [], types
     done = np.flatnonzero(~np.isin(events.kind, shown_kinds) & late & (events.session >= 0))
-    when: dict[tuple[int, int, int], int] = {}
+    when: dict[tuple[int, int, int, int], int] = {}
     for row in done.tolist():
-        key = int(events.session[row]), int(events.number[row]), int(events.kind[row])
-        when[key] = max(int(events.time[row]), when.get(key, 0))
+        time = int(events.time[row])
+        key = int(events.session[row]), time // DAY, int(events.number[row]), int(events.kind[row])
+        when[key] = max(time, when.get(key, 0))
     order = np.lexsort((events.position[shown], events.time[shown], events.session[shown]))
     shown = shown[order]
     border = (np.diff(events.session[shown]) != 0) | (np.diff(events.time[shown]) != 0)
@@ -100,7 +102,8 @@ def make_pages(
         page = pages[at]
         session, time = int(events.session[page[0]]), int(events.time[page[0]])
         numbers = list(dict.fromkeys(events.number[page].tolist()))
-        label = [[when.get((session, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
+        here = session, time // DAY
+        label = [[when.get((*here, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
         user = events.user_ids[events.user[page[0]]]
         questions.append(Question(user, time, (), np.array(numbers, np.int64)))
         labels.append(np.array(label, np.float32))

@@ -49,22 +49,22 @@ def fit_models(
     """Both models; `without` names a part that they must not know: text, image, graph or ctr."""
     spaces = {space: values for space, values in vectors.items() if space != without}
     # Pages that were shown tell what was passed over from what was never on offer.
-    learned = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
-    matrices = [rows.matrix for rows in learned]
+    sources = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
+    matrices = [rows.matrix for rows in sources]
     names, head = tuple(lesson.rows.names), None
     if without != "ctr" and spaces:  # without vectors there is nothing for the head to read
         epochs = settings.ranking.ctr_epochs
         shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
-        foretold = ctr.foretold(shape, lesson.seen, lesson.labels, learned, spaces, epochs)
+        logits = ctr.foretold(shape, lesson.seen, lesson.labels, sources, spaces, epochs)
         if lesson.shown:
-            known = np.isfinite(foretold[1][:, 0])
-            shape = ctr.calibrated(shape, foretold[1][known], lesson.labels[known])
+            shape = ctr.calibrated(shape, lesson.seen, logits[1], lesson.labels)
         head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
         names = (*names, *(ctr_column(t) for t in lesson.types))
-        matrices = [np.concatenate(both, axis=1) for both in zip(matrices, foretold, strict=True)]
+        matrices = [np.concatenate(both, axis=1) for both in zip(matrices, logits, strict=True)]
     columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
-    asked, *shown = (_lists(rows, matrix[:, columns]) for rows, matrix in zip(learned, matrices, strict=True))
-    return Fitted(head, fit_reranker(asked, settings.ranking.trees, *shown), names, columns)
+    lists = [_lists(rows, matrix[:, columns]) for rows, matrix in zip(sources, matrices, strict=True)]
+    model = fit_reranker(lists[0], settings.ranking.trees, shown=lists[1] if lesson.shown else None)
+    return Fitted(head, model, names, columns)
 
 
 def _lists(rows: Rows, matrix: np.ndarray) -> Lists:

@@ -50,20 +50,23 @@ class Lists:
         )
 
 
-def fit_reranker(asked: Lists, trees: int, *shown: Lists, seed: int = 0) -> lightgbm.Booster:
+def fit_reranker(asked: Lists, trees: int, *, shown: Lists | None = None) -> lightgbm.Booster:
     """Trees that put the lists of past questions in order, and those of pages that people were `shown`.
 
-    The last fifth of the questions tells after how many of at most `trees` trees more of them do
-    not help; then all are learned from.
+    A grade's gain is its share of the highest. The last fifth of the questions, which are in the order
+    of time, tells after how many of at most `trees` trees more of them do not help, but never
+    fewer than ten; then all are learned from.
     """
-    parts = [asked, *shown]
+    parts = [asked] if shown is None else [asked, shown]
     grades = np.unique(np.concatenate([part.grade for part in parts]))
     gain = (grades / max(float(grades.max()), 1e-9)).tolist()
-    parameters = _PARAMETERS | {"seed": seed, "num_threads": 0, "label_gain": gain}
+    parameters = _PARAMETERS | {"seed": 0, "num_threads": 0, "label_gain": gain}
     place = np.arange(len(asked.size))
     start = int(len(place) * (1 - _HELD))
     if 0 < start < len(place):
-        early = [asked.take(place < start), *(part.take(part.when < asked.when[start]) for part in shown)]
+        early = [asked.take(place < start)]
+        if shown is not None:
+            early.append(shown.take(shown.when < asked.when[start]))
         learned = _dataset(early, grades)
         held = _dataset([asked.take(place >= start)], grades, learned)
         stop = lightgbm.early_stopping(_PATIENCE, verbose=False)

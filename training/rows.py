@@ -119,9 +119,9 @@ def shown_rows(
 ) -> tuple[Rows, np.ndarray] | None:
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
-    A page is a question whose targets are the items shown; its labels are float32 (S, T), and the
-    grade of a row is the most that one of them is worth, float32 (T,). None when no page
-    shows an item that the catalogue knows.
+    A page is a question whose targets are the items shown; its labels are float32 (S, T). A row's grade
+    is that of the weightiest of its labels by `worth`, float32 (T,). None when no page shows an
+    item that the catalogue knows.
     """
     parts, kept = [], []
     for page, label in zip(track(pages, "pages"), labels, strict=True):
