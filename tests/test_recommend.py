@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -78,10 +79,13 @@ class Shop:
 
 
 async def serving(port: int, service: str) -> None:
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    # Left to itself, a channel waits longer and longer to look for a server that starts slowly.
+    often = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=often) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service=NAMES[service])
-        for _ in range(600):
+        end = time.monotonic() + 120
+        while time.monotonic() < end:
             try:
                 if (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING:
                     return
