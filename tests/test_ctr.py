@@ -1,35 +1,25 @@
-"""CTR head, reranker, scorer: alone as in a batch, served as trained, blind to what they have to foretell."""
+"""The CTR head: alone as in a batch, served as trained, blind to what it has to foretell."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import lightgbm
 import numpy as np
 import pytest
 import torch
 
 from services.errors import FailedPrecondition
-from services.item_table import ItemTable
-from services.ranking.blend import blend
 from services.ranking.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
-from services.ranking.features import Features, Query
-from services.ranking.graph import GraphView
-from services.ranking.moment import DAY, moment
-from services.ranking.reranker import Reranker, write_reranker
-from services.ranking.scoring import Scorer, ctr_column
-from services.ranking.state import BehaviourState
-from tests import shops
-from training import reranker as reranker_fit
+from services.ranking.features import Query
+from services.ranking.moment import DAY
 from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score
 from training.lesson import Lesson
 from training.metrics import classification_metrics
 from training.queries import Question
 from training.rankers import fit_models
-from training.reranker import Lists, fit_reranker
 from training.rows import Rows
 from training.shop_settings import RankingTraining, ShopSettings
 
+TWO = ("fame", "taste")
 NAMES = ("popular_7d", "price", "noise", "age_days")
 ITEMS, TEXT, IMAGE = 300, 6, 8
 
@@ -301,178 +291,3 @@ def test_models_of_a_shop_that_logs_what_it_showed() -> None:
     one, other = (model.score(fresh, vectors) for model in (whole, unseen))
     assert np.isfinite([one, other]).all()
     assert not np.allclose(one, other)
-
-
-def fitted_reranker(columns: tuple[str, ...]) -> lightgbm.Booster:
-    """Trees that like the second column and dislike the last, over questions of ten candidates."""
-    matrix = np.random.default_rng(0).random((4000, len(columns))).astype(np.float32)
-    return fit_reranker(lists(matrix, (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)), trees=5)
-
-
-def lists(matrix: np.ndarray, grade: np.ndarray) -> Lists:
-    """Lists of ten rows, one a second."""
-    count = len(matrix) // 10
-    weight = np.ones(len(matrix), np.float32)
-    return Lists(matrix, grade, weight, np.full(count, 10), np.arange(count) * 1_000_000)
-
-
-def test_rows_stay_whole_and_in_their_list() -> None:
-    size = np.array([3, 1, 7, 2, 5])
-    number = np.arange(18, dtype=np.float32)
-    known = Lists(number[:, None], number % 3, number + 1, size, np.arange(5))
-    data = reranker_fit._dataset(
-        [known, known.take(np.array([True, False, True, False, True]))], np.arange(3.0)
-    )
-    matrix = np.asarray(data.data)[:, 0]
-    expected = [*np.split(number, np.cumsum(size)[:-1]), number[:3], number[4:11], number[13:]]
-    assert np.asarray(data.group).tolist() == [len(one) for one in expected]
-    np.testing.assert_array_equal(np.asarray(data.label), matrix % 3)
-    np.testing.assert_array_equal(np.asarray(data.weight), matrix + 1)
-    for mine, wanted in zip(np.split(matrix, np.cumsum(np.asarray(data.group))[:-1]), expected, strict=True):
-        np.testing.assert_array_equal(np.sort(mine), wanted)
-    assert not np.array_equal(matrix, np.concatenate(expected))
-
-
-def offers() -> tuple[Lists, Lists]:
-    """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
-    choice = np.random.default_rng(0)
-    matrix = choice.random((40_000, 2)).astype(np.float32)
-    fame, taste = matrix.T
-    offered = choice.random(40_000) < fame**2
-    taken = (offered & (choice.random(40_000) < taste)).astype(np.float32)
-    seen = np.flatnonzero(offered)[:10_000]
-    return lists(matrix, taken), lists(matrix[seen], taken[seen])
-
-
-def test_what_was_passed_over_counts_more_than_what_was_never_on_offer() -> None:
-    asked, shown = offers()
-    alone, both = (fame_for_taste(fit_reranker(asked, 40, shown=pages)) for pages in (None, shown))
-    assert 0 < both < 0.8 * alone
-
-
-def fame_for_taste(model: lightgbm.Booster) -> float:
-    """How much more a model makes of fame than of taste."""
-    low, high, rest = np.full(50, 0.4), np.full(50, 0.9), np.linspace(0.4, 0.9, 50)
-
-    def gained(column: int) -> float:
-        ends = [np.stack([end, rest][:: 1 - 2 * column], axis=1) for end in (low, high)]
-        before, after = (np.asarray(model.predict(end)) for end in ends)
-        return float(np.mean(after - before))
-
-    return gained(0) / gained(1)
-
-
-def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
-    """Of noise no number of trees helps to put answers first, wherever they stood."""
-    choice = np.random.default_rng(0)
-    found = []
-    for first in (True, False):
-        grade = np.zeros((400, 10), np.float32)
-        grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
-        noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
-        record: dict[str, Any] = {}
-        data = reranker_fit._dataset([noise], np.array([0.0, 1.0]))
-        lightgbm.train(
-            reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
-        )
-        found.append(record["training"]["ndcg@20"][0])
-    assert found[0] == pytest.approx(found[1], abs=0.05)
-
-
-def test_how_many_trees_are_enough_is_judged_by_a_time_that_nothing_learned_knows(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked, shown = offers()
-    late = replace(shown, when=shown.when + asked.when[3200] - shown.when[100])
-    sets: list[list[np.ndarray]] = []
-    train = lightgbm.train
-
-    def watched(parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any) -> Any:
-        sets.append([np.sort(np.asarray(data.data), axis=0) for data in (rows, *more.get("valid_sets", []))])
-        return train(parameters, rows, *rest, **more)
-
-    monkeypatch.setattr(lightgbm, "train", watched)
-    fit_reranker(asked, 20, shown=late)
-    tried, held = sets[0]
-    np.testing.assert_array_equal(held, np.sort(asked.matrix[32_000:], axis=0))
-    early = np.concatenate([asked.matrix[:32_000], late.matrix[:1000]])
-    np.testing.assert_array_equal(tried, np.sort(early, axis=0))
-    (final,) = sets[1]
-    assert len(final) == len(asked.matrix) + len(late.matrix)
-
-
-def test_a_served_reranker_gives_lightgbms_own_prediction(tmp_path: Path) -> None:
-    columns = ("price", "popular_7d", "age, in days")
-    model = fitted_reranker(columns)
-    write_reranker(tmp_path, model, columns)
-    names = ("age, in days", "noise", "popular_7d", "price")
-    matrix = np.random.default_rng(1).random((50, 4)).astype(np.float32)
-    matrix[::7, 2] = np.nan
-    served = Reranker(tmp_path, names)
-    expected = np.asarray(model.predict(matrix[:, [3, 2, 0]]))
-    np.testing.assert_allclose(served.score(matrix), expected, rtol=1e-5, atol=1e-6)
-    assert np.ptp(expected) > 0
-    best, worst = np.array([[0.1, 0, 0.9, 0.5]], np.float32), np.array([[0.9, 0, 0.1, 0.5]], np.float32)
-    assert served.score(best) > served.score(worst)
-    assert served.score(matrix[:0]).shape == (0,)
-    with pytest.raises(FailedPrecondition, match="popular_7d"):
-        Reranker(tmp_path, ("age, in days", "price"))
-
-
-def small_shop() -> tuple[Features, ItemTable, Query]:
-    items = shops.items()
-    text = unit(np.random.default_rng(0).standard_normal((len(items), TEXT)))
-    table = ItemTable.of(
-        items, {"text": text}, {"text": np.ones(len(items), bool)}, [shops.UNTIL] * len(items)
-    )
-    features = Features(table, GraphView(shops.graph(), table), ["colour"])
-    return features, table, person(np.array([1, 2, 3]), np.array([4]))
-
-
-def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
-    features, table, query = small_shop()
-    now, rows = moment(BehaviourState({"purchase": 1.0}), table, 30_000 * DAY), np.arange(5, 25)
-    matrix = features.matrix(query, rows, now)
-    by_hand = Scorer(features, table).score(query, rows, now)
-    assert list(by_hand.components) == ["blend"]
-    np.testing.assert_array_equal(by_hand.values, blend(features.names, matrix))
-    assert np.ptp(by_hand.values) > 0
-    assert by_hand.probabilities == {}
-
-    column = table.vectors("text")
-    assert column is not None
-    stored = {"text": column[0], "image": np.zeros((table.length, IMAGE), np.float16)}
-    torch.manual_seed(0)
-    shape = CtrSettings(
-        {"text": TEXT, "image": IMAGE},  # no item has a photograph yet
-        ("click", "purchase"),
-        ("price", "age_days"),
-        (0.0, 0.0),
-        (1.0, 1.0),
-        shown=True,
-        slope=(1.0, 1.0),
-        offset=(0.0, 0.0),
-    )
-    head_at, trees_at = tmp_path / "ctr", tmp_path / "reranker"
-    head_at.mkdir()
-    trees_at.mkdir()
-    write_ctr(head_at, CtrModel(shape))
-    logits = CtrHead(head_at, features.names).logits(query, rows, matrix, stored)
-    with_head = Scorer(features, table, head_at)
-    assert with_head.columns == (*features.names, "ctr_click", "ctr_purchase")
-    scored = with_head.score(query, rows, now)
-    assert list(scored.components) == ["blend", "ctr_click", "ctr_purchase"]
-    np.testing.assert_array_equal(scored.values, by_hand.values)
-    np.testing.assert_allclose(scored.components["ctr_purchase"], logits[:, 1], atol=1e-5)
-    np.testing.assert_allclose(scored.probabilities["click"], 1 / (1 + np.exp(-logits[:, 0])), rtol=1e-4)
-
-    columns = ("price", ctr_column("purchase"), ctr_column("click"))
-    model = fitted_reranker(columns)
-    write_reranker(trees_at, model, columns)
-    with pytest.raises(FailedPrecondition, match="ctr_purchase"):
-        Scorer(features, table, None, trees_at)
-    full = Scorer(features, table, head_at, trees_at).score(query, rows, now)
-    assert list(full.components) == ["blend", "ctr_click", "ctr_purchase", "reranker"]
-    read = np.stack([matrix[:, features.names.index("price")], logits[:, 1], logits[:, 0]], 1)
-    np.testing.assert_allclose(full.values, np.asarray(model.predict(read)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(full.values, full.components["reranker"])

@@ -500,8 +500,20 @@ def test_a_page_has_its_items_graded_by_the_weightiest_thing_done() -> None:
     assert rows.size.tolist() == [4]
     assert rows.weight.tolist() == [1] * 4
     now = past.at(moment)
-    matrix = past.features(now).matrix(past.query(page), rows.items, now)
-    np.testing.assert_array_equal(rows.matrix, matrix)
+    features = past.features(now)
+    matrix = features.matrix(past.query(page), rows.items, now)
+    blank = features.unsold(matrix, rows.items, now)
+    np.testing.assert_array_equal(rows.matrix, np.where(rows.unsold[:, None], blank, matrix))
+
+
+def test_of_what_was_shown_one_row_in_ten_comes_without_a_past() -> None:
+    shop = shop_of(items_of(20), deeds_of(20, seed=5), settings_of("hour"))
+    past = graphs_by_day(shop, *vectors_of(20))
+    targets = np.array([item_number(f"i{n}") for n in range(20)], np.int64)
+    page = Question("p1", (FIRST + DAYS - 1) * DAY, (), targets)
+    found = shown_rows(past, [page] * 50, [np.zeros((20, 1), np.float32)] * 50, np.ones(1))
+    assert found is not None
+    assert 0.06 < found[0].unsold.mean() < 0.14
 
 
 def test_before_anybody_engaged_with_anything_there_is_nothing_to_learn_from() -> None:

@@ -33,7 +33,7 @@ def in_full(interval: Section | None) -> tuple[float, float, float] | None:
 
 
 def top_features(importance: Section) -> dict[str, float]:
-    """The features that gain most, at most 20, with their share; those without one are left out."""
+    """The features that move scores most, at most 20, with their share; those without one are left out."""
     known = {name: share for name, share in importance.items() if share is not None}
     return dict(sorted(known.items(), key=lambda pair: -pair[1])[:_TOP])
 
@@ -169,7 +169,7 @@ def _draw_reranker(reranker: Section) -> Figure | None:
     axes.set_yticks(range(len(best)), _names(best), parse_math=False)
     axes.set_ylim(len(best) - 0.4, -0.6)  # the best on top
     axes.grid(axis="x", color=_FAINT, linewidth=0.7)
-    _title(axes, f"The {len(best)} most important features", "share of the total gain (%)")
+    _title(axes, f"The {len(best)} most important features", "share of absolute SHAP values (%)")
     return figure
 
 

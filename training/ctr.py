@@ -10,8 +10,9 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from services.ranking.ctr import CtrModel, CtrSettings, gather, signed_log, standardised
+from services.ranking.ctr import CtrModel, CtrSettings, gather
 from services.ranking.features import CANDIDATE_COLUMNS
+from services.ranking.scales import scales, standardised
 from training.progress import track
 from training.queries import DAY
 from training.rows import Rows
@@ -27,16 +28,13 @@ def ctr_settings(
     """The shape of a head for these rows: standard scales from them, a space per kind of vector."""
     columns = [name for name in rows.names if name in CANDIDATE_COLUMNS]
     at = [rows.names.index(name) for name in columns]
-    values = signed_log(rows.matrix[:, at].astype(np.float64))
-    known = ~np.isnan(values).all(0)
-    mean, scale = np.zeros(len(at)), np.ones(len(at))
-    mean[known], scale[known] = np.nanmean(values[:, known], 0), np.nanstd(values[:, known], 0)
+    mean, scale = scales(rows.matrix[:, at])
     return CtrSettings(
         spaces={space: int(v.shape[1]) for space, v in vectors.items()},
         types=tuple(types),
         columns=tuple(columns),
         mean=mean.tolist(),
-        scale=np.maximum(scale, 1e-3).tolist(),
+        scale=scale.tolist(),
         plain=plain,
         shown=shown,
     )
@@ -133,11 +131,12 @@ def foretold(
 def calibrated(settings: CtrSettings, rows: Rows, logits: np.ndarray, labels: np.ndarray) -> CtrSettings:
     """The settings with a slope and an offset by type (Platt, 1999), from foretold `logits` (N, T) of `rows`.
 
-    Of the last part of time alone, whose head had seen most. Without any, logits stay as they are.
+    Of the last part of time alone, whose head had seen most, and of rows shown as they were. Without
+    any, logits stay as they are.
     """
     edges = _edges(rows)
     last = _part(rows, edges)[rows.group()] == len(edges) if len(edges) else np.ones(len(logits), bool)
-    known = last & np.isfinite(logits[:, 0])
+    known = last & np.isfinite(logits[:, 0]) & ~rows.unsold
     if not known.any():
         return replace(settings, slope=(1.0,) * labels.shape[1], offset=(0.0,) * labels.shape[1])
     found = [_platt(logits[known, at].astype(np.float64), labels[known, at]) for at in range(labels.shape[1])]
@@ -201,5 +200,5 @@ def _forward(
     persons = gather([rows.queries[q] for q in chosen], vectors, settings.spaces)
     items = {s: torch.from_numpy(np.float32(vectors[s][rows.items[picked]])) for s in settings.spaces}
     at = [rows.names.index(name) for name in settings.columns]
-    dense = torch.from_numpy(standardised(settings, rows.matrix[picked][..., at]))
+    dense = torch.from_numpy(standardised(rows.matrix[picked][..., at], settings.mean, settings.scale))
     return model(persons, items, dense)  # type: ignore[no-any-return]

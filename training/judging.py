@@ -25,6 +25,7 @@ from training.shop_settings import ShopSettings
 
 FILE = "judged.json"
 PAGE = 20
+_EXPLAINED = 20_000
 _NONE = -np.inf
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ def judge(
     pages["hand-set weights"] = _pages(rows, blend(rows.names, rows.matrix))
     pages["item graph"] = _pages(rows, rows.matrix[:, _at(rows, "baskets_", "people_")].sum(1))
     pages["popular"] = _pages(rows, rows.matrix[:, rows.names.index("popular_7d")])
+    sums = whole.model.choice.terms(whole.matrix(rows, vectors)).sum(1)
+    pages["choice model alone"] = _pages(rows, sums)
     if whole.head is not None:
         pages["CTR head alone"] = _pages(rows, ctr.score(whole.head, rows, vectors)[:, -1])
     about = _about(past, shop.events, asked, since, int(allowed.sum()))
@@ -68,7 +71,7 @@ def judge(
         "ablation": {},
         "candidates": _candidates(past, rows, about),
         "ctr": _ctr(lesson, early, whole, settings, vectors, since, rows),
-        "reranker": _importance(whole),
+        "reranker": _importance(whole, rows, vectors),
     }
     targets = about["targets"]
     for part in ("text", "image", "graph", "ctr", "reranker"):
@@ -174,6 +177,7 @@ def _ctr(
         if not len(late):
             return {}
         seen, labels = lesson.seen.take(late), lesson.labels[np.isin(lesson.seen.group(), late)]
+    known = ~seen.unsold
     shape = ctr.ctr_settings(early.seen, vectors, early.types, shown=early.shown, plain=True)
     plain = ctr.fit_ctr(shape, early.seen, early.labels, vectors, settings.ranking.ctr_epochs)
     head = whole.head.settings
@@ -184,19 +188,24 @@ def _ctr(
             logit = head.slope[at] * logit + head.offset[at]
         simple = ctr.score(plain, seen, vectors)[:, at].astype(np.float64)
         found[name] = {
-            "rows": len(logit),
-            "head": metrics.classification_metrics(1 / (1 + np.exp(-logit)), labels[:, at]),
-            "plain": metrics.classification_metrics(1 / (1 + np.exp(-simple)), labels[:, at]),
+            "rows": int(known.sum()),
+            "head": metrics.classification_metrics(1 / (1 + np.exp(-logit[known])), labels[known, at]),
+            "plain": metrics.classification_metrics(1 / (1 + np.exp(-simple[known])), labels[known, at]),
         }
     return found
 
 
-def _importance(whole: Fitted) -> dict[str, Any]:
-    gain = whole.model.feature_importance("gain")
-    total = max(float(gain.sum()), 1e-12)
-    names = [whole.names[at] for at in whole.columns]
-    share = {name: float(g / total) for name, g in zip(names, gain, strict=True)}
-    return {"importance": share, "trees": whole.model.num_trees()}
+def _importance(whole: Fitted, rows: Rows, vectors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How far each feature moves the candidates of a question apart, as a share of all features'."""
+    count = max(1, int(np.searchsorted(np.cumsum(rows.size), _EXPLAINED)))
+    some = rows.take(np.arange(min(count, len(rows.size))))
+    parts = whole.model.contributions(whole.matrix(some, vectors))
+    start = np.cumsum(some.size) - some.size
+    usual = np.add.reduceat(parts, start[some.size > 0], axis=0) / some.size[some.size > 0, None]
+    moved = np.abs(parts - np.repeat(usual, some.size[some.size > 0], axis=0)).mean(0)
+    total = max(float(moved.sum()), 1e-12)
+    share = {name: float(m / total) for name, m in zip(whole.model.choice.columns, moved, strict=True)}
+    return {"importance": share, "trees": whole.model.trees.num_trees()}
 
 
 def _difference(

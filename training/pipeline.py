@@ -18,12 +18,25 @@ from services import interests, item_table
 from services.bundle import REPORT, Catalogue, Profile, publish, write_catalogue
 from services.catalog import Item, item_number
 from services.embedding import index
-from services.ranking import blend, features, graph, moment, reranker, sources, state
+from services.ranking import blend, features, graph, moment, reranker, scales, sources, state
 from services.ranking import ctr as ctr_module
 from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
+from training import (
+    choice,
+    encoding,
+    item_graph,
+    judging,
+    lesson,
+    lists,
+    metrics,
+    queries,
+    rankers,
+    ranking,
+    replay,
+    rows,
+)
 from training import ctr as ctr_fit
-from training import encoding, item_graph, judging, lesson, metrics, queries, rankers, ranking, replay, rows
 from training import reranker as reranker_fit
 from training.dataset import Shop, read_shop
 from training.encoding import Encoded
@@ -43,11 +56,14 @@ _RANKING_CODE = [
     rankers,
     ranking,
     ctr_fit,
+    lists,
+    choice,
     reranker_fit,
     features,
     graph,
     moment,
     sources,
+    scales,
     ctr_module,
     reranker,
     blend,

@@ -7,6 +7,7 @@ import numpy as np
 from training.dataset import Events
 
 DAY = 86_400_000_000
+_TOLD = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ def make_pages(
 
     A page is what one person was shown at one time in one session; an item of it was engaged
     with when an event of the session says so afterwards, on the same day: what came later is
-    not known to who learns from that day. Nothing when the shop logs no impressions, which are
-    the types that weigh nothing; those without a session are left out.
+    not known to who learns from that day. Of every second page, drawn at random, the moment is
+    the beginning of its session on that day, and what was engaged with since comes as the session,
+    as it does in a question. Nothing when the shop logs no impressions, which are the types that
+    weigh nothing; those without a session are left out.
     """
     kinds = list(weights)
     shown_kinds = [at for at, name in enumerate(kinds) if weights[name] == 0]
@@ -88,15 +91,18 @@ def make_pages(
         return [], [], types
     done = np.flatnonzero(~np.isin(events.kind, shown_kinds) & late & (events.session >= 0))
     when: dict[tuple[int, int, int, int], int] = {}
+    visits: dict[tuple[int, int], list[int]] = {}
     for row in done.tolist():
-        time = int(events.time[row])
-        key = int(events.session[row]), time // DAY, int(events.number[row]), int(events.kind[row])
+        time, visit = int(events.time[row]), (int(events.session[row]), int(events.time[row]) // DAY)
+        key = *visit, int(events.number[row]), int(events.kind[row])
         when[key] = max(time, when.get(key, 0))
+        visits.setdefault(visit, []).append(row)
     order = np.lexsort((events.position[shown], events.time[shown], events.session[shown]))
     shown = shown[order]
     border = (np.diff(events.session[shown]) != 0) | (np.diff(events.time[shown]) != 0)
     pages = np.split(shown, np.flatnonzero(border) + 1)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(pages))[:most])
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.permutation(len(pages))[:most])
     questions, labels = [], []
     for at in chosen:
         page = pages[at]
@@ -104,8 +110,13 @@ def make_pages(
         numbers = list(dict.fromkeys(events.number[page].tolist()))
         here = session, time // DAY
         label = [[when.get((*here, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
-        user = events.user_ids[events.user[page[0]]]
-        questions.append(Question(user, time, (), np.array(numbers, np.int64)))
+        user, since_when = events.user_ids[events.user[page[0]]], time
+        told: tuple[tuple[int, str], ...] = ()
+        if generator.random() < _TOLD:
+            earlier = [row for row in visits.get(here, []) if events.time[row] < time]
+            told = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in earlier)
+            since_when = int(min(events.time[row] for row in earlier)) if earlier else time
+        questions.append(Question(user, since_when, told, np.array(numbers, np.int64)))
         labels.append(np.array(label, np.float32))
     in_time = sorted(range(len(questions)), key=lambda n: (questions[n].as_of, questions[n].user_id))
     return [questions[n] for n in in_time], [labels[n] for n in in_time], types

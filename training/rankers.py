@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import lightgbm
 import numpy as np
 
 from services.ranking.ctr import CtrModel
+from services.ranking.reranker import RerankerModel
 from services.ranking.scoring import ctr_column
 from training import ctr
 from training.lesson import Lesson
-from training.reranker import Lists, fit_reranker
+from training.lists import Lists
+from training.reranker import fit_reranker
 from training.rows import Rows
 from training.shop_settings import ShopSettings
 
@@ -25,18 +26,19 @@ def belongs(column: str, part: str) -> bool:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted models and the columns that the reranker reads, the head's included."""
+    """Fitted models, and which of the columns `names`, the head's included, the reranker reads."""
 
     head: CtrModel | None
-    model: lightgbm.Booster
+    model: RerankerModel
     names: tuple[str, ...]
     columns: np.ndarray
 
     def score(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Scores float64 (N,) of rows."""
-        return np.asarray(self.model.predict(self._matrix(rows, vectors)))
+        return self.model.score(self.matrix(rows, vectors))
 
-    def _matrix(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+    def matrix(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What the reranker reads of rows, float32 (N, K)."""
         matrix = rows.matrix
         if self.head is not None:
             matrix = np.concatenate([matrix, ctr.score(self.head, rows, vectors)], axis=1)
@@ -63,7 +65,9 @@ def fit_models(
         matrices = [np.concatenate(both, axis=1) for both in zip(matrices, logits, strict=True)]
     columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
     lists = [_lists(rows, matrix[:, columns]) for rows, matrix in zip(sources, matrices, strict=True)]
-    model = fit_reranker(lists[0], settings.ranking.trees, shown=lists[1] if lesson.shown else None)
+    read = [names[at] for at in columns]
+    shown = lists[1] if lesson.shown else None
+    model = fit_reranker(lists[0], read, settings.ranking.trees, shown=shown)
     return Fitted(head, model, names, columns)
 
 

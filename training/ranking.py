@@ -45,4 +45,4 @@ def fit(
         (directory / CTR).mkdir()
         write_ctr(directory / CTR, fitted.head)
     (directory / RERANKER).mkdir()
-    write_reranker(directory / RERANKER, fitted.model, [fitted.names[at] for at in fitted.columns])
+    write_reranker(directory / RERANKER, fitted.model)

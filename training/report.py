@@ -44,7 +44,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         candidates  {"per_question": {source: count}, "targets_held": share, "held_by_band": {band: share}}
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
-        reranker    {"importance": {feature: share of the gain}, "trees": int}
+        reranker    {"importance": {feature: share of the absolute SHAP values}, "trees": int}
         stages      {stage: seconds}
 
     The JSON has sorted keys and two more: "methods", the order of ranking's, and
@@ -207,8 +207,8 @@ def _ctr(types: Section) -> list[str]:
 
 def _reranker(reranker: Section) -> list[str]:
     best = top_features(reranker.get("importance", {}))
-    note = f"{_text(reranker.get('trees'))} trees; the {len(best)} features that gain most:"
-    return [note, _table(("feature", "share of the gain"), best.items())]
+    note = f"{_text(reranker.get('trees'))} trees; the {len(best)} features that move scores most:"
+    return [note, _table(("feature", "share of absolute SHAP values"), best.items())]
 
 
 def _stages(stages: Section) -> list[str]:
@@ -264,6 +264,11 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "cross-entropy below 1 beats always saying the base rate.",
         _ctr,
     ),
-    ("reranker", "Reranker", "What the trees that order the candidates look at.", _reranker),
+    (
+        "reranker",
+        "Reranker",
+        "What the model that orders the candidates looks at.",
+        _reranker,
+    ),
     ("stages", "Stages", "How long each stage of the training took.", _stages),
 )

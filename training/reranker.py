@@ -1,14 +1,18 @@
-"""The reranker's fit: LambdaMART by LightGBM over rows of past questions, and of pages that were shown."""
+"""The reranker's fit: a choice model, and LambdaMART by LightGBM boosted from its scores."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import lightgbm
 import numpy as np
 
+from services.ranking.reranker import Choice, RerankerModel
+from training.choice import fit_choice
+from training.lists import Lists
+
 _HELD = 0.2
 _PATIENCE = 20
-_LEAST_TREES = 10
+_ASKED_SHARE = 0.1
 _PARAMETERS = {
     "metric": "ndcg",
     "eval_at": [20],
@@ -25,68 +29,72 @@ _PARAMETERS = {
     "verbosity": -1,
     "deterministic": True,
     "force_row_wise": True,
+    "seed": 0,
+    "num_threads": 0,
 }
 
 
-@dataclass(frozen=True)
-class Lists:
-    """Q lists to put in order, one after the other, the oldest first.
+def fit_reranker(
+    asked: Lists, columns: Sequence[str], trees: int, *, shown: Lists | None = None
+) -> RerankerModel:
+    """A model that puts lists in order: of past questions, or of pages that were `shown` if there are any.
 
-    `matrix` float32 (N, K); `grade` float32 (N,), what is gained by a row; `weight` float32 (N,);
-    `size` int64 (Q,) rows of each list, `when` int64 (Q,) its moment, microseconds since 1970.
+    With pages the questions only help the choice model, a tenth of their grades: what a shop showed decides
+    what could be chosen of everything, but not what was chosen of a page. Trees learn what
+    a sum cannot say. A choice model and trees of all lists but the last fifth, in the order of
+    time, tell on these after how many of at most `trees` trees more do not help.
     """
-
-    matrix: np.ndarray
-    grade: np.ndarray
-    weight: np.ndarray
-    size: np.ndarray
-    when: np.ndarray
-
-    def take(self, chosen: np.ndarray) -> "Lists":
-        """Some of the lists, `chosen` bool (Q,)."""
-        rows = np.repeat(chosen, self.size)
-        return Lists(
-            self.matrix[rows], self.grade[rows], self.weight[rows], self.size[chosen], self.when[chosen]
-        )
+    lists = asked if shown is None else shown
+    edge = _edge(lists)
+    if edge is not None:
+        before = lists.when < edge
+        choice = _choice(asked.take(asked.when < edge), lists.take(before), columns, both=shown is not None)
+        trees = _enough(choice, lists.take(before), lists.take(~before), trees)
+    choice = _choice(asked, lists, columns, both=shown is not None)
+    data, gain = _dataset(choice, lists)
+    return RerankerModel(choice, lightgbm.train(_PARAMETERS | {"label_gain": gain}, data, trees))
 
 
-def fit_reranker(asked: Lists, trees: int, *, shown: Lists | None = None) -> lightgbm.Booster:
-    """Trees that put the lists of past questions in order, and those of pages that people were `shown`.
+def _edge(lists: Lists) -> int | None:
+    """The first moment of the held-out lists; None where no earlier one is left to learn from."""
+    if not len(lists.size):
+        return None
+    edge = int(lists.when[int(len(lists.size) * (1 - _HELD))])
+    return edge if edge > lists.when[0] else None
 
-    A grade's gain is its share of the highest. The last fifth of the questions, which are in the order
-    of time, tells after how many of at most `trees` trees more of them do not help, but never
-    fewer than ten; then all are learned from.
-    """
-    parts = [asked] if shown is None else [asked, shown]
-    grades = np.unique(np.concatenate([part.grade for part in parts]))
-    gain = (grades / max(float(grades.max()), 1e-9)).tolist()
-    parameters = _PARAMETERS | {"seed": 0, "num_threads": 0, "label_gain": gain}
-    place = np.arange(len(asked.size))
-    start = int(len(place) * (1 - _HELD))
-    if 0 < start < len(place):
-        early = [asked.take(place < start)]
-        if shown is not None:
-            early.append(shown.take(shown.when < asked.when[start]))
-        learned = _dataset(early, grades)
-        held = _dataset([asked.take(place >= start)], grades, learned)
-        stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
-        tried = lightgbm.train(parameters, learned, trees, valid_sets=[held], callbacks=[stop])
-        trees = min(trees, max(tried.best_iteration, _LEAST_TREES))
-    return lightgbm.train(parameters, _dataset(parts, grades), trees)
+
+def _choice(asked: Lists, lists: Lists, columns: Sequence[str], *, both: bool) -> Choice:
+    if both:
+        lists = Lists.joined([replace(asked, grade=_ASKED_SHARE * asked.grade), lists])
+    return fit_choice(lists, columns)
+
+
+def _enough(choice: Choice, early: Lists, late: Lists, most: int) -> int:
+    grades = np.unique(np.concatenate([early.grade, late.grade]))
+    learned, gain = _dataset(choice, early, grades)
+    held, _ = _dataset(choice, late, grades, learned)
+    stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
+    parameters = _PARAMETERS | {"label_gain": gain}
+    tried = lightgbm.train(parameters, learned, most, valid_sets=[held], callbacks=[stop])
+    return max(1, tried.best_iteration)
 
 
 def _dataset(
-    parts: Sequence[Lists], grades: np.ndarray, like: lightgbm.Dataset | None = None
-) -> lightgbm.Dataset:
-    size = np.concatenate([part.size for part in parts])
+    choice: Choice, lists: Lists, grades: np.ndarray | None = None, like: lightgbm.Dataset | None = None
+) -> tuple[lightgbm.Dataset, list[float]]:
+    """Rows as LightGBM reads them, and the gain of each grade: its share of the highest."""
+    grades = np.unique(lists.grade) if grades is None else grades
     # LightGBM breaks ties by place: answers that come first would look well ranked before anything is
     # learned, and no tree would seem to help.
-    drawn = np.random.default_rng(0).random(int(size.sum()))
-    order = np.lexsort((drawn, np.repeat(np.arange(len(size)), size)))
-    return lightgbm.Dataset(
-        np.concatenate([part.matrix for part in parts])[order],
-        np.searchsorted(grades, np.concatenate([part.grade for part in parts])[order]),
-        weight=np.concatenate([part.weight for part in parts])[order],
-        group=size,
+    drawn = np.random.default_rng(0).random(len(lists.grade))
+    order = np.lexsort((drawn, lists.group()))
+    matrix = lists.matrix[order]
+    data = lightgbm.Dataset(
+        matrix,
+        np.searchsorted(grades, lists.grade[order]),
+        weight=lists.weight[order],
+        group=lists.size,
+        init_score=choice.terms(matrix).sum(1, dtype=np.float64),
         reference=like,
     )
+    return data, (grades / max(float(grades.max()), 1e-9)).tolist()

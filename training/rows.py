@@ -120,9 +120,11 @@ def shown_rows(
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
     A page is a question whose targets are the items shown; its labels are float32 (S, T). A row's grade
-    is that of the weightiest of its labels by `worth`, float32 (T,). None when no page shows an
+    is that of the weightiest of its labels by `worth`, float32 (T,). Here too one row in ten is shown
+    without its item's behaviour. None when no page shows an
     item that the catalogue knows.
     """
+    generator = np.random.default_rng(0)
     parts, kept = [], []
     for page, label in zip(track(pages, "pages"), labels, strict=True):
         now, query = replay.at(page.as_of), replay.query(page)
@@ -131,10 +133,12 @@ def shown_rows(
         items = items[known]
         if not len(items):
             continue
-        matrix = replay.features(now).matrix(query, items, now)
+        features = replay.features(now)
+        matrix, unsold = features.matrix(query, items, now), generator.random(len(items)) < _UNSOLD_SHARE
+        matrix[unsold] = features.unsold(matrix[unsold], items[unsold], now)
         zeros, ones = np.zeros(len(items), np.int64), np.ones(len(items), np.float32)
         grade = (label[known] * worth).max(1)
-        parts.append((page, query, matrix, items, zeros, grade, ones, zeros.astype(bool), len(items)))
+        parts.append((page, query, matrix, items, zeros, grade, ones, unsold, len(items)))
         kept.append(label[known])
     return (_joined(replay, parts), np.concatenate(kept).astype(np.float32)) if parts else None
 

@@ -18,12 +18,12 @@ from torch import nn
 
 from services.errors import FailedPrecondition
 from services.ranking.features import Query
+from services.ranking.scales import standardised
 
 MAX_HISTORY = 50
 SETTINGS_FILE = "ctr.json"
 WEIGHTS_FILE = "ctr.safetensors"
 _TIERS = 10
-_CLIP = 5.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class CtrHead:
         """Logits float32 (C, T) of candidate rows (C,) with features (C, F); `vectors` (N, D) by space."""
         persons = gather([query], vectors, self.settings.spaces)
         items = {s: torch.from_numpy(np.float32(vectors[s][rows])).unsqueeze(0) for s in self.settings.spaces}
-        dense = torch.from_numpy(standardised(self.settings, matrix[:, self._at])).unsqueeze(0)
+        columns = standardised(matrix[:, self._at], self.settings.mean, self.settings.scale)
+        dense = torch.from_numpy(columns).unsqueeze(0)
         return np.asarray(self.model(persons, items, dense)[0].numpy(), np.float32)
 
     def probabilities(self, logits: np.ndarray) -> dict[str, np.ndarray]:
@@ -157,17 +158,6 @@ def write_ctr(directory: Path, model: CtrModel) -> None:
     """Write a head."""
     save_file(model.state_dict(), directory / WEIGHTS_FILE)
     (directory / SETTINGS_FILE).write_text(json.dumps(asdict(model.settings), indent=1) + "\n")
-
-
-def standardised(settings: CtrSettings, columns: np.ndarray) -> np.ndarray:
-    """Feature columns (…, F) as the head reads them: signed logarithm, standard scale, 0 for unknown."""
-    scaled = (signed_log(columns) - np.array(settings.mean)) / np.array(settings.scale)
-    return np.asarray(np.clip(np.nan_to_num(scaled), -_CLIP, _CLIP), np.float32)
-
-
-def signed_log(values: np.ndarray) -> np.ndarray:
-    """sign(x) log(1 + |x|): long tails, shortened."""
-    return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
 
 
 def gather(queries: Sequence[Query], vectors: Mapping[str, np.ndarray], spaces: Mapping[str, int]) -> Persons:

@@ -1,43 +1,80 @@
-"""The reranker: LightGBM trees over feature rows, as training left them. Knows columns, not items."""
+"""The reranker: a weighted sum of features and LightGBM trees that correct it. Knows columns, not items."""
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightgbm
 import numpy as np
 
 from services.errors import FailedPrecondition
+from services.ranking.scales import standardised
 
 MODEL_FILE = "model.txt"
-COLUMNS_FILE = "columns.json"
+CHOICE_FILE = "choice.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A conditional logit (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
+
+    `columns` names the F features; `weight` counts deviations from the `mean` by `scale` after a signed
+    logarithm; what is unknown counts as average.
+    """
+
+    columns: Sequence[str]
+    mean: Sequence[float]
+    scale: Sequence[float]
+    weight: Sequence[float]
+
+    def terms(self, matrix: np.ndarray) -> np.ndarray:
+        """What each column adds to the score of rows (C, F): float32 (C, F)."""
+        return standardised(matrix, self.mean, self.scale) * np.asarray(self.weight, np.float32)
+
+
+@dataclass(frozen=True)
+class RerankerModel:
+    """What orders the rows of a list: the choice model, and trees that were boosted from its scores."""
+
+    choice: Choice
+    trees: lightgbm.Booster
+
+    def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
+        """Scores float64 (C,) of rows (C, F); `threads` 0 takes every core."""
+        if not len(matrix):
+            return np.empty(0)
+        corrected = self.trees.predict(matrix, num_threads=threads)
+        return np.asarray(self.choice.terms(matrix).sum(1, dtype=np.float64) + corrected)
+
+    def contributions(self, matrix: np.ndarray) -> np.ndarray:
+        """What each column adds to the score, up to a constant: float64 (C, F), of trees by TreeSHAP."""
+        shap = np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
+        return np.asarray(shap + self.choice.terms(matrix))
 
 
 class Reranker:
-    """A LambdaMART model (Burges, 2010) in LightGBM's text format, with the columns it reads.
+    """A model as training left it.
 
     Raises:
         FailedPrecondition: the model reads a column that `names` does not hold.
     """
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        columns = json.loads((directory / COLUMNS_FILE).read_text())
+        choice = Choice(**json.loads((directory / CHOICE_FILE).read_text()))
         place = {name: at for at, name in enumerate(names)}
-        if missing := [name for name in columns if name not in place]:
+        if missing := [name for name in choice.columns if name not in place]:
             raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is no feature here")
-        self._at = np.array([place[name] for name in columns])
-        self._model = lightgbm.Booster(model_file=str(directory / MODEL_FILE))
+        self._at = np.array([place[name] for name in choice.columns])
+        self._model = RerankerModel(choice, lightgbm.Booster(model_file=str(directory / MODEL_FILE)))
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         """Scores float32 (C,) of rows (C, F) in the order of `names`; an ordering, on no scale."""
-        if not len(matrix):
-            return np.empty(0, np.float32)
         # One thread: requests run side by side.
-        scores = self._model.predict(matrix[:, self._at], num_threads=1)
-        return np.asarray(scores, np.float32)
+        return np.asarray(self._model.score(matrix[:, self._at], threads=1), np.float32)
 
 
-def write_reranker(directory: Path, model: lightgbm.Booster, columns: Sequence[str]) -> None:
-    """Write a model and the names of the columns it was fitted on, in their order."""
-    model.save_model(str(directory / MODEL_FILE))
-    (directory / COLUMNS_FILE).write_text(json.dumps(list(columns), indent=1) + "\n")
+def write_reranker(directory: Path, model: RerankerModel) -> None:
+    """Write a model: the trees in LightGBM's text format, the choice model as JSON."""
+    model.trees.save_model(str(directory / MODEL_FILE))
+    (directory / CHOICE_FILE).write_text(json.dumps(asdict(model.choice), indent=1) + "\n")

@@ -1,0 +1,306 @@
+"""Choice model, reranker and scorer: fitted as the papers say, served as trained."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax
+
+from services.errors import FailedPrecondition
+from services.item_table import ItemTable
+from services.ranking.blend import blend
+from services.ranking.ctr import CtrHead, CtrModel, CtrSettings, write_ctr
+from services.ranking.features import Features, Query
+from services.ranking.graph import GraphView
+from services.ranking.moment import DAY, moment
+from services.ranking.reranker import Choice, Reranker, RerankerModel, write_reranker
+from services.ranking.scales import standardised
+from services.ranking.scoring import Scorer, ctr_column
+from services.ranking.state import BehaviourState
+from tests import shops
+from training import reranker as reranker_fit
+from training.choice import fit_choice
+from training.lists import Lists
+from training.reranker import fit_reranker
+
+TWO = ("fame", "taste")
+TEXT, IMAGE = 6, 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def choices(seed: int, weight: Sequence[float], count: int = 2000) -> Lists:
+    """Lists of two to nine rows, of which one is chosen with exp(weight x row) for its odds."""
+    generator = np.random.default_rng(seed)
+    size = generator.integers(2, 10, count)
+    matrix = generator.exponential(2, (int(size.sum()), len(weight))).astype(np.float32)
+    score = np.log1p(matrix) @ np.array(weight) + generator.gumbel(size=len(matrix))
+    start = np.cumsum(size) - size
+    grade = np.zeros(len(matrix), np.float32)
+    for first, length in zip(start, size, strict=True):
+        grade[first + np.argmax(score[first : first + length])] = 1
+    return Lists(matrix, grade, np.ones(len(matrix), np.float32), size, np.arange(count))
+
+
+def test_the_weights_behind_choices_are_found() -> None:
+    wanted = np.array([1.5, -1.0, 0.0])
+    found = fit_choice(choices(0, wanted.tolist(), 5000), ("a", "b", "c"))
+    np.testing.assert_allclose(np.array(found.weight) / np.array(found.scale), wanted, atol=0.15)
+
+
+def cost(lists: Lists, choice: Choice, weight: np.ndarray) -> float:
+    """The penalised listwise loss, list by list."""
+    scaled = standardised(lists.matrix, choice.mean, choice.scale).astype(np.float64)
+    total, start = 0.0, 0
+    for size in lists.size:
+        mine = slice(start, start + size)
+        logs = log_softmax(scaled[mine] @ weight + np.log(lists.weight[mine]))
+
+        total -= lists.grade[mine] @ (logs)
+        start += size
+    return total / float(lists.grade.sum()) + 0.005 * float(weight @ weight)
+
+
+@given(st.integers(0, 50))
+@settings(deadline=None, max_examples=20)
+def test_no_other_weights_make_the_choices_likelier(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lists = choices(seed, [1.0, -0.5], 60)
+    lists = replace(lists, weight=generator.integers(1, 5, len(lists.weight)).astype(np.float32))
+    choice = fit_choice(lists, TWO)
+    best = np.array(choice.weight)
+    least = cost(lists, choice, best)
+    for step in generator.standard_normal((20, 2)):
+        assert cost(lists, choice, best + 0.05 * step) > least
+
+
+def test_a_list_of_which_nothing_was_chosen_teaches_nothing() -> None:
+    lists = choices(1, [1.0, -1.0], 200)
+    silent = replace(lists, grade=np.zeros_like(lists.grade))
+    assert fit_choice(Lists.joined([lists, silent]), TWO) == fit_choice(lists, TWO)
+    nothing = fit_choice(silent, TWO)
+    assert nothing.weight == [0.0, 0.0]
+    assert not nothing.terms(lists.matrix).any()
+
+
+def test_an_unknown_value_counts_as_average_and_an_unknown_column_as_nothing() -> None:
+    lists = choices(2, [1.0, -1.0, 0.5], 300)
+    lists.matrix[:, 2] = np.nan
+    lists.matrix[::7, 0] = np.nan
+    choice = fit_choice(lists, ("a", "b", "c"))
+    assert choice.weight[2] == 0
+    terms = choice.terms(lists.matrix)
+    assert np.isfinite(terms).all()
+    assert not terms[::7, 0].any()
+
+
+def test_what_the_columns_contribute_adds_up_to_the_score() -> None:
+    model = fitted_reranker(("a", "b", "c"))
+    matrix = np.random.default_rng(1).random((40, 3)).astype(np.float32)
+    rest = model.score(matrix) - model.contributions(matrix).sum(1)
+    np.testing.assert_allclose(rest, rest[0], atol=1e-5)
+    assert np.ptp(model.score(matrix)) > 0.1
+
+
+def fitted_reranker(columns: tuple[str, ...]) -> RerankerModel:
+    """A model that likes the second column and dislikes the last, over questions of ten candidates."""
+    matrix = np.random.default_rng(0).random((4000, len(columns))).astype(np.float32)
+    liked = (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)
+    return fit_reranker(lists(matrix, liked), columns, trees=5)
+
+
+def lists(matrix: np.ndarray, grade: np.ndarray) -> Lists:
+    """Lists of ten rows, one a second."""
+    count = len(matrix) // 10
+    weight = np.ones(len(matrix), np.float32)
+    return Lists(matrix, grade, weight, np.full(count, 10), np.arange(count) * 1_000_000)
+
+
+def test_rows_stay_whole_and_in_their_list() -> None:
+    size = np.array([3, 1, 7, 2, 5])
+    number = np.arange(18, dtype=np.float32)
+    known = Lists(number[:, None], number % 3, number + 1, size, np.arange(5))
+    both = Lists.joined([known, known.take(np.array([True, False, True, False, True]))])
+    choice = Choice(["number"], [1.0], [2.0], [0.5])
+    data, gain = reranker_fit._dataset(choice, both)
+    assert gain == [0, 0.5, 1]
+    matrix = np.asarray(data.data)[:, 0]
+    expected = [*np.split(number, np.cumsum(size)[:-1]), number[:3], number[4:11], number[13:]]
+    assert np.asarray(data.group).tolist() == [len(one) for one in expected]
+    np.testing.assert_array_equal(np.asarray(data.label), matrix % 3)
+    np.testing.assert_array_equal(np.asarray(data.weight), matrix + 1)
+    expected_score = choice.terms(matrix[:, None])[:, 0]
+    np.testing.assert_array_equal(np.asarray(data.init_score), expected_score)
+    for mine, wanted in zip(np.split(matrix, np.cumsum(np.asarray(data.group))[:-1]), expected, strict=True):
+        np.testing.assert_array_equal(np.sort(mine), wanted)
+    assert not np.array_equal(matrix, np.concatenate(expected))
+
+
+def offers() -> tuple[Lists, Lists]:
+    """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
+    choice = np.random.default_rng(0)
+    matrix = choice.random((40_000, 2)).astype(np.float32)
+    fame, taste = matrix.T
+    offered = choice.random(40_000) < fame**2
+    taken = (offered & (choice.random(40_000) < taste)).astype(np.float32)
+    seen = np.flatnonzero(offered)[:10_000]
+    return lists(matrix, taken), lists(matrix[seen], taken[seen])
+
+
+def test_what_was_passed_over_counts_more_than_what_was_never_on_offer() -> None:
+    asked, shown = offers()
+    alone, both = (fame_for_taste(fit_reranker(asked, TWO, 40, shown=pages)) for pages in (None, shown))
+    assert 0 < both < 0.8 * alone
+
+
+def fame_for_taste(model: RerankerModel) -> float:
+    """How much more a model makes of fame than of taste."""
+    low, high, rest = np.full(50, 0.4), np.full(50, 0.9), np.linspace(0.4, 0.9, 50)
+
+    def gained(column: int) -> float:
+        ends = [np.stack([end, rest][:: 1 - 2 * column], axis=1) for end in (low, high)]
+        before, after = (model.score(end.astype(np.float32)) for end in ends)
+        return float(np.mean(after - before))
+
+    return gained(0) / gained(1)
+
+
+def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
+    """Of noise no number of trees helps to put answers first, wherever they stood."""
+    choice = np.random.default_rng(0)
+    found = []
+    for first in (True, False):
+        grade = np.zeros((400, 10), np.float32)
+        grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
+        noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
+        record: dict[str, Any] = {}
+        data, _ = reranker_fit._dataset(Choice(TWO, [0.0] * 2, [1.0] * 2, [0.0] * 2), noise)
+        lightgbm.train(
+            reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
+        )
+        found.append(record["training"]["ndcg@20"][0])
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_how_many_trees_are_enough_is_judged_by_a_time_that_nothing_learned_knows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, shown = offers()
+    late = replace(shown, when=shown.when + asked.when[-1] - shown.when[900])  # the last 100 after all asked
+    chosen: list[Lists] = []
+    sets: list[list[np.ndarray]] = []
+    train = lightgbm.train
+
+    def fitted(known: Lists, columns: Sequence[str]) -> Choice:
+        chosen.append(known)
+        return fit_choice(known, columns)
+
+    def watched(parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any) -> Any:
+        sets.append([np.sort(np.asarray(data.data), axis=0) for data in (rows, *more.get("valid_sets", []))])
+        return train(parameters, rows, *rest, **more)
+
+    monkeypatch.setattr(reranker_fit, "fit_choice", fitted)
+    monkeypatch.setattr(lightgbm, "train", watched)
+    fit_reranker(asked, TWO, 20, shown=late)
+    edge = late.when[800]
+    early = int((asked.when < edge).sum())
+    assert 0 < early < len(asked.when)
+    assert [len(known.size) for known in chosen] == [early + 800, len(asked.size) + 1000]
+    assert chosen[0].when.max() < edge
+    (tried, held), (final,) = sets
+    np.testing.assert_array_equal(tried, np.sort(late.matrix[:8000], axis=0))
+    np.testing.assert_array_equal(held, np.sort(late.matrix[8000:], axis=0))
+    np.testing.assert_array_equal(final, np.sort(late.matrix, axis=0))
+
+
+def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:
+    columns = ("price", "popular_7d", "age, in days")
+    model = fitted_reranker(columns)
+    write_reranker(tmp_path, model)
+    names = ("age, in days", "noise", "popular_7d", "price")
+    matrix = np.random.default_rng(1).random((50, 4)).astype(np.float32)
+    matrix[::7, 2] = np.nan
+    served = Reranker(tmp_path, names)
+    expected = model.score(matrix[:, [3, 2, 0]])
+    np.testing.assert_allclose(served.score(matrix), expected, rtol=1e-5, atol=1e-6)
+    assert np.ptp(expected) > 0
+    best, worst = np.array([[0.1, 0, 0.9, 0.5]], np.float32), np.array([[0.9, 0, 0.1, 0.5]], np.float32)
+    assert served.score(best) > served.score(worst)
+    assert served.score(matrix[:0]).shape == (0,)
+    with pytest.raises(FailedPrecondition, match="popular_7d"):
+        Reranker(tmp_path, ("age, in days", "price"))
+
+
+def small_shop() -> tuple[Features, ItemTable, Query]:
+    items = shops.items()
+    text = np.random.default_rng(0).standard_normal((len(items), TEXT))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    table = ItemTable.of(
+        items,
+        {"text": text.astype(np.float32)},
+        {"text": np.ones(len(items), bool)},
+        [shops.UNTIL] * len(items),
+    )
+    features = Features(table, GraphView(shops.graph(), table), ["colour"])
+    ones = np.ones(3, np.float32)
+    query = Query(np.array([4]), ones[:1], np.array([1, 2, 3]), 5 * ones, 0.5 * ones, ones > 0)
+    return features, table, query
+
+
+def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
+    features, table, query = small_shop()
+    now, rows = moment(BehaviourState({"purchase": 1.0}), table, 30_000 * DAY), np.arange(5, 25)
+    matrix = features.matrix(query, rows, now)
+    by_hand = Scorer(features, table).score(query, rows, now)
+    assert list(by_hand.components) == ["blend"]
+    np.testing.assert_array_equal(by_hand.values, blend(features.names, matrix))
+    assert np.ptp(by_hand.values) > 0
+    assert by_hand.probabilities == {}
+
+    column = table.vectors("text")
+    assert column is not None
+    stored = {"text": column[0], "image": np.zeros((table.length, IMAGE), np.float16)}
+    torch.manual_seed(0)
+    shape = CtrSettings(
+        {"text": TEXT, "image": IMAGE},  # no item has a photograph yet
+        ("click", "purchase"),
+        ("price", "age_days"),
+        (0.0, 0.0),
+        (1.0, 1.0),
+        shown=True,
+        slope=(1.0, 1.0),
+        offset=(0.0, 0.0),
+    )
+    head_at, trees_at = tmp_path / "ctr", tmp_path / "reranker"
+    head_at.mkdir()
+    trees_at.mkdir()
+    write_ctr(head_at, CtrModel(shape))
+    logits = CtrHead(head_at, features.names).logits(query, rows, matrix, stored)
+    with_head = Scorer(features, table, head_at)
+    assert with_head.columns == (*features.names, "ctr_click", "ctr_purchase")
+    scored = with_head.score(query, rows, now)
+    assert list(scored.components) == ["blend", "ctr_click", "ctr_purchase"]
+    np.testing.assert_array_equal(scored.values, by_hand.values)
+    np.testing.assert_allclose(scored.components["ctr_purchase"], logits[:, 1], atol=1e-5)
+    np.testing.assert_allclose(scored.probabilities["click"], 1 / (1 + np.exp(-logits[:, 0])), rtol=1e-4)
+
+    columns = ("price", ctr_column("purchase"), ctr_column("click"))
+    model = fitted_reranker(columns)
+    write_reranker(trees_at, model)
+    with pytest.raises(FailedPrecondition, match="ctr_purchase"):
+        Scorer(features, table, None, trees_at)
+    full = Scorer(features, table, head_at, trees_at).score(query, rows, now)
+    assert list(full.components) == ["blend", "ctr_click", "ctr_purchase", "reranker"]
+    read = np.stack([matrix[:, features.names.index("price")], logits[:, 1], logits[:, 0]], 1)
+    np.testing.assert_allclose(full.values, model.score(read), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(full.values, full.components["reranker"])
