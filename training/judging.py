@@ -82,7 +82,7 @@ def judge(
             score = blend(rows.names, rows.matrix).astype(np.float64)
         else:
             score = fit_models(early, settings, vectors, part).score(rows, vectors)
-        lacking = _pages(rows, np.where(_proposed(past, rows, part), score, _NONE))
+        lacking = _pages(rows, np.where(proposed_without(past, rows, part), score, _NONE))
         found["ablation"][part] = _difference(pages["whole bundle"], lacking, targets)
     (directory / FILE).write_text(json.dumps(found, indent=1) + "\n")
 
@@ -106,11 +106,22 @@ def _at(rows: Rows, *prefixes: str) -> list[int]:
     return [at for at, name in enumerate(rows.names) if name.startswith(prefixes)]
 
 
-def _proposed(past: Replay, rows: Rows, part: str) -> np.ndarray:
-    """The rows that some source other than a part's own proposed, bool (N,)."""
+def proposed_without(past: Replay, rows: Rows, part: str) -> np.ndarray:
+    """The rows that a source, or a relation of the graph, other than a part's own proposed: bool (N,)."""
     names = past.source_names
-    own = 1 << names.index(part) if part in names else 0
-    return np.asarray((rows.sources & ~own) != 0)
+    if part not in names:
+        return np.asarray(rows.sources != 0)
+    others = rows.sources & ~(1 << names.index(part))
+    graph = 1 << names.index("graph")
+    alone = np.flatnonzero(others == graph)
+    proposed = np.asarray(others != 0)
+    question = rows.group()[alone]
+    for at in np.unique(question):
+        mine = alone[question == at]
+        now = past.at(rows.questions[at].as_of)
+        near = past.related(rows.queries[at], now, rows.items[mine])
+        proposed[mine] = np.any([tied for relation, tied in near.items() if relation != part], axis=0)
+    return proposed
 
 
 def _about(

@@ -97,6 +97,11 @@ class Replay:
         np.bitwise_or.at(proposed, place, bits)
         return rows, proposed
 
+    def related(self, query: Query, now: Moment, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Which of `rows`, int64 (C,), each relation of the graph ties to the person: bool (C,)."""
+        near = self._sources[now.tick // DAY].related(query)
+        return {relation: scores[rows] > 0 for relation, scores in near.items()}
+
     def _near(self, space: str, query: Query, allowed: np.ndarray) -> np.ndarray:
         rows = np.concatenate([query.session, query.history])[:MAX_HISTORY]
         weights = np.concatenate([query.session_weights, query.weights * recency(query.ages)])[:MAX_HISTORY]

@@ -40,11 +40,17 @@ class Sources:
         rows = rows[np.lexsort((rows, -scores[rows]))][:limit]
         return rows, scores[rows].astype(np.float32)
 
-    def _near(self, query: Query, moment: Moment) -> np.ndarray:
+    def related(self, query: Query) -> dict[str, np.ndarray]:
+        """How near every row is to a person's items by each relation of the graph, float32 (N,)."""
         rows, weights = query.interests()
+        return {
+            relation: self._graph.to_rows(self._graph.spread(relation, rows, weights))
+            for relation in self._graph.names
+        }
+
+    def _near(self, query: Query, moment: Moment) -> np.ndarray:
         total = np.zeros(self._table.length, np.float32)
-        for relation in self._graph.names:
-            near = self._graph.to_rows(self._graph.spread(relation, rows, weights))
+        for relation, near in self.related(query).items():
             total += _RELATION_WEIGHTS.get(relation, 1.0) * near
         return total
 
