@@ -6,6 +6,7 @@ gateway's own Recommend, its public request fields included.
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -233,7 +234,12 @@ def _print(replay: Replay) -> None:
 async def _compare(
     settings: Settings, requests: Sequence[pb.RecommendRequest], pages: Sequence[list[str]], count: int
 ) -> None:
-    """Ask three processes over gRPC for a sample of the queries; their lists must be the same."""
+    """Ask three processes over gRPC for a sample of the queries; their lists must be the same.
+
+    Whatever ends it, SIGTERM too, ends the three.
+    """
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     sample = np.random.default_rng(0).permutation(len(requests))[:count]
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -248,6 +254,8 @@ async def _compare(
             for at in sample:
                 response = await stub.Recommend(requests[at])
                 different += [item.item_id for item in response.items] != pages[at]
+    except asyncio.CancelledError:
+        raise VitrineError("told to stop") from None
     finally:
         for process in processes:
             process.terminate()

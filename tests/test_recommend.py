@@ -361,7 +361,11 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[byte
 def start_process(bundle: Path, state: Path, port: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "services.cli", "serve", "--bundle", str(bundle)]
     process = subprocess.Popen([*command, "--state", str(state), "--address", f"127.0.0.1:{port}"])
-    asyncio.run(serving(port, GATEWAY))
+    try:
+        asyncio.run(serving(port, GATEWAY))
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +111,22 @@ def test_queries_are_answered_alike_in_any_order_and_by_three_processes(
         assert len(answer["items"]) == 20
         assert all(item.startswith(world) for item in answer["items"][:9])
         assert not any(item.endswith("-11") for item in answer["items"])  # never sold: the filter holds
+
+
+def test_an_evaluation_that_is_told_to_stop_leaves_no_process(
+    shop: Path, bundles: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "services.cli", "evaluate", f"--data={shop}", f"--bundle={bundles}"]
+    with subprocess.Popen([*command, "--split=val", f"--out={tmp_path / 'run.jsonl'}"]) as process:
+        waiting = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        started: list[str] = []
+        while len(started) < 3 and process.poll() is None:
+            started = waiting.read_text().split()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 1
+    assert len(started) == 3
+    assert not any(Path(f"/proc/{child}").exists() for child in started)
 
 
 def test_a_bundle_that_saw_the_day_is_refused(shop: Path, base: Path, tmp_path: Path) -> None:
