@@ -223,6 +223,30 @@ def test_how_many_trees_are_enough_is_judged_by_a_time_that_nothing_learned_know
     np.testing.assert_array_equal(final, np.sort(late.matrix, axis=0))
 
 
+@pytest.mark.parametrize("moments", [1, 2, 50, 200])
+def test_noise_grows_hardly_a_tree(moments: int) -> None:
+    """However the lists lie in time, some are held out: where there is nothing to learn that is seen."""
+    choice = np.random.default_rng(0)
+    grade = np.zeros((200, 10), np.float32)
+    grade[np.arange(200), choice.integers(0, 10, 200)] = 1
+    noise = lists(choice.random((2000, 2)).astype(np.float32), grade.ravel())
+    noise = replace(noise, when=np.arange(200) * moments // 200)
+    assert fit_reranker(noise, TWO, 200).trees.num_trees() < 100
+    pages = fit_reranker(noise, TWO, 200, shown=noise)
+    assert pages.trees.num_trees() < 100
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_handful_of_lists_makes_a_model(count: int) -> None:
+    few = lists(
+        np.random.default_rng(0).random((10 * count, 2)).astype(np.float32), np.arange(10 * count) % 10 == 3
+    )
+    few = replace(few, grade=few.grade.astype(np.float32))
+    for shown in (None, few):
+        model = fit_reranker(few, TWO, 5, shown=shown)
+        assert np.isfinite(model.score(few.matrix)).all()
+
+
 def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:
     columns = ("price", "popular_7d", "age, in days")
     model = fitted_reranker(columns)

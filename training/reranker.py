@@ -41,26 +41,28 @@ def fit_reranker(
 
     With pages the questions only help the choice model, a tenth of their grades: what a shop showed decides
     what could be chosen of everything, but not what was chosen of a page. Trees learn what
-    a sum cannot say. A choice model and trees of all lists but the last fifth, in the order of
-    time, tell on these after how many of at most `trees` trees more do not help.
+    a sum cannot say. The last fifth of the lists, in the order of time, tells after how many of at most
+    `trees` trees more do not help; what is learned for that knows nothing of its moments.
     """
     lists = asked if shown is None else shown
-    edge = _edge(lists)
-    if edge is not None:
-        before = lists.when < edge
-        choice = _choice(asked.take(asked.when < edge), lists.take(before), columns, both=shown is not None)
-        trees = _enough(choice, lists.take(before), lists.take(~before), trees)
+    late = _late(lists)
+    if late.any():
+        before = asked.take(~late if shown is None else asked.when < lists.when[late][0])
+        early = lists.take(~late)
+        choice = _choice(before, early, columns, both=shown is not None)
+        trees = _enough(choice, early, lists.take(late), trees)
     choice = _choice(asked, lists, columns, both=shown is not None)
     data, gain = _dataset(choice, lists)
     return RerankerModel(choice, lightgbm.train(_PARAMETERS | {"label_gain": gain}, data, trees))
 
 
-def _edge(lists: Lists) -> int | None:
-    """The first moment of the held-out lists; None where no earlier one is left to learn from."""
-    if not len(lists.size):
-        return None
-    edge = int(lists.when[int(len(lists.size) * (1 - _HELD))])
-    return edge if edge > lists.when[0] else None
+def _late(lists: Lists) -> np.ndarray:
+    """The lists that are held out, bool (Q,): whole moments, or of a single one a fifth of its lists."""
+    place = np.arange(len(lists.size))
+    start = int(len(place) * (1 - _HELD))
+    if start and lists.when[start] > lists.when[0]:
+        return np.asarray(lists.when >= lists.when[start])
+    return place >= start if start else np.zeros(len(place), bool)
 
 
 def _choice(asked: Lists, lists: Lists, columns: Sequence[str], *, both: bool) -> Choice:
