@@ -35,6 +35,7 @@ from training.dataset import Shop, read_shop
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
+_STOP_SECONDS = 30
 PAGE = 20
 
 
@@ -260,7 +261,10 @@ async def _compare(
         for process in processes:
             process.terminate()
         for process in processes:
-            process.wait()
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
     print(f"{len(sample)} queries over gRPC to three processes: {different} lists differ")  # noqa: T201
     if different:
         raise FailedPrecondition(f"{different} of {len(sample)} lists differ between one process and three")

@@ -11,15 +11,17 @@ from services.errors import FailedPrecondition
 from services.ranking.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
 from services.ranking.features import Query
 from services.ranking.moment import DAY
+from training import judging
 from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score
 from training.lesson import Lesson
+from training.lists import Lists
 from training.metrics import classification_metrics
 from training.queries import Question
-from training.rankers import fit_models
+from training.rankers import Fitted, fit_models
+from training.reranker import fit_reranker
 from training.rows import Rows
 from training.shop_settings import RankingTraining, ShopSettings
 
-TWO = ("fame", "taste")
 NAMES = ("popular_7d", "price", "noise", "age_days")
 ITEMS, TEXT, IMAGE = 300, 6, 8
 
@@ -261,6 +263,37 @@ def test_calibration_mends_an_overconfident_head() -> None:
         made = 1 / (1 + np.exp(-(mended.slope[at] * late + mended.offset[at])))
         assert raw["ece"] > 0.1
         assert classification_metrics(made, label)["ece"] < 0.03
+
+
+def test_rows_without_their_past_do_not_calibrate() -> None:
+    generator = np.random.default_rng(0)
+    shape = CtrSettings({"text": 2}, ("click",), (), (), (), shown=True)
+    logits = generator.normal(0, 2, (400, 1)).astype(np.float32)
+    label = (generator.random((400, 1)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
+    rows, unsold = plain_rows([0] * 400), generator.random(400) < 0.5
+    spoilt = np.where(unsold[:, None], -logits, logits)
+    mended = calibrated(shape, replace(rows, unsold=unsold), spoilt, label)
+    assert mended.slope[0] == pytest.approx(1, abs=0.35)
+    assert calibrated(shape, rows, spoilt, label).slope[0] < 0.5
+
+
+def test_only_what_moves_the_candidates_of_a_question_apart_is_important() -> None:
+    generator = np.random.default_rng(0)
+    rows = taste_rows(150, catalogue(), seed=1)
+    matrix = generator.random((len(rows.items), 3)).astype(np.float32)
+    matrix[:, 2] = rows.group() % 7  # the same for a whole question
+    liked = (matrix[:, 0] > 0.7).astype(np.float32)
+    when = np.array([q.as_of for q in rows.questions])
+    model = fit_reranker(Lists(matrix, liked, rows.weight, rows.size, when), ("a", "b", "person"), 20)
+    fitted = Fitted(None, model, ("a", "b", "person"), np.arange(3))
+    found = judging._importance(fitted, rows, matrix)
+    assert found["trees"] == model.trees.num_trees()
+    share = found["importance"]
+    assert sum(share.values()) == pytest.approx(1)
+    assert share["a"] > 0.8
+    assert share["a"] > 10 * max(share["b"], share["person"])
+    nothing = judging._importance(fitted, rows.take(np.empty(0, np.int64)), matrix[:0])
+    assert nothing["importance"] == {}
 
 
 def test_labels_of_one_class_are_calibrated_to_numbers_and_nothing_to_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Choice model, reranker and scorer: fitted as the papers say, served as trained."""
+"""Choice model, reranker and scorer: the likeliest weights, served as trained."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from services.ranking.ctr import CtrHead, CtrModel, CtrSettings, write_ctr
 from services.ranking.features import Features, Query
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, moment
-from services.ranking.reranker import Choice, Reranker, RerankerModel, write_reranker
+from services.ranking.reranker import ConditionalLogit, Reranker, RerankerModel, write_reranker
 from services.ranking.scales import standardised
 from services.ranking.scoring import Scorer, ctr_column
 from services.ranking.state import BehaviourState
@@ -58,15 +58,14 @@ def test_the_weights_behind_choices_are_found() -> None:
     np.testing.assert_allclose(np.array(found.weight) / np.array(found.scale), wanted, atol=0.15)
 
 
-def cost(lists: Lists, choice: Choice, weight: np.ndarray) -> float:
+def cost(lists: Lists, choice: ConditionalLogit, weight: np.ndarray) -> float:
     """The penalised listwise loss, list by list."""
     scaled = standardised(lists.matrix, choice.mean, choice.scale).astype(np.float64)
     total, start = 0.0, 0
     for size in lists.size:
         mine = slice(start, start + size)
         logs = log_softmax(scaled[mine] @ weight + np.log(lists.weight[mine]))
-
-        total -= lists.grade[mine] @ (logs)
+        total -= lists.grade[mine] @ logs
         start += size
     return total / float(lists.grade.sum()) + 0.005 * float(weight @ weight)
 
@@ -131,7 +130,7 @@ def test_rows_stay_whole_and_in_their_list() -> None:
     number = np.arange(18, dtype=np.float32)
     known = Lists(number[:, None], number % 3, number + 1, size, np.arange(5))
     both = Lists.joined([known, known.take(np.array([True, False, True, False, True]))])
-    choice = Choice(["number"], [1.0], [2.0], [0.5])
+    choice = ConditionalLogit(["number"], [1.0], [2.0], [0.5])
     data, gain = reranker_fit._dataset(choice, both)
     assert gain == [0, 0.5, 1]
     matrix = np.asarray(data.data)[:, 0]
@@ -184,7 +183,7 @@ def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
         grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
         noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
         record: dict[str, Any] = {}
-        data, _ = reranker_fit._dataset(Choice(TWO, [0.0] * 2, [1.0] * 2, [0.0] * 2), noise)
+        data, _ = reranker_fit._dataset(ConditionalLogit(TWO, [0.0] * 2, [1.0] * 2, [0.0] * 2), noise)
         lightgbm.train(
             reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
         )
@@ -192,48 +191,53 @@ def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
     assert found[0] == pytest.approx(found[1], abs=0.05)
 
 
-def test_how_many_trees_are_enough_is_judged_by_a_time_that_nothing_learned_knows(
+def test_how_many_trees_are_enough_is_judged_by_days_that_nothing_learned_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked, shown = offers()
-    late = replace(shown, when=shown.when + asked.when[-1] - shown.when[900])  # the last 100 after all asked
+    asked = replace(asked, when=asked.when // 1_000_000 * DAY // 1000)  # four days
+    shown = replace(shown, when=shown.when // 1_000_000 * DAY // 240)  # five days, 240 a day
     chosen: list[Lists] = []
-    sets: list[list[np.ndarray]] = []
+    sets: list[list[tuple[np.ndarray, np.ndarray]]] = []
     train = lightgbm.train
 
-    def fitted(known: Lists, columns: Sequence[str]) -> Choice:
+    def fitted(known: Lists, columns: Sequence[str]) -> ConditionalLogit:
         chosen.append(known)
         return fit_choice(known, columns)
 
     def watched(parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any) -> Any:
-        sets.append([np.sort(np.asarray(data.data), axis=0) for data in (rows, *more.get("valid_sets", []))])
+        every = [rows, *more.get("valid_sets", [])]  # LightGBM frees them afterwards
+        sets.append([(np.array(data.data), np.array(data.init_score)) for data in every])
         return train(parameters, rows, *rest, **more)
 
     monkeypatch.setattr(reranker_fit, "fit_choice", fitted)
     monkeypatch.setattr(lightgbm, "train", watched)
-    fit_reranker(asked, TWO, 20, shown=late)
-    edge = late.when[800]
-    early = int((asked.when < edge).sum())
-    assert 0 < early < len(asked.when)
-    assert [len(known.size) for known in chosen] == [early + 800, len(asked.size) + 1000]
-    assert chosen[0].when.max() < edge
+    model = fit_reranker(asked, TWO, 20, shown=shown)
+    # The fifth is cut at 800 of 1,000; the day begins at 720.
+    early = int((asked.when < 3 * DAY).sum())
+    assert [len(known.size) for known in chosen] == [early + 720, len(asked.size) + 1000]
+    np.testing.assert_allclose(chosen[1].grade[: len(asked.grade)], 0.1 * asked.grade)
+    np.testing.assert_array_equal(chosen[1].grade[len(asked.grade) :], shown.grade)
     (tried, held), (final,) = sets
-    np.testing.assert_array_equal(tried, np.sort(late.matrix[:8000], axis=0))
-    np.testing.assert_array_equal(held, np.sort(late.matrix[8000:], axis=0))
-    np.testing.assert_array_equal(final, np.sort(late.matrix, axis=0))
+    for (data, scores), rows, choice in (
+        (tried, shown.matrix[:7200], fit_choice(chosen[0], TWO)),
+        (held, shown.matrix[7200:], fit_choice(chosen[0], TWO)),
+        (final, shown.matrix, model.choice),
+    ):
+        np.testing.assert_array_equal(np.sort(data, axis=0), np.sort(rows, axis=0))
+        np.testing.assert_allclose(scores, choice.terms(data).sum(1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("moments", [1, 2, 50, 200])
-def test_noise_grows_hardly_a_tree(moments: int) -> None:
+def test_noise_grows_few_trees(moments: int) -> None:
     """However the lists lie in time, some are held out: where there is nothing to learn that is seen."""
     choice = np.random.default_rng(0)
     grade = np.zeros((200, 10), np.float32)
     grade[np.arange(200), choice.integers(0, 10, 200)] = 1
     noise = lists(choice.random((2000, 2)).astype(np.float32), grade.ravel())
-    noise = replace(noise, when=np.arange(200) * moments // 200)
-    assert fit_reranker(noise, TWO, 200).trees.num_trees() < 100
-    pages = fit_reranker(noise, TWO, 200, shown=noise)
-    assert pages.trees.num_trees() < 100
+    noise = replace(noise, when=np.arange(200) * moments // 200 * DAY)
+    for shown in (None, noise):
+        assert fit_reranker(noise, TWO, 200, shown=shown).trees.num_trees() <= 40
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

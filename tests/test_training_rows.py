@@ -507,6 +507,17 @@ def test_a_page_has_its_items_graded_by_the_weightiest_thing_done() -> None:
     np.testing.assert_array_equal(rows.matrix, np.where(rows.unsold[:, None], blank, matrix))
 
 
+def test_what_is_in_the_session_is_no_row_of_the_page() -> None:
+    shop = shop_of(items_of(20), deeds_of(20, seed=5), settings_of("hour"))
+    past = graphs_by_day(shop, *vectors_of(20))
+    targets = np.array([item_number(name) for name in ("i3", "i0", "i7")], np.int64)
+    page = Question("p1", (FIRST + DAYS - 1) * DAY, ((item_number("i0"), "click"),), targets)
+    found = shown_rows(past, [page], [np.array([[0], [1], [1]], np.float32)], np.ones(1))
+    assert found is not None
+    assert past.table.ids(found[0].items) == ["i3", "i7"]
+    assert found[1].ravel().tolist() == found[0].label.tolist() == [0, 1]
+
+
 def test_of_what_was_shown_one_row_in_ten_comes_without_a_past() -> None:
     shop = shop_of(items_of(20), deeds_of(20, seed=5), settings_of("hour"))
     past = graphs_by_day(shop, *vectors_of(20))

@@ -5,53 +5,62 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize
 
-from services.ranking.reranker import Choice
+from services.ranking.reranker import ConditionalLogit
 from services.ranking.scales import scales, standardised
 from training.lists import Lists
 
 _PENALTY = 1e-2
-_SCALED_BY = 200_000
+_SCALE_ROWS = 200_000
 
 
-def fit_choice(lists: Lists, columns: Sequence[str]) -> Choice:
+def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
     """The weights under which what was chosen was likeliest, per unit of grade, less a ridge penalty.
 
-    The listwise likelihood of ListNet (Cao et al., 2007): softmax over a list against its grades. A
-    row that stands for others left out stands in the sum as often as it weighs. Lists without a
-    grade teach nothing; columns that are unknown everywhere get no weight. The loss is convex; Newton's
-    method in a trust region finds its least.
+    Softmax cross-entropy over each list (McFadden, 1974), an item counting as often as its grade says. A
+    row that stands for others left out stands in the softmax's sum as often as it weighs, which must be
+    more than 0. Lists without a grade teach nothing; columns that are unknown everywhere get no
+    weight. The loss is convex; Newton's method in a trust region finds its least.
+
+    Raises:
+        ArithmeticError: it does not, for something in the lists is no number.
     """
     known = lists.take(np.bincount(lists.group(), lists.grade, len(lists.size)) > 0)
     if not len(known.size):
         zeros = [0.0] * len(columns)
-        return Choice(list(columns), zeros, [1.0] * len(columns), zeros)
+        return ConditionalLogit(list(columns), zeros, [1.0] * len(columns), zeros)
     start, group, grade = np.cumsum(known.size) - known.size, known.group(), known.grade.astype(np.float64)
-    mean, scale = scales(known.matrix[:: max(1, len(grade) // _SCALED_BY)])
+    drawn = np.random.default_rng(0).permutation(len(grade))[:_SCALE_ROWS]
+    mean, scale = scales(known.matrix[drawn])
     rows = standardised(known.matrix, mean.tolist(), scale.tolist())
     # What is the same for a whole list changes no choice.
     rows -= (np.add.reduceat(rows, start, axis=0) / known.size.astype(np.float32)[:, None])[group]
-    total, often = np.add.reduceat(grade, start), np.log(known.weight.astype(np.float64))
+    total, log_weight = np.add.reduceat(grade, start), np.log(known.weight.astype(np.float64))
     whole = float(total.sum())
 
-    def chances(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        score = rows @ weight.astype(np.float32) + often
+    def likelihood(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        score = rows @ weight.astype(np.float32) + log_weight
         score -= np.maximum.reduceat(score, start)[group]
-        missed = np.log(np.add.reduceat(np.exp(score), start))[group] - score
-        return np.exp(-missed), missed
+        surprise = np.log(np.add.reduceat(np.exp(score), start))[group] - score
+        return np.exp(-surprise), surprise
 
     def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
-        chance, missed = chances(weight)
-        slope = (total[group] * chance - grade).astype(np.float32) @ rows
-        cost = float(grade @ missed) / whole + _PENALTY / 2 * float(weight @ weight)
-        return cost, slope / whole + _PENALTY * weight
+        chance, surprise = likelihood(weight)
+        gradient = (total[group] * chance - grade).astype(np.float32) @ rows
+        cost = float(grade @ surprise) / whole + _PENALTY / 2 * float(weight @ weight)
+        return cost, gradient / whole + _PENALTY * weight
 
-    def curvature(weight: np.ndarray) -> np.ndarray:
-        chance, _ = chances(weight)
-        usual = np.add.reduceat(rows * chance.astype(np.float32)[:, None], start)
-        usual *= np.sqrt(total).astype(np.float32)[:, None]
+    def hessian(weight: np.ndarray) -> np.ndarray:
+        chance, _ = likelihood(weight)
+        mean_row = np.add.reduceat(rows * chance.astype(np.float32)[:, None], start)
+        mean_row *= np.sqrt(total).astype(np.float32)[:, None]
         spread = rows * np.sqrt(total[group] * chance).astype(np.float32)[:, None]
-        bend = (spread.T @ spread - usual.T @ usual) / whole
-        return np.asarray(bend + _PENALTY * np.eye(len(weight)))
+        variance = (spread.T @ spread - mean_row.T @ mean_row) / whole
+        return np.asarray(variance + _PENALTY * np.eye(len(weight)))
 
-    found = minimize(loss, np.zeros(len(columns)), jac=True, hess=curvature, method="trust-exact")
-    return Choice(list(columns), mean.tolist(), scale.tolist(), found.x.tolist())
+    options = {"gtol": 1e-5, "maxiter": 50}  # float32 rows know no finer gradient
+    found = minimize(
+        loss, np.zeros(len(columns)), jac=True, hess=hessian, method="trust-exact", options=options
+    )
+    if not np.isfinite(found.fun):
+        raise ArithmeticError("the choice model's loss is no number")
+    return ConditionalLogit(list(columns), mean.tolist(), scale.tolist(), found.x.tolist())

@@ -16,9 +16,8 @@ from training.shop_settings import ShopSettings
 class Lesson:
     """What the rankers learn from.
 
-    `rows` are candidates of past questions, which the reranker learns from; `seen` with `labels`,
-    float32 (N, T), what the CTR head does: pages that were `shown`, which the reranker learns from
-    too, or the same rows when the shop logs none.
+    `rows` are candidates of past questions; `seen` with `labels`, float32 (N, T), what the CTR head learns
+    from: pages that were `shown`, which lead the reranker too, or the same rows when the shop logs none.
     """
 
     rows: Rows

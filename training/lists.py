@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Lists:
-    """Q lists to put in order, one after the other, the oldest first.
+    """Q lists to put in order, one after the other.
 
     `matrix` float32 (N, K); `grade` float32 (N,), what is gained by a row; `weight` float32 (N,);
     `size` int64 (Q,) rows of each list, `when` int64 (Q,) its moment, microseconds since 1970.

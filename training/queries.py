@@ -7,7 +7,7 @@ import numpy as np
 from training.dataset import Events
 
 DAY = 86_400_000_000
-_TOLD = 0.5
+_SESSION_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ def make_pages(
 
     A page is what one person was shown at one time in one session; an item of it was engaged
     with when an event of the session says so afterwards, on the same day: what came later is
-    not known to who learns from that day. Of every second page, drawn at random, the moment is
-    the beginning of its session on that day, and what was engaged with since comes as the session,
-    as it does in a question. Nothing when the shop logs no impressions, which are the types that
-    weigh nothing; those without a session are left out.
+    not known to who learns from that day. What was engaged with before, on that day in the
+    session, comes with a half of the pages, drawn at random, as the session, and the moment is that of
+    the first engagement, as in a question; with the others it is part of the history. Nothing when the
+    shop logs no impressions, which are the types that weigh nothing; those without a session
+    are left out.
     """
     kinds = list(weights)
     shown_kinds = [at for at, name in enumerate(kinds) if weights[name] == 0]
@@ -112,7 +113,7 @@ def make_pages(
         label = [[when.get((*here, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
         user, since_when = events.user_ids[events.user[page[0]]], time
         told: tuple[tuple[int, str], ...] = ()
-        if generator.random() < _TOLD:
+        if generator.random() < _SESSION_SHARE:
             earlier = [row for row in visits.get(here, []) if events.time[row] < time]
             told = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in earlier)
             since_when = int(min(events.time[row] for row in earlier)) if earlier else time

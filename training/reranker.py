@@ -6,9 +6,10 @@ from dataclasses import replace
 import lightgbm
 import numpy as np
 
-from services.ranking.reranker import Choice, RerankerModel
+from services.ranking.reranker import ConditionalLogit, RerankerModel
 from training.choice import fit_choice
 from training.lists import Lists
+from training.queries import DAY
 
 _HELD = 0.2
 _PATIENCE = 20
@@ -41,37 +42,42 @@ def fit_reranker(
 
     With pages the questions only help the choice model, a tenth of their grades: what a shop showed decides
     what could be chosen of everything, but not what was chosen of a page. Trees learn what
-    a sum cannot say. The last fifth of the lists, in the order of time, tells after how many of at most
-    `trees` trees more do not help; what is learned for that knows nothing of its moments.
+    a sum cannot say. The last fifth of the lists, cut between days, tells after how many of at most
+    `trees` trees more do not help to those who know earlier days alone. Where most lists are of the
+    first day, a fifth of all is drawn for that.
     """
     lists = asked if shown is None else shown
-    late = _late(lists)
+    late, asked_before = _late(lists), asked
     if late.any():
-        before = asked.take(~late if shown is None else asked.when < lists.when[late][0])
         early = lists.take(~late)
-        choice = _choice(before, early, columns, both=shown is not None)
+        if early.when[-1] < lists.when[late][0]:
+            asked_before = asked.take(asked.when < lists.when[late][0] // DAY * DAY)
+        choice = _choice(asked_before if shown is not None else None, early, columns)
         trees = _enough(choice, early, lists.take(late), trees)
-    choice = _choice(asked, lists, columns, both=shown is not None)
+    choice = _choice(asked if shown is not None else None, lists, columns)
     data, gain = _dataset(choice, lists)
     return RerankerModel(choice, lightgbm.train(_PARAMETERS | {"label_gain": gain}, data, trees))
 
 
 def _late(lists: Lists) -> np.ndarray:
-    """The lists that are held out, bool (Q,): whole moments, or of a single one a fifth of its lists."""
-    place = np.arange(len(lists.size))
-    start = int(len(place) * (1 - _HELD))
-    if start and lists.when[start] > lists.when[0]:
-        return np.asarray(lists.when >= lists.when[start])
-    return place >= start if start else np.zeros(len(place), bool)
+    """The lists that are held out, bool (Q,); none of a single list."""
+    count = len(lists.size)
+    start = int(count * (1 - _HELD))
+    if not start:
+        return np.zeros(count, bool)
+    edge = lists.when[start] // DAY * DAY
+    if lists.when[0] < edge:
+        return np.asarray(lists.when >= edge)
+    return np.random.default_rng(0).permutation(count) >= start
 
 
-def _choice(asked: Lists, lists: Lists, columns: Sequence[str], *, both: bool) -> Choice:
-    if both:
+def _choice(asked: Lists | None, lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
+    if asked is not None:
         lists = Lists.joined([replace(asked, grade=_ASKED_SHARE * asked.grade), lists])
     return fit_choice(lists, columns)
 
 
-def _enough(choice: Choice, early: Lists, late: Lists, most: int) -> int:
+def _enough(choice: ConditionalLogit, early: Lists, late: Lists, most: int) -> int:
     grades = np.unique(np.concatenate([early.grade, late.grade]))
     learned, gain = _dataset(choice, early, grades)
     held, _ = _dataset(choice, late, grades, learned)
@@ -82,7 +88,10 @@ def _enough(choice: Choice, early: Lists, late: Lists, most: int) -> int:
 
 
 def _dataset(
-    choice: Choice, lists: Lists, grades: np.ndarray | None = None, like: lightgbm.Dataset | None = None
+    choice: ConditionalLogit,
+    lists: Lists,
+    grades: np.ndarray | None = None,
+    like: lightgbm.Dataset | None = None,
 ) -> tuple[lightgbm.Dataset, list[float]]:
     """Rows as LightGBM reads them, and the gain of each grade: its share of the highest."""
     grades = np.unique(lists.grade) if grades is None else grades

@@ -119,7 +119,8 @@ def shown_rows(
 ) -> tuple[Rows, np.ndarray] | None:
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
-    A page is a question whose targets are the items shown; its labels are float32 (S, T). A row's grade
+    A page is a question whose targets are the items shown; its labels are float32 (S, T). What is in the
+    session is left out, as it is of candidates. A row's grade
     is that of the weightiest of its labels by `worth`, float32 (T,). Here too one row in ten is shown
     without its item's behaviour. None when no page shows an
     item that the catalogue knows.
@@ -129,7 +130,7 @@ def shown_rows(
     for page, label in zip(track(pages, "pages"), labels, strict=True):
         now, query = replay.at(page.as_of), replay.query(page)
         items = replay.table.rows(page.targets.tolist())
-        known = items >= 0
+        known = (items >= 0) & ~np.isin(items, query.session)
         items = items[known]
         if not len(items):
             continue

@@ -98,10 +98,10 @@ class RankingTraining(_Section):
     """How the CTR head and the reranker are made."""
 
     days: int = Field(2, ge=2, description="the last days, whose baskets they learn from")
-    queries: int = Field(12_000, ge=1, description="the most baskets they learn from")
+    queries: int = Field(12_000, ge=1, description="the most baskets, and pages shown, they learn from")
     candidates: int = Field(200, ge=10, description="the candidates of a basket that are kept as rows")
     judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
-    trees: int = Field(250, ge=1)
+    trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)
 
 

@@ -16,8 +16,8 @@ CHOICE_FILE = "choice.json"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A conditional logit (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
+class ConditionalLogit:
+    """A choice model (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
 
     `columns` names the F features; `weight` counts deviations from the `mean` by `scale` after a signed
     logarithm; what is unknown counts as average.
@@ -37,13 +37,11 @@ class Choice:
 class RerankerModel:
     """What orders the rows of a list: the choice model, and trees that were boosted from its scores."""
 
-    choice: Choice
+    choice: ConditionalLogit
     trees: lightgbm.Booster
 
     def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F); `threads` 0 takes every core."""
-        if not len(matrix):
-            return np.empty(0)
         corrected = self.trees.predict(matrix, num_threads=threads)
         return np.asarray(self.choice.terms(matrix).sum(1, dtype=np.float64) + corrected)
 
@@ -54,14 +52,14 @@ class RerankerModel:
 
 
 class Reranker:
-    """A model as training left it.
+    """A written model over feature rows whose columns are `names`.
 
     Raises:
         FailedPrecondition: the model reads a column that `names` does not hold.
     """
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        choice = Choice(**json.loads((directory / CHOICE_FILE).read_text()))
+        choice = ConditionalLogit(**json.loads((directory / CHOICE_FILE).read_text()))
         place = {name: at for at, name in enumerate(names)}
         if missing := [name for name in choice.columns if name not in place]:
             raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is no feature here")

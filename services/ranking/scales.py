@@ -8,8 +8,9 @@ _CLIP = 5.0
 
 
 def scales(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation, float64 (F,), of columns (N, F) after their signed logarithm, NaN left out."""
+    """Mean and deviation, float64 (F,), of what is finite in columns (N, F) after their signed logarithm."""
     values = signed_log(columns.astype(np.float64))
+    values[~np.isfinite(values)] = np.nan
     known = ~np.isnan(values).all(0)
     mean, scale = np.zeros(values.shape[1]), np.ones(values.shape[1])
     mean[known], scale[known] = np.nanmean(values[:, known], 0), np.nanstd(values[:, known], 0)
