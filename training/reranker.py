@@ -12,14 +12,15 @@ from training.lists import Lists
 from training.queries import DAY
 
 _HELD = 0.2
-_PATIENCE = 20
+_PATIENCE = 50
 _ASKED_SHARE = 0.1
+_LEAVES = (7, 63)
+_ROWS_A_LEAF = 1000
 _PARAMETERS = {
     "metric": "ndcg",
     "eval_at": [20],
     "objective": "lambdarank",
-    "learning_rate": 0.08,
-    "num_leaves": 63,
+    "learning_rate": 0.05,
     "min_data_in_leaf": 50,
     "feature_fraction": 0.6,
     "bagging_fraction": 0.8,
@@ -56,7 +57,7 @@ def fit_reranker(
         trees = _enough(choice, early, lists.take(late), trees)
     choice = _choice(asked if shown is not None else None, lists, columns)
     data, gain = _dataset(choice, lists)
-    return RerankerModel(choice, lightgbm.train(_PARAMETERS | {"label_gain": gain}, data, trees))
+    return RerankerModel(choice, lightgbm.train(_parameters(lists, gain), data, trees))
 
 
 def _late(lists: Lists) -> np.ndarray:
@@ -82,9 +83,14 @@ def _enough(choice: ConditionalLogit, early: Lists, late: Lists, most: int) -> i
     learned, gain = _dataset(choice, early, grades)
     held, _ = _dataset(choice, late, grades, learned)
     stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
-    parameters = _PARAMETERS | {"label_gain": gain}
-    tried = lightgbm.train(parameters, learned, most, valid_sets=[held], callbacks=[stop])
+    tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[held], callbacks=[stop])
     return max(1, tried.best_iteration)
+
+
+def _parameters(lists: Lists, gain: Sequence[float]) -> dict[str, object]:
+    """LightGBM's settings: few rows grow small trees."""
+    leaves = int(np.clip(len(lists.grade) // _ROWS_A_LEAF, *_LEAVES))
+    return _PARAMETERS | {"num_leaves": leaves, "label_gain": list(gain)}
 
 
 def _dataset(
