@@ -285,7 +285,7 @@ def test_only_what_moves_the_candidates_of_a_question_apart_is_important() -> No
     liked = (matrix[:, 0] > 0.7).astype(np.float32)
     when = np.array([q.as_of for q in rows.questions])
     model = fit_reranker(Lists(matrix, liked, rows.weight, rows.size, when), ("a", "b", "person"), 20)
-    fitted = Fitted(None, model, ("a", "b", "person"), np.arange(3))
+    fitted = Fitted(None, model, np.arange(3))
     found = judging._importance(fitted, rows, matrix)
     assert found["trees"] == model.trees.num_trees()
     share = found["importance"]
@@ -312,12 +312,12 @@ def test_models_of_a_shop_that_logs_what_it_showed() -> None:
     lesson = Lesson(asked, pages, labels, ["click", "purchase"], shown=True)
     settings = ShopSettings(ranking=RankingTraining(trees=20, ctr_epochs=1))
     whole, blind = (fit_models(lesson, settings, vectors, without) for without in ("", "ctr"))
-    assert whole.names == (*NAMES, "ctr_click", "ctr_purchase")
-    assert [whole.names[at] for at in whole.columns] == list(whole.names)
+    assert whole.model.choice.columns == [*NAMES, "ctr_click", "ctr_purchase"]
+    assert whole.columns.tolist() == list(range(len(NAMES) + 2))
     assert whole.head is not None
     assert whole.head.settings.slope[0] > 0
     assert np.isfinite([*whole.head.settings.slope, *whole.head.settings.offset]).all()
-    assert (blind.head, blind.names) == (None, NAMES)
+    assert (blind.head, blind.model.choice.columns) == (None, list(NAMES))
     alone = replace(lesson, shown=False, seen=asked, labels=asked.label[:, None], types=["click"])
     unseen = fit_models(alone, settings, vectors)
     fresh = taste_rows(20, vectors, seed=3)

@@ -83,6 +83,14 @@ def test_no_other_weights_make_the_choices_likelier(seed: int) -> None:
         assert cost(lists, choice, best + 0.05 * step) > least
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, np.nan])
+def test_a_row_that_does_not_weigh_anything_is_refused(weight: float) -> None:
+    lists = choices(0, [1.0, -0.5], 20)
+    lists.weight[3] = weight
+    with pytest.raises(ValueError, match="must weigh more than 0"):
+        fit_choice(lists, TWO)
+
+
 def test_a_list_of_which_nothing_was_chosen_teaches_nothing() -> None:
     lists = choices(1, [1.0, -1.0], 200)
     silent = replace(lists, grade=np.zeros_like(lists.grade))

@@ -1,5 +1,6 @@
 """The choice model's fit: which row of a list was chosen, by a weighted sum of its columns."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,19 +12,22 @@ from training.lists import Lists
 
 _PENALTY = 1e-2
 _SCALE_ROWS = 200_000
+_log = logging.getLogger(__name__)
 
 
 def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
     """The weights under which what was chosen was likeliest, per unit of grade, less a ridge penalty.
 
     Softmax cross-entropy over each list (McFadden, 1974), an item counting as often as its grade says. A
-    row that stands for others left out stands in the softmax's sum as often as it weighs, which must be
-    more than 0. Lists without a grade teach nothing; columns that are unknown everywhere get no
-    weight. The loss is convex; Newton's method in a trust region finds its least.
+    row that stands for others left out stands in the softmax's sum as often as it weighs. Lists
+    without a grade teach nothing; columns that are unknown everywhere get no weight. The loss is
+    convex; Newton's method in a trust region finds its least.
 
     Raises:
-        ArithmeticError: it does not, for something in the lists is no number.
+        ValueError: a row weighs 0, less or no number.
     """
+    if not (lists.weight > 0).all():
+        raise ValueError("a row of a list must weigh more than 0")
     known = lists.take(np.bincount(lists.group(), lists.grade, len(lists.size)) > 0)
     if not len(known.size):
         zeros = [0.0] * len(columns)
@@ -61,6 +65,6 @@ def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
     found = minimize(
         loss, np.zeros(len(columns)), jac=True, hess=hessian, method="trust-exact", options=options
     )
-    if not np.isfinite(found.fun):
-        raise ArithmeticError("the choice model's loss is no number")
+    if not found.success:
+        _log.warning("the choice model stopped short of its best weights: %s", found.message)
     return ConditionalLogit(list(columns), mean.tolist(), scale.tolist(), found.x.tolist())

@@ -111,13 +111,13 @@ def make_pages(
         numbers = list(dict.fromkeys(events.number[page].tolist()))
         here = session, time // DAY
         label = [[when.get((*here, n, kinds.index(t)), -1) >= time for t in types] for n in numbers]
-        user, since_when = events.user_ids[events.user[page[0]]], time
+        user, as_of = events.user_ids[events.user[page[0]]], time
         told: tuple[tuple[int, str], ...] = ()
         if generator.random() < _SESSION_SHARE:
             earlier = [row for row in visits.get(here, []) if events.time[row] < time]
             told = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in earlier)
-            since_when = int(min(events.time[row] for row in earlier)) if earlier else time
-        questions.append(Question(user, since_when, told, np.array(numbers, np.int64)))
+            as_of = int(min(events.time[row] for row in earlier)) if earlier else time
+        questions.append(Question(user, as_of, told, np.array(numbers, np.int64)))
         labels.append(np.array(label, np.float32))
     in_time = sorted(range(len(questions)), key=lambda n: (questions[n].as_of, questions[n].user_id))
     return [questions[n] for n in in_time], [labels[n] for n in in_time], types

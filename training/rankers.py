@@ -26,11 +26,10 @@ def belongs(column: str, part: str) -> bool:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Fitted models, and which of the columns `names`, the head's included, the reranker reads."""
+    """Fitted models, and which columns the reranker reads: of the features, the head's scores after them."""
 
     head: CtrModel | None
     model: RerankerModel
-    names: tuple[str, ...]
     columns: np.ndarray
 
     def score(self, rows: Rows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -68,7 +67,7 @@ def fit_models(
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
     model = fit_reranker(lists[0], read, settings.ranking.trees, shown=shown)
-    return Fitted(head, model, names, columns)
+    return Fitted(head, model, columns)
 
 
 def _lists(rows: Rows, matrix: np.ndarray) -> Lists:

@@ -264,11 +264,6 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "cross-entropy below 1 beats always saying the base rate.",
         _ctr,
     ),
-    (
-        "reranker",
-        "Reranker",
-        "What the model that orders the candidates looks at.",
-        _reranker,
-    ),
+    ("reranker", "Reranker", "What the model that orders the candidates looks at.", _reranker),
     ("stages", "Stages", "How long each stage of the training took.", _stages),
 )

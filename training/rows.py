@@ -120,10 +120,9 @@ def shown_rows(
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
     A page is a question whose targets are the items shown; its labels are float32 (S, T). What is in the
-    session is left out, as it is of candidates. A row's grade
-    is that of the weightiest of its labels by `worth`, float32 (T,). Here too one row in ten is shown
-    without its item's behaviour. None when no page shows an
-    item that the catalogue knows.
+    session is left out, as it is of candidates. A row's grade is that of the weightiest of its
+    labels by `worth`, float32 (T,). Here too one row in ten is shown without its item's behaviour.
+    None when no page shows an item that the catalogue knows.
     """
     generator = np.random.default_rng(0)
     parts, kept = [], []
