@@ -32,6 +32,7 @@ from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
 from services.wiring import App
 from training.dataset import Shop, read_shop
+from training.shop_settings import Task
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
@@ -89,7 +90,7 @@ def evaluate(
             bundle=bundle.directory, state=Path(folder), address="127.0.0.1:0", clock=day + _NOON
         )
         import_events(settings, bundle, shop)
-        requests = [_request(query, shop.settings.task.filter) for query in queries]
+        requests = [_request(query, shop.settings.task) for query in queries]
         replay = asyncio.run(_replay(settings, requests, queries, reverse=reverse))
         with out.open("w") as file:
             for query, page in zip(queries, replay.pages, strict=True):
@@ -204,17 +205,18 @@ async def _replay(
     return Replay(pages, took, per_query, held / max(wanted, 1), degraded)
 
 
-def _request(query: Query, condition: Mapping[str, str]) -> pb.RecommendRequest:
+def _request(query: Query, task: Task) -> pb.RecommendRequest:
+    policy = pb.BOUGHT_POLICY_EXCLUDE if task.exclude_bought else pb.BOUGHT_POLICY_KEEP
     request = pb.RecommendRequest(
         user_id=query.user_id,
         session=[event_pb2.SessionItem(item_id=item_id) for item_id in query.session],
         page_size=PAGE,
-        bought_policy=pb.BOUGHT_POLICY_KEEP,
+        bought_policy=policy,
         diversity=0,
         exploration=0,
         rotation=False,
     )
-    for attribute, text in condition.items():
+    for attribute, text in task.filter.items():
         part = request.filter.all_of.filters.add()
         part.equals.CopyFrom(filter_pb2.Equals(attribute=attribute, text=text))
     return request

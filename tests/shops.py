@@ -42,8 +42,7 @@ def graph() -> ItemGraph:
     near = [[m for m, b in enumerate(numbers) if b != a and world[int(b)] == world[int(a)]] for a in numbers]
     start = np.cumsum([0, *(len(n) for n in near)]).astype(np.int64)
     flat = np.array([m for row in near for m in row], np.int32)
-    ones = np.ones(len(flat), np.float32)
-    return ItemGraph(numbers, {"baskets": Relation(start, flat, ones, np.full(len(numbers), 20, np.float32))})
+    return ItemGraph(numbers, {"baskets": Relation(start, flat, np.full(len(flat), 0.05, np.float32))})
 
 
 def make_bundle(root: Path) -> Path:

@@ -59,7 +59,9 @@ def state_of(events: list[Event]) -> BehaviourState:
 def rows_at(events: list[Event], at: int, person: Person) -> np.ndarray:
     items, state = table(), state_of(events)
     past = columns([e for e in events if e[3] * HOUR < at and e[2] > 0])
-    graph = GraphView(fit_item_graph(past.user, past.recorded // DAY, past.number), items)
+    graph = GraphView(
+        fit_item_graph(past.user, past.user * 100 + past.recorded // DAY, past.recorded, past.number), items
+    )
     past = state.history(person.user_id, person.visitor_id, at, 200)
     query: Query = make_query(state, items, person, past, at, np.array([2]))
     return Features(items, graph, ["colour"]).matrix(query, np.arange(6), moment(state, items, at))
@@ -122,7 +124,9 @@ def test_features_say_what_their_names_say() -> None:
     events = [(0, 0, 2, hour), (0, 1, 2, hour), (1, 0, 2, hour), (1, 2, 1, hour - 48)]
     person = Person("1", session=((int(NUMBERS[1]), "purchase"),))
     items = table()
-    graph = GraphView(fit_item_graph(np.array([0, 0]), np.array([0, 0]), NUMBERS[:2]), items)
+    graph = GraphView(
+        fit_item_graph(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), NUMBERS[:2]), items
+    )
     names = Features(items, graph, ["colour"]).names
     state = state_of(events)
     past = state.history("1", "", NOW, 200)
@@ -146,7 +150,7 @@ def test_features_say_what_their_names_say() -> None:
 def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     items, hour = table(), 39 * 24
     state = state_of([(u, i, 2, hour) for u in range(4) for i in range(u + 1)])
-    nothing = fit_item_graph(np.zeros(0, int), np.zeros(0, int), NUMBERS[:0])
+    nothing = fit_item_graph(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), NUMBERS[:0])
     sources = Sources(items, GraphView(nothing, items), ["colour", "nowhere"])
     allowed = np.array([False, True, True, True, True, True])
     person = make_query(state, items, Person(), columns([]), NOW, np.array([2]))

@@ -108,6 +108,7 @@ def full() -> dict[str, Any]:
             "importance": {f"feature_{n}": share for n, share in enumerate(shares)},
             "trees": 300,
         },
+        "graph": {"people": {"ndcg": 0.125, "ndcg_as_cosine": 0.0625, "source": 0.75}},
         "stages": {"text": 61.25, "graph": 0.5},
     }
 

@@ -157,7 +157,9 @@ def graph_of(shop: Shop, vectors: dict[str, np.ndarray], present: dict[str, np.n
     events = shop.events
     numbers = np.array([item_number(item.id) for item in shop.items], np.int64)
     nodes = np.unique(np.concatenate([numbers, events.number]))
-    fitted = fit_item_graph(events.user.astype(np.int64), baskets(events), events.number, nodes=nodes)
+    fitted = fit_item_graph(
+        events.user.astype(np.int64), baskets(events), events.time, events.number, nodes=nodes
+    )
     content = {
         space: content_relation(vectors[space], present[space], numbers, nodes, events.number, threshold=0.3)
         for space in vectors
@@ -360,7 +362,7 @@ def test_a_planted_basket_does_not_move_its_own_rows(granularity: Granularity, t
     np.testing.assert_array_equal(fold.fold["text"], tuned.fold["text"])
     # What is published does know it.
     assert not np.array_equal(fold.final["text"], tuned.final["text"])
-    size = {name: len(graph.relations["baskets"].counts) for name, graph in (("a", plain), ("b", moved))}
+    size = {name: len(graph.relations["baskets"].weights) for name, graph in (("a", plain), ("b", moved))}
     assert size["b"] > size["a"]
 
 

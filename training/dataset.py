@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ class Events:
 
     def __len__(self) -> int:
         return len(self.time)
+
+    def take(self, rows: np.ndarray) -> "Events":
+        """The events at `rows`, int64, of the same people, items and sessions."""
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Events(**{n: v[rows] if isinstance(v, np.ndarray) else v for n, v in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ def _item_rows(table: pa.Table, columns: ItemColumns, report: TableReport) -> It
     names = ("id", "title", "description", "family_id", "price", "available_from", "available_until")
     plain = zip(*(_column(table, getattr(columns, name)) for name in names), strict=True)
     for row, (item_id, title, description, family, price, start, end) in enumerate(plain):
-        attributes = [Attribute(n, (t,)) for n, values in texts if (t := _text(values[row]))]
+        attributes = [Attribute(n, t) for n, values in texts if (t := _texts(values[row]))]
         for name, values in numbers:
             number = _number(values[row], name, row, report)
             if number is not None:
@@ -168,6 +173,12 @@ def _item_rows(table: pa.Table, columns: ItemColumns, report: TableReport) -> It
             available_from=_moment(start, "available_from", row, report),
             available_until=_moment(end, "available_until", row, report),
         )
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """The texts of an attribute: a list has several."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(text for v in values if (text := _text(v))))
 
 
 def _text(value: object) -> str:

@@ -18,13 +18,14 @@ from services import interests, item_table
 from services.bundle import REPORT, Catalogue, Profile, publish, write_catalogue
 from services.catalog import Item, item_number
 from services.embedding import index
-from services.ranking import blend, features, graph, moment, reranker, scales, sources, state
+from services.ranking import blend, features, graph, likeness, moment, reranker, scales, sources, state
 from services.ranking import ctr as ctr_module
 from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
 from training import (
     choice,
     encoding,
+    graph_tuning,
     item_graph,
     judging,
     lesson,
@@ -46,6 +47,7 @@ from training.report import write_report
 from training.shop_settings import ShopSettings
 from training.stages import Stages, digest_of
 
+_TUNED = "tuned.json"
 _POPULAR = 2000
 _POPULAR_DAYS = 7
 _RANKING_CODE = [
@@ -61,6 +63,7 @@ _RANKING_CODE = [
     reranker_fit,
     features,
     graph,
+    likeness,
     moment,
     sources,
     scales,
@@ -114,6 +117,7 @@ def train(
     (staged / "popular").mkdir()
     np.save(staged / "popular" / "numbers.npy", popular(shop))
     found = json.loads((ranked / judging.FILE).read_text())
+    found["graph"] = json.loads((graphs / _TUNED).read_text())
     write_report(staged / REPORT, _report(shop, until, encoded, found, stages))
     bundle = publish(staged, out, profile(shop), until)
     shutil.rmtree(staged, ignore_errors=True)  # still there when the same bundle was
@@ -161,13 +165,17 @@ def _with_photographs(items: list[Item], encoded: Encoded) -> list[Item]:
 
 def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: int) -> Path:
     """One graph for each ranking day, of earlier events alone, and the one of all events."""
-    events = shop.events
-    engaged = np.array(list(shop.settings.event_types.values()))[events.kind] > 0
+    events, settings = shop.events, shop.settings
+    engaged = np.array(list(settings.event_types.values()))[events.kind] > 0
     numbers = np.array([item_number(item.id) for item in shop.items], np.int64)
     nodes = np.unique(np.concatenate([numbers, events.number]))
     groups = baskets(events)
 
     def build(directory: Path) -> None:
+        tuned = graph_tuning.tune_graph(events, settings, nodes, learned_until)
+        found = {relation: of.to_dict() for relation, of in tuned.items()}
+        (directory / _TUNED).write_text(json.dumps(found, indent=1) + "\n")
+        weightings = {relation: of.weighting for relation, of in tuned.items()}
         content = {
             space: item_graph.content_relation(
                 values, encoded.present[space], numbers, nodes, events.number[engaged]
@@ -178,17 +186,24 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
         for name in [*range(learned_until // DAY, last + 1), "final"]:
             mine = engaged if name == "final" else engaged & (events.time < name * DAY)
             fitted = item_graph.fit_item_graph(
-                events.user[mine].astype(np.int64), groups[mine], events.number[mine], nodes=nodes
+                events.user[mine].astype(np.int64),
+                groups[mine],
+                events.time[mine],
+                events.number[mine],
+                weightings,
+                settings.graph.neighbours,
+                nodes,
             )
             ItemGraph(fitted.numbers, {**fitted.relations, **content}).save(directory / str(name))
 
     inputs = [
         digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
-        digest_of(engaged.tobytes(), nodes.tobytes()),
+        digest_of(engaged.tobytes(), events.kind.tobytes(), nodes.tobytes()),
+        settings.model_dump(mode="json", exclude={"text", "image", "ranking"}),
         learned_until,
         encoded.base_keys,
     ]
-    return stages.run("graph", inputs, [item_graph, graph], build)
+    return stages.run("graph", inputs, [graph_tuning, item_graph, graph, queries], build)
 
 
 def _ranking_stage(

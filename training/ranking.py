@@ -18,8 +18,6 @@ from training.shop_settings import ShopSettings
 
 CTR, RERANKER = "ctr", "reranker"
 PARTS = (CTR, RERANKER)
-# Home pages are asked for by people of whom only the past is known.
-_BARE = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -32,9 +30,10 @@ def fit(
     weights = dict(settings.event_types)
     engaged = tuple(name for name, weight in weights.items() if weight > 0)
     # Every engagement teaches, graded by its weight; only the shop's targets are judged by.
-    teaching = queries.make_questions(shop.events, weights, engaged, since, bare=_BARE)
+    bare = settings.ranking.bare
+    teaching = queries.make_questions(shop.events, weights, engaged, since, bare=bare)
     lesson = make_lesson(past, shop, settings, teaching, since)
-    questions = queries.make_questions(shop.events, weights, tuple(settings.targets), since)
+    questions = queries.make_questions(shop.events, weights, tuple(settings.targets), since, bare=bare)
     if lesson is None:
         _log.warning("no past basket can be learned from: hand-set weights will rank")
         judging.write_nothing(directory)

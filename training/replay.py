@@ -49,6 +49,7 @@ class Replay:
         self._vectors = {space: values.astype(np.float32) for space, values in vectors.items()}
         self._present = present
         self._day = settings.time.granularity == "day"
+        self._exclude_bought = settings.task.exclude_bought
         self._tick = TICKS[settings.time.granularity]
         self._targets = np.array([self.state.kinds[t] for t in settings.targets], np.int16)
         self._moment: Moment | None = None
@@ -84,13 +85,16 @@ class Replay:
     def candidates(self, query: Query, now: Moment, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the sources propose: rising rows int64 (C,), and who proposed each, bits int64 (C,).
 
-        `allowed` is bool (M,); the session is never proposed.
+        `allowed` is bool (M,); the session is never proposed, nor what was bought where the task says so.
         """
+        out = query.session
+        if self._exclude_bought:
+            out = np.concatenate([out, query.history[query.bought]])
         rest = allowed.copy()
-        rest[query.session] = False
+        rest[out] = False
         sources = self._sources[now.tick // DAY]
         found = [sources.candidates(name, query, now, rest, PER_SOURCE)[0] for name in sources.by_name]
-        found += [self._near(space, query, allowed) for space in self._vectors]
+        found += [self._near(space, query, allowed, out) for space in self._vectors]
         rows, place = np.unique(np.concatenate(found), return_inverse=True)
         bits = np.repeat(1 << np.arange(len(found)), [len(f) for f in found])
         proposed = np.zeros(len(rows), np.int64)
@@ -102,7 +106,7 @@ class Replay:
         near = self._sources[now.tick // DAY].related(query)
         return {relation: scores[rows] > 0 for relation, scores in near.items()}
 
-    def _near(self, space: str, query: Query, allowed: np.ndarray) -> np.ndarray:
+    def _near(self, space: str, query: Query, allowed: np.ndarray, out: np.ndarray) -> np.ndarray:
         rows = np.concatenate([query.session, query.history])[:MAX_HISTORY]
         weights = np.concatenate([query.session_weights, query.weights * recency(query.ages)])[:MAX_HISTORY]
         values, present = self._vectors[space], self._present[space]
@@ -117,10 +121,10 @@ class Replay:
         if not centres or not len(pool):
             return np.empty(0, np.int64)
         scores = np.stack(centres) @ pooled.T
-        scores[:, np.isin(pool, query.session)] = -np.inf
+        scores[:, np.isin(pool, out)] = -np.inf
         most = min(PER_INTEREST, len(pool))
         best = np.unique(np.argpartition(-scores, most - 1, axis=1)[:, :most])
-        return np.setdiff1d(pool[best], query.session)
+        return np.setdiff1d(pool[best], out)
 
     def _pool(self, space: str, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows that may be found in a space and their vectors, kept from one question to the next."""

@@ -45,6 +45,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         reranker    {"importance": {feature: share of the absolute SHAP values}, "trees": int}
+        graph       {relation: {"ndcg", "ndcg_as_cosine": float, weighting's fields: float}}
         stages      {stage: seconds}
 
     The JSON has sorted keys and two more: "methods", the order of ranking's, and
@@ -211,6 +212,12 @@ def _reranker(reranker: Section) -> list[str]:
     return [note, _table(("feature", "share of absolute SHAP values"), best.items())]
 
 
+def _graph(relations: Section) -> list[str]:
+    names = list(next(iter(relations.values())))
+    head = ("relation", *names)
+    return [_table(head, [(relation, *(of[n] for n in names)) for relation, of in relations.items()])]
+
+
 def _stages(stages: Section) -> list[str]:
     return [
         _table(("stage", "seconds"), [(n, None if s is None else f"{s:,.1f}") for n, s in stages.items()])
@@ -263,6 +270,13 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "guessing and 1 perfect; of log loss, Brier score and calibration error less is better; normalised "
         "cross-entropy below 1 beats always saying the base rate.",
         _ctr,
+    ),
+    (
+        "graph",
+        "Item graph",
+        "How each relation turns counts into the weight of an edge, found on days before those that rankers "
+        "learn from, and how well its edges alone foretell what came next there (nDCG@20).",
+        _graph,
     ),
     ("reranker", "Reranker", "What the model that orders the candidates looks at.", _reranker),
     ("stages", "Stages", "How long each stage of the training took.", _stages),

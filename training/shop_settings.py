@@ -24,7 +24,7 @@ class ItemColumns(_Section):
     price: str = Field("price", description="empty means that prices are unknown")
     available_from: str = "available_from"
     available_until: str = "available_until"
-    text_attributes: tuple[str, ...] = ()
+    text_attributes: tuple[str, ...] = Field((), description="a value may be a list of texts")
     number_attributes: tuple[str, ...] = ()
     filter_only: tuple[str, ...] = Field(
         (), description="text attributes for filters alone, named with a leading underscore"
@@ -60,12 +60,20 @@ class Split(_Section):
     )
 
 
+class GraphTraining(_Section):
+    """How the item graph is made."""
+
+    trials: int = Field(30, ge=0, description="weightings tried for each relation; 0 keeps the cosine")
+    neighbours: int = Field(300, ge=1, description="the edges kept of an item in a relation")
+
+
 class Task(_Section):
     """What an evaluation asks."""
 
     targets: tuple[str, ...] = Field((), description="event types to predict; the heaviest when empty")
     queries: dict[Literal["val", "test"], str] = Field({}, description="files of ready-made queries")
     filter: dict[str, str] = Field({}, description="attributes an item must have to be a candidate")
+    exclude_bought: bool = Field(False, description="what a person bought before is no candidate")
 
 
 class TextTraining(_Section):
@@ -100,6 +108,12 @@ class RankingTraining(_Section):
     days: int = Field(2, ge=2, description="the last days, whose baskets they learn from")
     queries: int = Field(12_000, ge=1, description="the most baskets, and pages shown, they learn from")
     candidates: int = Field(200, ge=10, description="the candidates of a basket that are kept as rows")
+    bare: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="the share of baskets of people with a past that are asked for without a session",
+    )
     judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
     trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)
@@ -118,6 +132,7 @@ class ShopSettings(_Section):
     task: Task = Task()
     text: TextTraining = TextTraining()
     image: ImageTraining = ImageTraining()
+    graph: GraphTraining = GraphTraining()
     ranking: RankingTraining = RankingTraining()
 
     @model_validator(mode="after")

@@ -11,15 +11,13 @@ import json
 import os
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench.runs import ROOT, record, vitrine
 from services.replay import read_queries
 
-_ROOT = Path(__file__).parents[2]
 _SHOP = Path(__file__).parent / "shop.toml"
-_LEDGER = _ROOT / "docs" / "test-ledger.jsonl"
 
 
 def main() -> None:
@@ -28,9 +26,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    default = os.environ.get("VITRINE_HM", str(_ROOT.parent / "shared" / "data" / "hm"))
+    default = os.environ.get("VITRINE_HM", str(ROOT.parent / "shared" / "data" / "hm"))
     parser.add_argument("--data", type=Path, default=Path(default))
-    parser.add_argument("--out", type=Path, default=_ROOT / "build" / "hm")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "hm")
     options = parser.parse_args()
     if not options.data.is_dir():
         sys.exit(f"{options.data} is not there: set VITRINE_HM to the H&M data")
@@ -41,20 +39,14 @@ def main() -> None:
     day, _ = read_queries(options.data, _SHOP, options.split)
     shop = [f"--data={options.data}", f"--shop={_SHOP}"]
     bundles = options.out / "bundles"
-    bundle = _vitrine("train", *shop, f"--out={bundles}", f"--until={day:%Y-%m-%d}").split()[-1]
+    bundle = vitrine("train", *shop, f"--out={bundles}", f"--until={day:%Y-%m-%d}").split()[-1]
     run, score = options.out / f"{options.split}.jsonl", options.out / f"{options.split}-score.json"
-    report = _vitrine("evaluate", *shop, f"--bundle={bundle}", f"--split={options.split}", f"--out={run}")
+    report = vitrine("evaluate", *shop, f"--bundle={bundle}", f"--split={options.split}", f"--out={run}")
     found = _scored(options.data, options.split, run)
     score.write_text(json.dumps(found, indent=1) + "\n")
     print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
-        _record(bundle, json.loads(validated.read_text()), found)
-
-
-def _vitrine(*arguments: str) -> str:
-    command = [sys.executable, "-m", "services.cli", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
-    return done.stdout.strip()
+        record("hm", bundle, _summary(json.loads(validated.read_text())), _summary(found))
 
 
 def _scored(data: Path, split: str, run: Path) -> dict[str, Any]:
@@ -64,26 +56,6 @@ def _scored(data: Path, split: str, run: Path) -> dict[str, Any]:
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def _record(bundle: str, val: dict[str, Any], test: dict[str, Any]) -> None:
-    """One more line of what was ever run on test: nothing is tried there in secret."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - the git that is there
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=_ROOT,
-    ).stdout.strip()
-    line = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "commit": commit,
-        "bundle": Path(bundle).name,
-        "val": _summary(val),
-        "test": _summary(test),
-    }
-    with _LEDGER.open("a") as file:
-        file.write(json.dumps(line) + "\n")
 
 
 def _summary(score: dict[str, Any]) -> dict[str, float]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from services.item_table import ItemTable
 from services.ranking.graph import GraphView
+from services.ranking.likeness import Likeness
 from services.ranking.moment import WINDOWS, Moment
 
 MAX_SESSION = 200
@@ -19,7 +20,11 @@ MAX_HISTORY = 200
 _SEEDS = 30
 _HALF_LIFE_DAYS = 14.0
 _SPACES = ("text", "image")
-_SIMILARITIES = ("session", "session_most", "history", "history_most")
+# Of the latest items each counts so much of the one after it.
+_FADING = 0.7
+_GRAPH_PARTS = ("session", "session_most", "history", "latest")
+_SIMILARITIES = ("session", "session_most", "history", "history_most", "latest")
+_ATTRIBUTE_PARTS = ("session", "history", "latest")
 
 # What describes the candidate itself beside the person, vectors and attributes aside.
 CANDIDATE_COLUMNS = (
@@ -31,6 +36,8 @@ CANDIDATE_COLUMNS = (
     "price",
     "price_to_session",
     "price_to_history",
+    "markdown",
+    "markdown_to_session",
     "session_length",
     "history_length",
     "days_since_last",
@@ -66,22 +73,26 @@ class Query:
         weights = np.concatenate([self.session_weights[:_SEEDS], past])
         return rows, weights.astype(np.float32)
 
+    def latest(self) -> tuple[np.ndarray, np.ndarray]:
+        """At most 30 rows, session first, that weigh the less the more came after them."""
+        rows = np.concatenate([self.session, self.history])[:_SEEDS]
+        weights = np.concatenate([self.session_weights, self.weights])[:_SEEDS]
+        return rows, (weights * _FADING ** np.arange(len(rows))).astype(np.float32)
+
 
 class Features:
     """Feature rows over one item table, item graph and list of text attributes."""
 
     def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
         self._table, self._graph, self._attributes = table, graph, tuple(attributes)
+        self._alike = Likeness(table, attributes)
         self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
         self._relations = tuple(name for name in graph.names if name not in _SPACES)
         self.names: tuple[str, ...] = (
             *CANDIDATE_COLUMNS,
-            *(f"{r}_{part}" for r in self._relations for part in ("session", "session_most", "history")),
-            *(
-                f"{s}_{part}"
-                for s in _SPACES
-                for part in ("session", "session_most", "history", "history_most")
-            ),
+            *(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
+            *(f"{s}_{part}" for s in _SPACES for part in _SIMILARITIES),
+            *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
             *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
         )
 
@@ -97,6 +108,7 @@ class Features:
             columns += self._behaviour(relation, query, rows)
         for space in _SPACES:
             columns += self._similarity(space, query, rows)
+        columns += self._likeness(query, rows, moment)
         for attribute in self._attributes:
             columns += self._attribute(attribute, query, rows, moment)
         return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
@@ -109,14 +121,13 @@ class Features:
         """
         column = {name: at for at, name in enumerate(self.names)}
         behaviour = [*(f"popular_{days}d" for days in WINDOWS), "popular_ever", "bought_before"]
-        behaviour += [
-            f"{r}_{part}" for r in self._relations for part in ("session", "session_most", "history")
-        ]
+        behaviour += [f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS]
         blank, own = matrix.copy(), matrix[:, column["popular_7d"]]
         blank[:, column["family_popular_7d"]] -= own
         blank[:, [column[name] for name in behaviour]] = 0
         blank[:, column["rising"]] = 1
-        blank[:, [column[name] for name in ("age_days", "idle_days")]] = np.nan
+        unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
+        blank[:, [column[name] for name in unknown]] = np.nan
         stated = self._table.numbers("price")
         price = np.full(len(rows), np.nan) if stated is None else stated[rows, 0]
         ratio = price / matrix[:, column["price"]]
@@ -138,8 +149,15 @@ class Features:
 
     @staticmethod
     def _price(query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
-        price = moment.price[rows]
-        return [price, price / _mean(moment.price[query.session]), price / _mean(moment.price[query.history])]
+        price, session = moment.price[rows], query.session
+        markdown = price / moment.highest[rows]
+        return [
+            price,
+            price / _mean(moment.price[session]),
+            price / _mean(moment.price[query.history]),
+            markdown,
+            markdown / _mean(moment.price[session] / moment.highest[session]),
+        ]
 
     @staticmethod
     def _person(query: Query, rows: np.ndarray) -> list[Column]:
@@ -161,15 +179,18 @@ class Features:
 
     def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[Column]:
         session = query.session[:_SEEDS]
-        near, cosine, _ = self._graph.edges(relation, session, np.ones(len(session), np.float32))
+        near, worth, _ = self._graph.edges(relation, session, np.ones(len(session), np.float32))
         at, kept = self._among(near, rows)
-        total = np.bincount(at, cosine[kept], len(rows))
+        total = np.bincount(at, worth[kept], len(rows))
         most = np.zeros(len(rows), np.float32)
-        np.maximum.at(most, at, cosine[kept])
+        np.maximum.at(most, at, worth[kept])
         weights = recency(query.ages[:_SEEDS]) * query.weights[:_SEEDS]
-        near, cosine, _ = self._graph.edges(relation, query.history[:_SEEDS], weights)
-        at, kept = self._among(near, rows)
-        return [total, most, np.bincount(at, cosine[kept], len(rows))]
+        found: list[Column] = [total, most]
+        for seeds, weight in ((query.history[:_SEEDS], weights), query.latest()):
+            near, worth, _ = self._graph.edges(relation, seeds, weight)
+            at, kept = self._among(near, rows)
+            found.append(np.bincount(at, worth[kept], len(rows)))
+        return found
 
     def _among(self, nodes: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where in `rows` each node stands, int64 (K,), and which nodes those are, bool."""
@@ -183,7 +204,7 @@ class Features:
     def _similarity(self, space: str, query: Query, rows: np.ndarray) -> list[Column]:
         column = self._table.vectors(space)
         if column is None:
-            return [np.float32(np.nan)] * 4
+            return [np.float32(np.nan)] * len(_SIMILARITIES)
         values, present = column
         mine = values[rows].astype(np.float32)
         found: list[Column] = []
@@ -195,7 +216,18 @@ class Features:
             near = mine @ values[seeds].astype(np.float32).T
             near[~present[rows]] = np.nan
             found += [near.mean(1), near.max(1)]
-        return found
+        seeds, weights = query.latest()
+        seeds, weights = seeds[present[seeds]], weights[present[seeds]]
+        if not len(seeds):
+            return [*found, np.float32(np.nan)]
+        centre = weights @ values[seeds].astype(np.float32) / max(float(weights.sum()), 1e-9)
+        return [*found, np.where(present[rows], mine @ centre, np.nan)]
+
+    def _likeness(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
+        parts = [
+            (items, np.ones(len(items), np.float32)) for items in (query.session, query.history[:_SEEDS])
+        ]
+        return [self._alike.to(*part, rows, moment) for part in (*parts, query.latest())]
 
     def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
         codes = self._codes(name, moment)

@@ -1,11 +1,11 @@
-"""The item graph: which items people engage with together. Fitted by training, read here.
+"""The item graph: which items go together. Fitted by training, read here.
 
-A relation holds, for each item, its neighbours with how often both occurred together, and
-how often each occurred at all. Knows item numbers, and the rows of an item table.
+A relation holds, for each item, its neighbours and how much each of them is worth to somebody
+who has the item. Knows item numbers, and the rows of an item table.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +20,15 @@ _FILE = "graph.safetensors"
 class Relation:
     """Rows of neighbours in CSR form over M items.
 
-    `start` int64 (M + 1), `neighbours` int32 (E,), `counts` float32 (E,), `degree` float32
-    (M,): how often an item occurred, weighted as `counts` are.
+    `start` int64 (M + 1), `neighbours` int32 (E,), `weights` float32 (E,) of the edges out of each item.
     """
 
     start: np.ndarray
     neighbours: np.ndarray
-    counts: np.ndarray
-    degree: np.ndarray
+    weights: np.ndarray
+
+
+_PARTS = tuple(field.name for field in fields(Relation))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class ItemGraph:
         directory.mkdir(parents=True, exist_ok=True)
         arrays = {"numbers": self.numbers}
         for name, relation in self.relations.items():
-            for part in ("start", "neighbours", "counts", "degree"):
+            for part in _PARTS:
                 arrays[f"{name}.{part}"] = getattr(relation, part)
         save_file(arrays, directory / _FILE)
 
@@ -51,10 +52,9 @@ class ItemGraph:
         """Read what `save` wrote."""
         arrays = load_file(directory / _FILE)
         names = sorted({key.rsplit(".", 1)[0] for key in arrays if "." in key})
-        parts = ("start", "neighbours", "counts", "degree")
         return cls(
             arrays["numbers"],
-            {name: Relation(*(arrays[f"{name}.{part}"] for part in parts)) for name in names},
+            {name: Relation(*(arrays[f"{name}.{part}"] for part in _PARTS)) for name in names},
         )
 
     @classmethod
@@ -89,25 +89,22 @@ class GraphView:
     def edges(
         self, relation: str, rows: np.ndarray, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The edges out of weighted items: nodes int64 (E,), cosines float32 (E,), seeds int64 (E,).
+        """The edges out of weighted items: nodes int64 (E,), weights float32 (E,), seeds int64 (E,).
 
-        A cosine is weight x count / sqrt(degree x degree); a seed is a place in `rows`.
+        An edge weighs its own weight times its item's; a seed is a place in `rows`.
         """
         found = self._graph.relations[relation]
         nodes = self.nodes(rows)
         seeds = np.flatnonzero(nodes >= 0)
-        seeds = seeds[found.degree[nodes[seeds]] > 0]
         begin, size = found.start[nodes[seeds]], np.diff(found.start)[nodes[seeds]]
         seed = np.repeat(seeds, size)
         at = np.arange(len(seed)) + np.repeat(begin - (np.cumsum(size) - size), size)
-        near = found.neighbours[at]
-        scale = weights[seed] / np.sqrt(found.degree[nodes[seed]] * found.degree[near])
-        return near, (found.counts[at] * scale).astype(np.float32), seed
+        return found.neighbours[at], (found.weights[at] * weights[seed]).astype(np.float32), seed
 
     def spread(self, relation: str, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sum of cosines to weighted items: float32 (M,) over nodes."""
-        near, cosine, _ = self.edges(relation, rows, weights)
-        return np.bincount(near, cosine, len(self._graph.numbers)).astype(np.float32)
+        """Sum of the edges out of weighted items: float32 (M,) over nodes."""
+        near, worth, _ = self.edges(relation, rows, weights)
+        return np.bincount(near, worth, len(self._graph.numbers)).astype(np.float32)
 
     def to_rows(self, scores: np.ndarray) -> np.ndarray:
         """Scores over nodes as float32 (N,) over the table's rows, 0 where there is no node."""

@@ -24,7 +24,7 @@ class Moment:
 
     `popular` (N, 5): weight of the engagements in the last 1, 3, 7 and 30 days and ever;
     `age` and `idle` (N,): days since the first and the last engagement; `price` (N,): the
-    last one paid, or the catalogue's where none was.
+    last one paid, or the catalogue's where none was; `highest` (N,): the highest one paid.
     """
 
     tick: int
@@ -32,6 +32,7 @@ class Moment:
     age: np.ndarray
     idle: np.ndarray
     price: np.ndarray
+    highest: np.ndarray
 
 
 def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
@@ -52,7 +53,10 @@ def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
     first, last = np.full(count, np.inf), np.full(count, -np.inf)
     np.minimum.at(first, rows, events.recorded)
     np.maximum.at(last, rows, events.recorded)
-    return Moment(tick, popular, _days(tick - first), _days(tick - last), _price(table, rows, events.price))
+    price = _price(table, rows, events.price)
+    return Moment(
+        tick, popular, _days(tick - first), _days(tick - last), price, _highest(count, rows, events.price)
+    )
 
 
 def _days(span: np.ndarray) -> np.ndarray:
@@ -65,3 +69,9 @@ def _price(table: ItemTable, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
     known = ~np.isnan(paid)
     price[rows[known]] = paid[known]  # rows come in time order: the last one stays
     return price.astype(np.float32)
+
+
+def _highest(count: int, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
+    highest = np.full(count, np.nan)
+    np.fmax.at(highest, rows, np.where(paid > 0, paid, np.nan))
+    return highest.astype(np.float32)

@@ -321,4 +321,5 @@ def _extended(known: Moment, table: ItemTable) -> Moment:
         age=np.concatenate([known.age, unknown]),
         idle=np.concatenate([known.idle, unknown]),
         price=np.concatenate([known.price, price.astype(np.float32)]),
+        highest=np.concatenate([known.highest, unknown]),
     )

@@ -7,6 +7,7 @@ import numpy as np
 from services.item_table import ItemTable
 from services.ranking.features import Query
 from services.ranking.graph import GraphView
+from services.ranking.likeness import Likeness
 from services.ranking.moment import DAY, Moment
 
 _NEW_DAYS = 30
@@ -18,7 +19,7 @@ class Sources:
     """Scores over all rows of an item table, one function per source; 0 and below is no candidate."""
 
     def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
-        self._table, self._graph, self._attributes = table, graph, tuple(attributes)
+        self._table, self._graph, self._likeness = table, graph, Likeness(table, attributes)
         self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
             "graph": self._near,
             "popular": self._popular,
@@ -80,16 +81,9 @@ class Sources:
         return np.asarray(weight[codes] * (1 + np.log1p(moment.popular[:, 2])))
 
     def _affinity(self, query: Query, moment: Moment) -> np.ndarray:
-        """What is popular among items that share attributes with the person's."""
+        """What is popular among items alike to the person's."""
         scores = np.zeros(len(moment.age))
         sold = np.flatnonzero(moment.popular[:, 2] > 0)
-        seeds, weights = query.interests()
-        for name in self._attributes:
-            column = self._table.texts(name)
-            if column is None or not len(seeds):
-                continue
-            codes = column[0][: len(moment.age), 0]
-            mine = codes[seeds]
-            share = np.bincount(mine[mine >= 0], weights[mine >= 0], int(codes.max(initial=-1)) + 2)
-            scores[sold] += share[codes[sold]]  # a missing code reads the last, empty place
-        return np.asarray(scores * np.log1p(moment.popular[:, 2]))
+        alike = self._likeness.to(*query.interests(), sold, moment)
+        scores[sold] = np.nan_to_num(alike) * np.log1p(moment.popular[sold, 2])
+        return scores

@@ -1,0 +1,1 @@
+"""The published Amazon splits: behaviour with short texts or none, which stay outside the repository."""

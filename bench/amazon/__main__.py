@@ -1,0 +1,84 @@
+"""Train on a published Amazon split, answer its questions through the serving path, and score them.
+
+    python -m bench.amazon sports_lattice --split val
+    python -m bench.amazon sports_lattice --split test     # appends to docs/test-ledger.jsonl
+
+One bundle, made of what the protocol calls train, answers both splits. Recall@k and nDCG@k are means over
+people, ideal DCG over min(answers, k). Everything lands under --out: the shop directory, bundles, RUN.jsonl
+and SCORE.json of each split.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.amazon.shops import BENCHMARKS, DAY, Benchmark, write_shop
+from bench.runs import ROOT, record, vitrine
+from training import metrics
+
+
+def main() -> None:
+    """Run a benchmark on one split."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    default = os.environ.get("VITRINE_BENCH", str(ROOT.parent / "shared" / "data" / "bench"))
+    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "amazon")
+    parser.add_argument("--limit", type=int, default=0, help="only the first questions of val; 0 means all")
+    options = parser.parse_args()
+    benchmark = BENCHMARKS[options.benchmark]
+    if not (options.data / benchmark.name).is_dir():
+        sys.exit(f"{options.data / benchmark.name} is not there: set VITRINE_BENCH to the benchmarks' data")
+    out = options.out / benchmark.name
+    validated = out / "val-score.json"
+    if options.split == "test" and (options.limit or not validated.is_file()):
+        sys.exit("a configuration is chosen on val, then all of test is asked once: run --split val first")
+    shop = out / "shop"
+    write_shop(benchmark, options.data / benchmark.name, shop)
+    bundle = vitrine("train", f"--data={shop}", f"--out={out / 'bundles'}", f"--until={DAY}").split()[-1]
+    run = out / f"{options.split}.jsonl"
+    report = vitrine(
+        "evaluate",
+        f"--data={shop}",
+        f"--bundle={bundle}",
+        f"--split={options.split}",
+        f"--out={run}",
+        f"--limit={options.limit}",
+    )
+    found = scored(benchmark, shop / f"queries_{options.split}.jsonl", run)
+    (out / f"{options.split}-score.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
+    if options.split == "test":
+        chosen = json.loads(validated.read_text())
+        record(benchmark.name, bundle, _means(chosen), _means(found))
+
+
+def scored(benchmark: Benchmark, queries: Path, run: Path) -> dict[str, Any]:
+    """Recall and nDCG at the benchmark's k of the answers of a run, with 95% intervals over people."""
+    asked = [json.loads(line) for line in queries.read_text().splitlines()]
+    pages = [json.loads(line)["items"] for line in run.read_text().splitlines()]
+    code: dict[str, int] = {}
+
+    def coded(items: list[str]) -> np.ndarray:
+        return np.array([code.setdefault(item, len(code)) for item in items], np.int64)
+
+    targets = [coded(query["targets"]) for query in asked[: len(pages)]]
+    found = metrics.per_query([coded(page) for page in pages], targets, benchmark.k)
+    each = {name: metrics.interval(found[name]).to_dict() for name in ("recall", "ndcg")}
+    return {"benchmark": benchmark.name, "k": benchmark.k, "questions": len(pages), **each}
+
+
+def _means(score: dict[str, Any]) -> dict[str, float]:
+    return {name: score[name]["mean"] for name in ("recall", "ndcg")}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The Amazon benchmarks as shop directories: their rows under Vitrine's names, with days that order them.
+
+None of them has days of its own. Where each person's order is known (leave one out), the latest item
+that may be learned from lies on the day before the question, the one before it a day earlier, and so
+on. Where the split is a random draw, the last three days hold a twentieth of the events each, drawn the
+same way, so that what is learned from them is what the split asks; a person's events are one basket.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+import numpy as np
+
+DAY = date(2021, 1, 1)
+"""The day of the val questions."""
+
+_TRAIN, _VAL, _TEST = 0, 1, 2
+_DRAWN_DAYS, _DRAWN_SHARE = 3, 0.05
+_COMMON = """
+[items]
+text_attributes = [{attributes}]
+[time]
+granularity = "day"
+[task]
+queries = {{ val = "queries_val.jsonl", test = "queries_test.jsonl" }}
+exclude_bought = true
+[text]
+layers = 2
+steps = 150
+learning_rate = 1e-4
+head_steps = 600
+[ranking]
+days = 2
+judged = 1000
+"""
+_ASKED_BARE = "bare = 1.0\n"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published split: its folder's name, the depth of its metrics, and whether order is known."""
+
+    name: str
+    k: int
+    ordered: bool
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark("sports_lattice", 20, ordered=False),
+        Benchmark("baby_diffmm", 20, ordered=False),
+        Benchmark("p5_beauty", 10, ordered=True),
+        Benchmark("p5_sports", 10, ordered=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """What may be learned from, as (person, item, day, basket), and each split's answers by person."""
+
+    events: Sequence[tuple[str, str, date, str]]
+    answers: Mapping[str, Mapping[str, Sequence[str]]]
+
+
+def write_shop(benchmark: Benchmark, source: Path, directory: Path) -> None:
+    """Write a benchmark's folder as a shop directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found = _in_order(source) if benchmark.ordered else _drawn(source)
+    items = _items(source)
+    _lines(directory / "items.jsonl", items)
+    rows = ("user_id", "item_id", "time", "session_id")
+    _lines(
+        directory / "events.jsonl",
+        (dict(zip(rows, (u, i, str(d), s or None), strict=True)) for u, i, d, s in found.events),
+    )
+    for split, answers in found.answers.items():
+        day = DAY + timedelta(days=benchmark.ordered and split == "test")
+        _lines(
+            directory / f"queries_{split}.jsonl",
+            ({"user_id": u, "date": str(day), "session": [], "targets": t} for u, t in answers.items()),
+        )
+    labelled = any("_labels" in item for item in items)
+    text = _COMMON.format(attributes='"_labels"' if labelled else "")
+    (directory / "shop.toml").write_text(text + ("" if benchmark.ordered else _ASKED_BARE))
+
+
+def _items(source: Path) -> list[dict[str, object]]:
+    """Titles where there are any; the numbered labels (categories, brand) are no text for BERT."""
+    lines = (source / "items.tsv").read_text().splitlines()
+    header = lines[0].split("\t")
+    made = []
+    for line in lines[1:]:
+        row = dict(zip(header, line.split("\t"), strict=False))
+        item: dict[str, object] = {"id": row["itemID"], "title": row.get("textual_id", "")}
+        if row.get("s3rec_attribute_ids"):
+            item["_labels"] = row["s3rec_attribute_ids"].split()
+        made.append(item)
+    return made
+
+
+def _in_order(source: Path) -> Interactions:
+    """Leave one out: the last item is test's, the one before it val's, and history for test."""
+    events, val, test = [], {}, {}
+    for line in (source / "sequences.txt").read_text().splitlines():
+        person, *items = line.split()
+        *known, asked, last = items
+        val[person], test[person] = [asked], [last]
+        days = range(-len(known), 1)
+        events += [
+            (person, item, DAY + timedelta(days=day), "")
+            for item, day in zip([*known, asked], days, strict=True)
+        ]
+    return Interactions(events, {"val": val, "test": test})
+
+
+def _drawn(source: Path) -> Interactions:
+    """A random draw of each person's items; everybody's events are one basket."""
+    rows = np.loadtxt(source / "inter.tsv", skiprows=1, dtype=np.int64)
+    learned = rows[rows[:, 2] == _TRAIN]
+    draw = np.random.default_rng(0).random(len(learned)) // _DRAWN_SHARE
+    days = np.where(draw < _DRAWN_DAYS, draw + 1, _DRAWN_DAYS + 1).astype(int)
+    events = [
+        (str(user), str(item), DAY - timedelta(days=day), str(user))
+        for (user, item, _), day in zip(learned.tolist(), days.tolist(), strict=True)
+    ]
+    answers: dict[str, dict[str, list[str]]] = {"val": {}, "test": {}}
+    for user, item, label in rows[rows[:, 2] != _TRAIN].tolist():
+        split = {_VAL: "val", _TEST: "test"}[label]
+        answers[split].setdefault(str(user), []).append(str(item))
+    return Interactions(events, answers)
+
+
+def _lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,67 @@
+"""Tuning finds an order that was planted, and sees nothing of the days it must not see."""
+
+import numpy as np
+
+from services.catalog import item_number
+from training import graph_tuning
+from training.dataset import Events
+from training.queries import DAY
+from training.shop_settings import GraphTraining, ShopSettings
+
+ITEMS, DAYS, LEARNED_UNTIL = 30, 12, 10
+SETTINGS = ShopSettings(graph=GraphTraining(trials=12))
+NUMBERS = np.array([item_number(f"i{n}") for n in range(ITEMS)], np.int64)
+NODES = np.sort(NUMBERS)
+
+
+def walks(people: int = 80, seed: int = 0) -> Events:
+    """Everybody takes an item a day: mostly the next one around a circle, sometimes any other."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for user in range(people):
+        item = int(generator.integers(ITEMS))
+        for day in range(DAYS):
+            rows.append((user, item, day))
+            strays = generator.random() < 0.2
+            item = int(generator.integers(ITEMS)) if strays else (item + 1) % ITEMS
+    user, item, day = np.array(sorted(rows, key=lambda r: r[2]), np.int64).T
+    count = len(rows)
+    return Events(
+        event_ids=np.array([str(n) for n in range(count)], object),
+        user=user.astype(np.int32),
+        user_ids=[f"u{n}" for n in range(people)],
+        item=item.astype(np.int32),
+        item_ids=[f"i{n}" for n in range(ITEMS)],
+        number=NUMBERS[item],
+        kind=np.zeros(count, np.int16),
+        time=day * DAY,
+        price=np.full(count, np.nan),
+        position=np.zeros(count, np.int32),
+        session=np.full(count, -1, np.int32),
+        session_ids=[],
+    )
+
+
+def test_an_order_that_was_planted_is_found() -> None:
+    tuned = graph_tuning.tune_graph(walks(), SETTINGS, NODES, LEARNED_UNTIL * DAY)
+    assert set(tuned) == {"people"}  # no basket holds two items
+    found = tuned["people"]
+    assert found.ndcg > found.ndcg_as_cosine + 0.05
+    assert found.weighting.back < 0.5
+
+
+def test_what_comes_later_changes_nothing() -> None:
+    events = walks()
+    early = np.flatnonzero(events.time < LEARNED_UNTIL * DAY)
+    shuffled = np.concatenate([early, np.flatnonzero(events.time >= LEARNED_UNTIL * DAY)[::3]])
+    whole, less = (
+        graph_tuning.tune_graph(shop, SETTINGS, NODES, LEARNED_UNTIL * DAY)
+        for shop in (events, events.take(shuffled))
+    )
+    assert whole == less
+
+
+def test_without_a_past_or_a_budget_the_cosine_stays() -> None:
+    assert graph_tuning.tune_graph(walks(), SETTINGS, NODES, DAY) == {}
+    frugal = ShopSettings(graph=GraphTraining(trials=0))
+    assert graph_tuning.tune_graph(walks(), frugal, NODES, LEARNED_UNTIL * DAY) == {}
