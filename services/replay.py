@@ -137,6 +137,7 @@ def import_events(settings: Settings, bundle: Bundle, shop: Shop) -> int:
         events.price.tolist(),
         events.position.tolist(),
         events.session.tolist(),
+        events.channel.tolist(),
         strict=True,
     )
     count = kept.load(
@@ -151,8 +152,9 @@ def import_events(settings: Settings, bundle: Bundle, shop: Shop) -> int:
             user_id=events.user_ids[user],
             session_id=events.session_ids[session] if session >= 0 else "",
             occurred=_EPOCH + timedelta(microseconds=micros),
+            channel=events.channel_names[channel] if channel >= 0 else "",
         )
-        for event_id, user, item, kind, micros, price, position, session in rows
+        for event_id, user, item, kind, micros, price, position, session, channel in rows
     ).result()
     kept.close()
     engine.dispose()

@@ -52,6 +52,7 @@ def person(history: np.ndarray, session: np.ndarray) -> Query:
         ages=np.linspace(1, 20, len(history), dtype=np.float32),
         weights=np.full(len(history), 0.5, np.float32),
         bought=np.ones(len(history), bool),
+        channels=np.full(len(history), -1, np.int16),
     )
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from services.catalog import Attribute, Item, item_number
 from services.item_table import Change, ItemTable
-from services.ranking.features import Features, Query
+from services.ranking.features import CANDIDATE_COLUMNS, Features, Query
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, HOUR, WINDOWS, moment
 from services.ranking.ranking import Person, make_query
@@ -43,6 +43,7 @@ def columns(events: list[Event]) -> Columns:
         user=np.array([u for u, *_ in events], np.int64),
         number=NUMBERS[np.array([i for _, i, *_ in events], int)],
         kind=np.array([k for _, _, k, _ in events], np.int16),
+        channel=np.array([u % 3 - 1 for u, *_ in events], np.int16),
         occurred=time,
         recorded=time,
         price=np.array([hour + item for _, item, _, hour in events], np.float64),
@@ -52,6 +53,7 @@ def columns(events: list[Event]) -> Columns:
 
 def state_of(events: list[Event]) -> BehaviourState:
     state = BehaviourState(TYPES)
+    state.channel_codes(["web", "store"])
     state.append(columns(events), {("user", str(u)): u for u in range(4)})
     return state
 
@@ -162,3 +164,32 @@ def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     )
     rows, _ = sources.candidates("affinity", of_red, moment(state, items, NOW), allowed, 6)
     assert rows.tolist() == [2]  # of the red ones, 0 is not allowed and nobody bought 4
+
+
+@given(EVENTS, st.integers(0, 3), st.lists(st.integers(0, 5), max_size=3))
+@settings(deadline=None)
+def test_where_somebody_is_follows_from_the_session_and_from_habit(
+    events: list[Event], user: int, session: list[int]
+) -> None:
+    person = Person(str(user), session=tuple((int(NUMBERS[i]), "purchase") for i in session))
+    found = rows_at(events, NOW, person)[:, CANDIDATE_COLUMNS.index("channel_fit")]
+    weight = list(TYPES.values())
+    counts = np.zeros((len(IDS), 2))
+    for u, item, kind, hour in events:
+        if u % 3 and NOW - 30 * DAY <= hour * HOUR < NOW:
+            counts[item, u % 3 - 1] += weight[kind]
+    if np.count_nonzero(counts.sum(0)) < 2:
+        assert np.isnan(found).all()
+        return
+    share = counts.sum(0) / counts.sum()
+    of_item = (counts + 5 * share) / (counts.sum(1, keepdims=True) + 5)
+    past = sorted((e for e in events if e[0] == user and e[3] * HOUR < NOW and e[2] > 0), key=lambda e: -e[3])
+    visits = np.zeros(2)
+    for u, *_, hour in past[:30]:
+        if u % 3:
+            visits[u % 3 - 1] += 0.5 ** ((NOW - hour * HOUR) / DAY / 14)
+    chance = (visits + 2 * share) / (visits.sum() + 2)
+    for item in session:
+        chance = chance * of_item[item] / share
+    expected = [np.log(sum(chance / chance.sum() * of_item[i] / share)) for i in range(len(IDS))]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

@@ -39,6 +39,8 @@ def walks(people: int = 80, seed: int = 0) -> Events:
         position=np.zeros(count, np.int32),
         session=np.full(count, -1, np.int32),
         session_ids=[],
+        channel=np.full(count, -1, np.int32),
+        channel_names=[],
     )
 
 

@@ -53,6 +53,8 @@ def events_of(rows: list[Deed]) -> Events:
         position=np.arange(len(rows), dtype=np.int32),
         session=np.array([deed.session for deed in rows], np.int32),
         session_ids=[f"s{n}" for n in range(4)],
+        channel=np.full(len(rows), -1, np.int32),
+        channel_names=[],
     )
 
 

@@ -289,7 +289,9 @@ def small_shop() -> tuple[Features, ItemTable, Query]:
     )
     features = Features(table, GraphView(shops.graph(), table), ["colour"])
     ones = np.ones(3, np.float32)
-    query = Query(np.array([4]), ones[:1], np.array([1, 2, 3]), 5 * ones, 0.5 * ones, ones > 0)
+    query = Query(
+        np.array([4]), ones[:1], np.array([1, 2, 3]), 5 * ones, 0.5 * ones, ones > 0, np.full(3, -1)
+    )
     return features, table, query
 
 

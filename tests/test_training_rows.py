@@ -136,6 +136,8 @@ def shop_of(items: list[Item], deeds: Sequence[Deed], settings: ShopSettings) ->
         position=np.zeros(len(deeds), np.int32),
         session=np.full(len(deeds), -1, np.int32),
         session_ids=[],
+        channel=np.full(len(deeds), -1, np.int32),
+        channel_names=[],
     )
     return Shop(settings, items, events, Photographs(Path("/nowhere")), {})
 

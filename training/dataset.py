@@ -53,7 +53,7 @@ class Events:
     `user` int32 codes into `user_ids`; `item` int32 codes into `item_ids`, `number` int64 item
     numbers; `kind` int16, the place in the shop's event types; `time` int64, microseconds
     since 1970; `price` float64, NaN unknown; `position` int32, 0 unknown; `session` int32 codes
-    into `session_ids`, -1 for none.
+    into `session_ids`, `channel` int32 codes into `channel_names`, -1 for none.
     """
 
     event_ids: np.ndarray
@@ -68,6 +68,8 @@ class Events:
     position: np.ndarray
     session: np.ndarray
     session_ids: list[str]
+    channel: np.ndarray
+    channel_names: list[str]
 
     def __len__(self) -> int:
         return len(self.time)
@@ -244,6 +246,7 @@ def _events(directory: Path, settings: ShopSettings, until: datetime | None) -> 
     user, user_ids = _codes(table, columns.user_id)
     item, item_ids = _codes(table, columns.item_id)
     session, session_ids = _codes(table, columns.session_id)
+    channel, channel_names = _codes(table, columns.channel)
     time = _times(table, columns.time)
     kind = _kinds(table, columns, list(settings.event_types))
     price = _floats(table, columns.price)
@@ -290,6 +293,8 @@ def _events(directory: Path, settings: ShopSettings, until: datetime | None) -> 
             position[rows],
             session[rows],
             session_ids,
+            channel[rows],
+            channel_names,
         ),
         report,
     )

@@ -143,6 +143,7 @@ def _state(shop: Shop) -> BehaviourState:
             user=events.user.astype(np.int64),
             number=events.number,
             kind=events.kind,
+            channel=np.append(state.channel_codes(events.channel_names), np.int16(-1))[events.channel],
             occurred=events.time,
             recorded=events.time,
             price=events.price,

@@ -44,6 +44,7 @@ class EventColumns(_Section):
     time: str = Field("time", description="required: ISO 8601, a date, or seconds since 1970")
     price: str = "price"
     position: str = "position"
+    channel: str = Field("channel", description="where it happened: web, app, store")
 
 
 class Time(_Section):

@@ -57,6 +57,7 @@ class Event:
     session_id: str = ""
     occurred: datetime | None = None
     attribution_token: str = ""
+    channel: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Rows:
     user: np.ndarray
     number: np.ndarray
     type: list[str]
+    channel: list[str]
     occurred: np.ndarray
     recorded: np.ndarray
     price: np.ndarray
@@ -109,6 +111,7 @@ _events = sa.Table(
     sa.Column("type", sa.Text, nullable=False),
     sa.Column("session_id", sa.Text, nullable=False),
     sa.Column("attribution_token", sa.Text, nullable=False),
+    sa.Column("channel", sa.Text, nullable=False),
     sa.Column("occurred", sa.BigInteger, nullable=False),
     sa.Column("recorded", sa.BigInteger, nullable=False),
 )
@@ -199,6 +202,7 @@ class BehaviourStore:
             user=np.array([r.user_key for r in found], np.int64),
             number=np.array([r.number for r in found], np.int64),
             type=[r.type for r in found],
+            channel=[r.channel for r in found],
             occurred=np.array([r.occurred for r in found], np.int64),
             recorded=np.array([r.recorded for r in found], np.int64),
             price=np.array([np.nan if r.price is None else r.price for r in found], np.float64),
@@ -266,6 +270,7 @@ def validate(event: Event, event_types: Collection[str], now: datetime) -> None:
             ("user_id", identifier_problem(event.user_id) if event.user_id else ""),
             ("visitor_id", identifier_problem(event.visitor_id) if event.visitor_id else ""),
             ("session_id", identifier_problem(event.session_id) if event.session_id else ""),
+            ("channel", identifier_problem(event.channel) if event.channel else ""),
             (
                 "items",
                 "" if 1 <= len(event.items) <= MAX_EVENT_ITEMS else f"1 to {MAX_EVENT_ITEMS} are allowed",
@@ -361,6 +366,7 @@ def _event_row(event: Event, sequence: int, user_key: int, recorded: datetime) -
         "type": event.type,
         "session_id": event.session_id,
         "attribution_token": event.attribution_token,
+        "channel": event.channel,
         "occurred": _micros(event.occurred or recorded),
         "recorded": _micros(recorded),
     }

@@ -22,6 +22,9 @@ _HALF_LIFE_DAYS = 14.0
 _SPACES = ("text", "image")
 # Of the latest items each counts so much of the one after it.
 _FADING = 0.7
+# How many engagements as in the whole shop are added to an item's, and to a person's own.
+_CHANNEL_PRIOR = 5.0
+_HABIT_PRIOR = 2.0
 _GRAPH_PARTS = ("session", "session_most", "history", "latest")
 _SIMILARITIES = ("session", "session_most", "history", "history_most", "latest")
 _ATTRIBUTE_PARTS = ("session", "history", "latest")
@@ -45,6 +48,7 @@ CANDIDATE_COLUMNS = (
     "family_in_session",
     "family_in_history",
     "family_popular_7d",
+    "channel_fit",
 )
 
 Column = np.ndarray | np.float32
@@ -56,7 +60,8 @@ class Query:
     """A person at a moment, in rows of the item table, newest first.
 
     `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), days before the
-    moment, and `weights` float32, the event types' own; `bought` tells which were bought.
+    moment, and `weights` float32, the event types' own; `bought` tells which were bought, `channels` int16
+    where, -1 unknown.
     """
 
     session: np.ndarray
@@ -65,6 +70,7 @@ class Query:
     ages: np.ndarray
     weights: np.ndarray
     bought: np.ndarray
+    channels: np.ndarray
 
     def interests(self) -> tuple[np.ndarray, np.ndarray]:
         """Seed rows, session first, at most 30 of each, and their weights by type and recency."""
@@ -103,6 +109,7 @@ class Features:
             *self._price(query, rows, moment),
             *self._person(query, rows),
             *self._family(query, rows, moment),
+            channel_fit(query, rows, moment),
         ]
         for relation in self._relations:
             columns += self._behaviour(relation, query, rows)
@@ -126,6 +133,7 @@ class Features:
         blank[:, column["family_popular_7d"]] -= own
         blank[:, [column[name] for name in behaviour]] = 0
         blank[:, column["rising"]] = 1
+        blank[:, column["channel_fit"]] = 0
         unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
         blank[:, [column[name] for name in unknown]] = np.nan
         stated = self._table.numbers("price")
@@ -261,6 +269,33 @@ class Features:
 def recency(days: np.ndarray) -> np.ndarray:
     """How much an engagement of so many days ago still counts: halved every 14 days."""
     return np.asarray(np.exp2(-days / _HALF_LIFE_DAYS))
+
+
+def channel_fit(query: Query, rows: np.ndarray, moment: Moment) -> Column:
+    """How much likelier candidates (C,) are where the person probably is than anywhere: float32 (C,).
+
+    log sum over channels c of P(c | person) P(c | item) / P(c). Where the person is follows from where the
+    items of the session are bought, each counting on its own, and from where the person was before. NaN
+    where no two channels are known.
+    """
+    total = moment.channels.sum(0, dtype=np.float64)
+    if np.count_nonzero(total) < 2:  # noqa: PLR2004 - of one there is nothing to tell
+        return np.float32(np.nan)
+    used = total > 0
+    share = total[used] / total.sum()
+
+    def lift(items: np.ndarray) -> np.ndarray:
+        counts = moment.channels[items][:, used].astype(np.float64)
+        size = counts.sum(1, keepdims=True) + _CHANNEL_PRIOR
+        return np.asarray((counts + _CHANNEL_PRIOR * share) / size / share)
+
+    where = query.channels[:_SEEDS]
+    known = (where >= 0) & (where < len(total))  # the moment may be older than a channel
+    visits = np.bincount(where[known], recency(query.ages[:_SEEDS])[known], len(total))[used]
+    habit = (visits + _HABIT_PRIOR * share) / (visits.sum() + _HABIT_PRIOR)
+    log_odds = np.log(habit) + np.log(lift(query.session[:_SEEDS])).sum(0)
+    chance = np.exp(log_odds - log_odds.max())
+    return np.asarray(np.log(lift(rows) @ (chance / chance.sum())), np.float32)
 
 
 def _mean(prices: np.ndarray) -> np.float32:

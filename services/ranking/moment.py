@@ -24,7 +24,8 @@ class Moment:
 
     `popular` (N, 5): weight of the engagements in the last 1, 3, 7 and 30 days and ever;
     `age` and `idle` (N,): days since the first and the last engagement; `price` (N,): the
-    last one paid, or the catalogue's where none was; `highest` (N,): the highest one paid.
+    last one paid, or the catalogue's where none was; `highest` (N,): the highest one paid;
+    `channels` (N, K): weight of the engagements of the last 30 days in each of the shop's channels.
     """
 
     tick: int
@@ -33,6 +34,7 @@ class Moment:
     idle: np.ndarray
     price: np.ndarray
     highest: np.ndarray
+    channels: np.ndarray
 
 
 def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
@@ -54,9 +56,11 @@ def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
     np.minimum.at(first, rows, events.recorded)
     np.maximum.at(last, rows, events.recorded)
     price = _price(table, rows, events.price)
-    return Moment(
-        tick, popular, _days(tick - first), _days(tick - last), price, _highest(count, rows, events.price)
-    )
+    highest = _highest(count, rows, events.price)
+    lately = (events.channel >= 0) & (events.recorded >= tick - WINDOWS[-1] * DAY)
+    channels = np.zeros((count, len(state.channels)), np.float32)
+    np.add.at(channels, (rows[lately], events.channel[lately]), weights[lately])
+    return Moment(tick, popular, _days(tick - first), _days(tick - last), price, highest, channels)
 
 
 def _days(span: np.ndarray) -> np.ndarray:

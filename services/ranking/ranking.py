@@ -304,6 +304,7 @@ def make_query(
         ages=((cut - past.occurred[known]) / DAY).astype(np.float32),
         weights=state.weights[kinds],
         bought=np.isin(kinds, targets),
+        channels=past.channel[known],
     )
 
 
@@ -322,4 +323,5 @@ def _extended(known: Moment, table: ItemTable) -> Moment:
         idle=np.concatenate([known.idle, unknown]),
         price=np.concatenate([known.price, price.astype(np.float32)]),
         highest=np.concatenate([known.highest, unknown]),
+        channels=np.concatenate([known.channels, np.zeros((more, known.channels.shape[1]), np.float32)]),
     )

@@ -170,6 +170,7 @@ def _event(message: event_pb2.Event) -> Event | VitrineError:
         session_id=message.session_id,
         occurred=occurred,
         attribution_token=message.attribution_token,
+        channel=message.channel,
     )
 
 

@@ -4,7 +4,7 @@ One thread extends, any thread reads. Derived from the event store and rebuilt f
 training fills it from a shop's events, so that both see the past through the same code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,13 +16,15 @@ from services.ranking.behaviour import Rows
 class Columns:
     """Items of events, one row each, in the order they were recorded.
 
-    `user`, `number`, `sequence` int64; `kind` int16, the event type's place in the shop's
-    list; `occurred`, `recorded` int64, microseconds since 1970; `price` float64, NaN unknown.
+    `user`, `number`, `sequence` int64; `kind` int16, the event type's place in the shop's list;
+    `channel` int16, a place in the state's `channels`, -1 unknown; `occurred`, `recorded` int64,
+    microseconds since 1970; `price` float64, NaN unknown.
     """
 
     user: np.ndarray
     number: np.ndarray
     kind: np.ndarray
+    channel: np.ndarray
     occurred: np.ndarray
     recorded: np.ndarray
     price: np.ndarray
@@ -33,7 +35,8 @@ class Columns:
         return Columns(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
-_DTYPES = (np.int64, np.int64, np.int16, np.int64, np.int64, np.float64, np.int64)
+MAX_CHANNELS = 16
+_DTYPES = (np.int64, np.int64, np.int16, np.int16, np.int64, np.int64, np.float64, np.int64)
 
 
 class BehaviourState:
@@ -42,6 +45,7 @@ class BehaviourState:
     def __init__(self, event_types: Mapping[str, float]) -> None:
         self.event_types = dict(event_types)
         self.kinds = {name: kind for kind, name in enumerate(event_types)}
+        self.channels: dict[str, int] = {}
         self.weights = np.array(list(event_types.values()), np.float32)
         self._columns = Columns(*(np.empty(0, dtype) for dtype in _DTYPES))
         self._length = 0
@@ -53,9 +57,25 @@ class BehaviourState:
         """Add what was committed, and who the people are."""
         kinds = np.array([self.kinds.get(name, -1) for name in rows.type], np.int16)
         self.append(
-            Columns(rows.user, rows.number, kinds, rows.occurred, rows.recorded, rows.price, rows.sequence),
+            Columns(
+                user=rows.user,
+                number=rows.number,
+                kind=kinds,
+                channel=self.channel_codes(rows.channel),
+                occurred=rows.occurred,
+                recorded=rows.recorded,
+                price=rows.price,
+                sequence=rows.sequence,
+            ),
             identities,
         )
+
+    def channel_codes(self, names: Sequence[str]) -> np.ndarray:
+        """The code of each channel, int16, new ones added as long as there are fewer than 16."""
+        for name in names:
+            if name and name not in self.channels and len(self.channels) < MAX_CHANNELS:
+                self.channels[name] = len(self.channels)
+        return np.array([self.channels.get(name, -1) for name in names], np.int16)
 
     def append(self, new: Columns, identities: Mapping[tuple[str, str], int]) -> None:
         """Add rows in the order of their sequence."""

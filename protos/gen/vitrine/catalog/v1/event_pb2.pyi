@@ -63,6 +63,7 @@ class Event(_message.Message):
     ITEMS_FIELD_NUMBER: _builtins.int
     OCCURRED_AT_FIELD_NUMBER: _builtins.int
     ATTRIBUTION_TOKEN_FIELD_NUMBER: _builtins.int
+    CHANNEL_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Required. The sender's unique id, 1 to 128 characters. The same id with the
     same content is acknowledged as DUPLICATE and counted once; with other
@@ -80,6 +81,11 @@ class Event(_message.Message):
     """Optional. The visit it belongs to, at most 128 characters."""
     attribution_token: _builtins.str
     """Optional. The token of the answer that showed the items."""
+    channel: _builtins.str
+    """Optional. Where it happened, such as "web", "app" or "store", at most 128
+    characters. What sells where is learned from it. A shop has at most 16; what
+    comes through a further one counts as unknown.
+    """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventItem]:
         """Required. What it is about: 1 to 500 items. An item may be written after its
@@ -101,10 +107,11 @@ class Event(_message.Message):
         items: _abc.Iterable[Global___EventItem] | None = ...,
         occurred_at: _timestamp_pb2.Timestamp | None = ...,
         attribution_token: _builtins.str = ...,
+        channel: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["occurred_at", b"occurred_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "event_id", b"event_id", "items", b"items", "occurred_at", b"occurred_at", "session_id", b"session_id", "type", b"type", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "channel", b"channel", "event_id", b"event_id", "items", b"items", "occurred_at", b"occurred_at", "session_id", b"session_id", "type", b"type", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
