@@ -136,8 +136,8 @@ def shop_of(items: list[Item], deeds: Sequence[Deed], settings: ShopSettings) ->
         position=np.zeros(len(deeds), np.int32),
         session=np.full(len(deeds), -1, np.int32),
         session_ids=[],
-        channel=np.full(len(deeds), -1, np.int32),
-        channel_names=[],
+        channel=np.array([int(deed.user[1:]) % 3 - 1 for deed in deeds], np.int32),
+        channel_names=["web", "store"],
     )
     return Shop(settings, items, events, Photographs(Path("/nowhere")), {})
 

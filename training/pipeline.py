@@ -198,7 +198,7 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
 
     inputs = [
         digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
-        digest_of(engaged.tobytes(), events.kind.tobytes(), nodes.tobytes()),
+        digest_of(engaged.tobytes(), events.kind[events.time < learned_until].tobytes(), nodes.tobytes()),
         settings.model_dump(mode="json", exclude={"text", "image", "ranking"}),
         learned_until,
         encoded.base_keys,
@@ -221,6 +221,7 @@ def _ranking_stage(
         graphs.name,
         encoded.fold_keys,
         digest_of(events.kind.tobytes(), events.position.tobytes(), events.session.tobytes()),
+        digest_of(events.channel.tobytes(), *(name.encode() for name in events.channel_names)),
         digest_of(events.price.tobytes(), repr(shop.items).encode(), *(k.encode() for k in events.user_ids)),
         settings.model_dump(mode="json", exclude={"text", "image"}),
     ]

@@ -133,7 +133,7 @@ class Features:
         blank[:, column["family_popular_7d"]] -= own
         blank[:, [column[name] for name in behaviour]] = 0
         blank[:, column["rising"]] = 1
-        blank[:, column["channel_fit"]] = 0
+        blank[:, column["channel_fit"]] *= 0  # where nothing is known of channels, nothing is
         unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
         blank[:, [column[name] for name in unknown]] = np.nan
         stated = self._table.numbers("price")
