@@ -244,3 +244,12 @@ def test_one_class_alone_has_no_auc_and_only_finite_numbers(label: int) -> None:
 def test_what_is_no_probability_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         classification_metrics(np.array([p]), np.array([1]))
+
+
+def test_recall_by_count_pools_targets_by_how_often_they_were_chosen() -> None:
+    pages = [np.array([1, 2, 3]), np.array([4, 5, 6])]
+    targets = [np.array([2, 7, 7]), np.array([5, 6, 9])]
+    counts = {2: 1, 7: 2, 5: 3, 6: 400, 1: 50}
+    found = metrics.recall_by_count(pages, targets, counts, k=2)
+    means = {name: of and (of["mean"], of["n"]) for name, of in found.items()}
+    assert means == {"0": (0.0, 1), "1-2": (0.5, 2), "3-9": (1.0, 1), "10-29": None, "30+": (0.0, 1)}

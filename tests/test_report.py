@@ -16,12 +16,14 @@ from training.metrics import (
     interval,
     paired_interval,
     ranking_metrics,
+    recall_by_count,
 )
 from training.report import write_report
 
 CHARTS = {
     "ranking": "recall_by_band.png",
     "ablation": "ablation.png",
+    "cold_start": "cold_start.png",
     "ctr": "reliability.png",
     "reranker": "importance.png",
 }
@@ -96,6 +98,10 @@ def full() -> dict[str, Any]:
             "image": ablated(0),
             "graph": ablated(0.1),
             "ctr": ablated(-0.02),
+        },
+        "cold_start": {
+            name: recall_by_count([np.array([1, 2])], [np.array([2, 3])], {2: seen}, 2)
+            for seen, name in enumerate(("whole bundle", "without text"))
         },
         "candidates": {
             "per_question": {"similar": 212.5, "popular": 50.0},

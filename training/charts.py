@@ -139,6 +139,26 @@ def _draw_ablation(parts: Section) -> Figure | None:
     return figure
 
 
+def _draw_cold_start(methods: Section) -> Figure | None:
+    counts = list(next(iter(methods.values())))
+    figure, (axes,) = _figure(3.2)
+    shown = list(methods.items())[: len(_COLOURS)]
+    drawn = 0
+    for colour, (_, of) in zip(_COLOURS, shown, strict=False):
+        known = [(at, v) for at, count in enumerate(counts) if (v := in_full(of.get(count)))]
+        drawn += len(known)
+        places, means = [at for at, _ in known], [mean for _, (mean, *_) in known]
+        axes.plot(places, means, color=colour, marker="o", ms=3.5, lw=1.4)
+    if not drawn:
+        return None
+    axes.set_xticks(range(len(counts)), counts)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.7)
+    _title(axes, "What is found of items that are new", "times chosen before", "recall@20")
+    _legend(figure, axes.lines, [name for name, _ in shown])
+    return figure
+
+
 def _draw_ctr(types: Section) -> Figure | None:
     drawn = {name: of for name, of in types.items() if (of.get("head") or {}).get("reliability")}
     if not drawn:
@@ -176,6 +196,7 @@ def _draw_reranker(reranker: Section) -> Figure | None:
 _CHARTS: dict[str, tuple[str, str, Callable[[Section], Figure | None]]] = {
     "ranking": ("recall_by_band.png", "Recall by popularity band and method", _draw_ranking),
     "ablation": ("ablation.png", "nDCG lost without each part", _draw_ablation),
+    "cold_start": ("cold_start.png", "Recall by how often an item had been chosen", _draw_cold_start),
     "ctr": ("reliability.png", "Predicted against observed, by event type", _draw_ctr),
     "reranker": ("importance.png", "The most important features", _draw_reranker),
 }

@@ -65,16 +65,19 @@ def judge(
     pages["choice model alone"] = _pages(rows, whole.model.choice.terms(matrix).sum(1))
     if whole.head is not None:
         pages["CTR head alone"] = _pages(rows, ctr.score(whole.head, rows, vectors)[:, -1])
-    about = _about(past, shop.events, asked, since, int(allowed.sum()))
+    counts = _counts(past, shop.events, since)
+    about = _about(past, counts, asked, int(allowed.sum()))
     found = {
         "split": _split(lesson, asked, since),
         "ranking": {name: metrics.ranking_metrics(p, **about) for name, p in pages.items()},
         "ablation": {},
+        "cold_start": {},
         "candidates": _candidates(past, rows, about),
         "ctr": _ctr(lesson, early, whole, settings, vectors, since, rows),
         "reranker": _importance(whole, rows, matrix),
     }
     targets = about["targets"]
+    without: dict[str, list[np.ndarray]] = {}
     for part in ("text", "image", "graph", "ctr", "reranker"):
         if part == "image" and "image" not in vectors:
             continue
@@ -83,9 +86,13 @@ def judge(
             score = blend(rows.names, rows.matrix).astype(np.float64)
         else:
             score = fit_models(early, settings, vectors, part).score(rows, vectors)
-        lacking = _pages(rows, np.where(proposed_without(past, rows, part), score, _NONE))
+        without[part] = _pages(rows, np.where(proposed_without(past, rows, part), score, _NONE))
+    without["trees"] = pages["choice model alone"]
+    for part, lacking in without.items():
         found["ablation"][part] = _difference(pages["whole bundle"], lacking, targets)
-    found["ablation"]["trees"] = _difference(pages["whole bundle"], pages["choice model alone"], targets)
+    curves = {"whole bundle": pages["whole bundle"], **{f"without {n}": p for n, p in without.items()}}
+    for name, curve in curves.items():
+        found["cold_start"][name] = metrics.recall_by_count(curve, targets, counts, PAGE)
     (directory / FILE).write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -129,14 +136,19 @@ def proposed_without(past: Replay, rows: Rows, part: str) -> np.ndarray:
     return proposed
 
 
-def _about(
-    past: Replay, events: Events, asked: Sequence[Question], since: int, universe: int
-) -> dict[str, Any]:
+def _counts(past: Replay, events: Events, since: int) -> dict[int, int]:
+    """Table row to how often it was engaged with before a moment, where it was."""
     engaged = past.state.weights[events.kind] > 0
     numbers, counts = np.unique(events.number[engaged & (events.time < since)], return_counts=True)
     rows = past.table.rows(numbers)
     known = rows >= 0
-    bands = metrics.popularity_bands(dict(zip(rows[known].tolist(), counts[known].tolist(), strict=True)))
+    return dict(zip(rows[known].tolist(), counts[known].tolist(), strict=True))
+
+
+def _about(
+    past: Replay, counts: Mapping[int, int], asked: Sequence[Question], universe: int
+) -> dict[str, Any]:
+    bands = metrics.popularity_bands(counts)
     answers = [past.table.rows(q.targets.tolist()) for q in asked]
     warm = np.array([len(past.query(q).history) > 0 for q in asked])
     return {"targets": answers, "bands": bands, "warm": warm, "universe": universe, "k": PAGE}

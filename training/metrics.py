@@ -15,6 +15,7 @@ _DRAWN_AT_ONCE = 1 << 21
 _DECIMALS = 5
 _LEAST = 1e-7  # log loss of a certain and wrong float32 probability stays finite
 _Key = TypeVar("_Key", int, str)
+_COUNTS = {0: "0", 1: "1-2", 3: "3-9", 10: "10-29", 30: "30+"}
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,24 @@ def ranking_metrics(
         "coverage": round(len(shown) / universe, _DECIMALS),
         "gini": _gini(shown, universe),
     }
+
+
+def recall_by_count(
+    pages: Sequence[np.ndarray], targets: Sequence[np.ndarray], counts: Mapping[int, int], k: int = 20
+) -> dict[str, Any]:
+    """The share of targets among the first `k` of their pages, by how often each had been chosen.
+
+    Pooled over all queries; `counts` holds an item's engagements, none for one that it lacks. From
+    "0" over "1-2", "3-9" and "10-29" to "30+"; None where there is no such target.
+    """
+    found: dict[str, list[float]] = {name: [] for name in _COUNTS.values()}
+    steps = np.array(list(_COUNTS))
+    for page, target in zip(pages, targets, strict=True):
+        wanted = np.unique(target)
+        for item, held in zip(wanted.tolist(), np.isin(wanted, page[:k]).tolist(), strict=True):
+            least = int(steps[np.searchsorted(steps, counts.get(item, 0), side="right") - 1])
+            found[_COUNTS[least]].append(float(held))
+    return {name: described(np.array(values)) for name, values in found.items()}
 
 
 def _gini(shown: np.ndarray, universe: int) -> float | None:

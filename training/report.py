@@ -45,6 +45,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         reranker    {"importance": {feature: share of the absolute SHAP values}, "trees": int}
+        cold_start  {method: `metrics.recall_by_count`}, the whole bundle first
         graph       {relation: {"ndcg", "ndcg_as_cosine": float, weighting's fields: float}}
         stages      {stage: seconds}
 
@@ -212,6 +213,12 @@ def _reranker(reranker: Section) -> list[str]:
     return [note, _table(("feature", "share of absolute SHAP values"), best.items())]
 
 
+def _cold_start(methods: Section) -> list[str]:
+    counts = list(next(iter(methods.values())))
+    rows = [[name, *(of.get(count) for count in counts)] for name, of in methods.items()]
+    return [_table(("recall@20 of targets chosen before", *counts), rows)]
+
+
 def _graph(relations: Section) -> list[str]:
     names = list(next(iter(relations.values())))
     head = ("relation", *names)
@@ -248,6 +255,13 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "Ablation",
         "What the bundle loses when one part is taken away: the more, the more that part contributes.",
         _ablation,
+    ),
+    (
+        "cold_start",
+        "Cold start",
+        "How much of what people went on to choose is found, by how often it had been chosen before: of "
+        "items that nobody knows yet, only text, photograph and attributes can tell.",
+        _cold_start,
     ),
     (
         "candidates",
