@@ -80,6 +80,9 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("--out", type=Path, required=True, help="the run, a line of JSON per query")
     evaluate.add_argument("--limit", type=int, default=0, help="only the first queries; 0 means all")
     evaluate.add_argument("--reverse", action="store_true", help="answer the last query first")
+    evaluate.add_argument(
+        "--unfiltered", action="store_true", help="rank the whole catalogue, without shop.toml's task.filter"
+    )
     evaluate.add_argument("--over-grpc", type=int, default=200, help="queries compared over gRPC; 0 for none")
     evaluate.set_defaults(run=_evaluate)
 

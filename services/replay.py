@@ -69,9 +69,12 @@ def evaluate(
     shop_file: Path | None,
     limit: int = 0,
     reverse: bool = False,
+    unfiltered: bool = False,
     over_grpc: int = 200,
 ) -> None:
     """Answer the queries of a split into `out`, a line of JSON each, and print what it took.
+
+    `unfiltered` leaves the task's filter out: every item of the catalogue is a candidate.
 
     Raises:
         FailedPrecondition: the bundle used events of the query day, an answer was degraded, or
@@ -90,7 +93,8 @@ def evaluate(
             bundle=bundle.directory, state=Path(folder), address="127.0.0.1:0", clock=day + _NOON
         )
         import_events(settings, bundle, shop)
-        requests = [_request(query, shop.settings.task) for query in queries]
+        task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
+        requests = [_request(query, task) for query in queries]
         replay = asyncio.run(_replay(settings, requests, queries, reverse=reverse))
         with out.open("w") as file:
             for query, page in zip(queries, replay.pages, strict=True):

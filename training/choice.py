@@ -61,7 +61,7 @@ def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
         variance = (spread.T @ spread - mean_row.T @ mean_row) / whole
         return np.asarray(variance + _PENALTY * np.eye(len(weight)))
 
-    options = {"gtol": 1e-5, "maxiter": 50}  # float32 rows know no finer gradient
+    options = {"gtol": 1e-4, "maxiter": 50}  # float32 rows know no finer gradient
     found = minimize(
         loss, np.zeros(len(columns)), jac=True, hess=hessian, method="trust-exact", options=options
     )

@@ -30,6 +30,8 @@ from training.stages import Stages, digest_of
 
 _ENCODED_AT_ONCE = 2048
 _HELD_OUT = 3000
+# Where fewer engagements share a basket with another, a person's items are one.
+_SHARED_BASKETS = 0.1
 _K = 20
 
 
@@ -57,7 +59,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Behaviour:
-    """Pairs of items engaged with together: before the ranking days, in them, and in all."""
+    """Pairs of items of one basket, or person: before the ranking days, in them, and in all."""
 
     before: Pairs
     during: Pairs
@@ -80,6 +82,9 @@ def _behaviour(shop: Shop, learned_until: int) -> _Behaviour:
     items = np.array([row.get(item_id, -1) for item_id in events.item_ids], np.int64)[events.item]
     engaged = np.array(list(shop.settings.event_types.values()))[events.kind] > 0
     groups, early = baskets(events), events.time < learned_until
+    everything = make_pairs(items[engaged], groups[engaged], len(shop.items))
+    if len(everything) < _SHARED_BASKETS * engaged.sum():  # people who take one item at a time
+        groups = events.user.astype(np.int64)
 
     def of(mask: np.ndarray) -> Pairs:
         return make_pairs(items[mask], groups[mask], len(shop.items))

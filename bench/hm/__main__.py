@@ -2,6 +2,7 @@
 
     python -m bench.hm --split val
     python -m bench.hm --split test     # appends to docs/test-ledger.jsonl; needs a val run before
+    python -m bench.hm --split val --universe all    # ranks the never-sold articles as well
 
 Everything lands under --out: bundles, RUN.jsonl and SCORE.json of each split.
 """
@@ -26,13 +27,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--universe", choices=("sold", "all"), default="sold")
     default = os.environ.get("VITRINE_HM", str(ROOT.parent / "shared" / "data" / "hm"))
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hm")
     options = parser.parse_args()
     if not options.data.is_dir():
         sys.exit(f"{options.data} is not there: set VITRINE_HM to the H&M data")
-    validated = options.out / "val-score.json"
+    validated = options.out / f"{_name('val', options.universe)}-score.json"
     if options.split == "test" and not validated.is_file():
         sys.exit("a configuration is chosen on val: run --split val first")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -40,19 +42,31 @@ def main() -> None:
     shop = [f"--data={options.data}", f"--shop={_SHOP}"]
     bundles = options.out / "bundles"
     bundle = vitrine("train", *shop, f"--out={bundles}", f"--until={day:%Y-%m-%d}").split()[-1]
-    run, score = options.out / f"{options.split}.jsonl", options.out / f"{options.split}-score.json"
-    report = vitrine("evaluate", *shop, f"--bundle={bundle}", f"--split={options.split}", f"--out={run}")
-    found = _scored(options.data, options.split, run)
+    name = _name(options.split, options.universe)
+    run, score = options.out / f"{name}.jsonl", options.out / f"{name}-score.json"
+    more = ["--unfiltered"] if options.universe == "all" else []
+    asked = f"--bundle={bundle}", f"--split={options.split}", f"--out={run}"
+    report = vitrine("evaluate", *shop, *asked, *more)
+    found = _scored(options.data, options.split, options.universe, run)
     score.write_text(json.dumps(found, indent=1) + "\n")
     print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
-        record("hm", bundle, _summary(json.loads(validated.read_text())), _summary(found))
+        record(
+            _name("hm", options.universe),
+            bundle,
+            _summary(json.loads(validated.read_text())),
+            _summary(found),
+        )
 
 
-def _scored(data: Path, split: str, run: Path) -> dict[str, Any]:
+def _name(of: str, universe: str) -> str:
+    return of if universe == "sold" else f"{of}-{universe}"
+
+
+def _scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
     """The answers' score, by the script that defines the task."""
     script = data.parents[1] / "bench" / "score_run.py"
-    command = [sys.executable, str(script), str(data), split, str(run)]
+    command = [sys.executable, str(script), str(data), split, str(run), "--universe", universe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer
     found: dict[str, Any] = json.loads(done.stdout)
     return found
