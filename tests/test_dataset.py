@@ -210,3 +210,17 @@ def test_the_real_shop_reads_whole() -> None:
     )
     assert sum(i in shop.photographs for i in shop.events.item_ids) == 28_920
     assert shop.reports["events"].reasons == {}
+
+
+@pytest.mark.parametrize("write", [as_parquet, as_lines, as_csv])
+def test_a_list_is_an_attribute_of_several_texts(write: Callable[[Path, Rows], None], tmp_path: Path) -> None:
+    colours: list[Any] = [["red", "blue", "red", ""], None, ["[sic"]]
+    if write is as_csv:
+        colours = [json.dumps(colour) if colour else "" for colour in colours[:2]] + ["[sic"]
+    items = [{"id": str(n), "title": "scarf", "colour": colour} for n, colour in enumerate(colours)]
+    shop = read_shop(make(tmp_path, items, EVENTS, write))
+    assert [tuple(a.texts for a in item.attributes) for item in shop.items] == [
+        (("red", "blue"),),
+        (),
+        (("[sic",),),
+    ]

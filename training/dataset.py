@@ -4,7 +4,9 @@ A bad row never ends the run, it is dropped and counted with its reason; a file 
 no use does, and the error says what it lacks.
 """
 
+import contextlib
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -178,7 +180,10 @@ def _item_rows(table: pa.Table, columns: ItemColumns, report: TableReport) -> It
 
 
 def _texts(value: object) -> tuple[str, ...]:
-    """The texts of an attribute: a list has several."""
+    """The texts of an attribute: a list has several, which files of text hold as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with contextlib.suppress(ValueError):  # a text may happen to begin so
+            value = json.loads(value)
     values = value if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(text for v in values if (text := _text(v))))
 

@@ -24,7 +24,7 @@ class ItemColumns(_Section):
     price: str = Field("price", description="empty means that prices are unknown")
     available_from: str = "available_from"
     available_until: str = "available_until"
-    text_attributes: tuple[str, ...] = Field((), description="a value may be a list of texts")
+    text_attributes: tuple[str, ...] = Field((), description="a value may be a list of texts, in csv as JSON")
     number_attributes: tuple[str, ...] = ()
     filter_only: tuple[str, ...] = Field(
         (), description="text attributes for filters alone, named with a leading underscore"

@@ -1,0 +1,109 @@
+"""The published Amazon splits as shops: everything is there once, and nothing asked for is told before."""
+
+import json
+import os
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.amazon.__main__ import scored
+from bench.amazon.shops import BENCHMARKS, DAY, write_shop
+from tests.conftest import skip_without
+from training.dataset import read_shop
+
+ORDERED, DRAWN = BENCHMARKS["p5_beauty"], BENCHMARKS["sports_lattice"]
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten people; item n is called n, and in the drawn split n % 10 of 8 and 9 are val and test."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    people = {str(p): [str(n) for n in range(p, p + 20)] for p in range(1, 11)}
+    lines = [" ".join([p, *items]) for p, items in people.items()]
+    (folder / "sequences.txt").write_text("\n".join(lines) + "\n")
+    drawn = [(p, n, max(0, int(n) % 10 - 7)) for p, items in people.items() for n in items]
+    text = "".join(f"{p}\t{n}\t{label}\n" for p, n, label in drawn)
+    (folder / "inter.tsv").write_text("userID\titemID\tx_label\n" + text)
+    items = "".join(f"{n}\tB{n}\t1 {n}\tthing number {n}\n" for n in range(1, 31))
+    (folder / "items.tsv").write_text("itemID\tasin\ts3rec_attribute_ids\ttextual_id\n" + items)
+    return folder
+
+
+def test_leave_one_out_keeps_each_persons_order_up_to_the_question(source: Path, tmp_path: Path) -> None:
+    write_shop(ORDERED, source, tmp_path / "shop")
+    events = rows(tmp_path / "shop" / "events.jsonl")
+    for split, day, last in (("val", DAY, -2), ("test", DAY + timedelta(days=1), -1)):
+        for query in rows(tmp_path / "shop" / f"queries_{split}.jsonl"):
+            person = int(query["user_id"])
+            mine = [e for e in events if e["user_id"] == query["user_id"] and e["time"] < query["date"]]
+            assert query["date"] == str(day)
+            order = [int(e["item_id"]) for e in sorted(mine, key=lambda e: e["time"])]
+            whole = list(range(person, person + 20))
+            assert order == whole[:last]
+            assert query["targets"] == [str(whole[last])]
+            days = sorted(date.fromisoformat(e["time"]) for e in mine)
+            assert days == [day - timedelta(days=n) for n in range(len(mine), 0, -1)]
+
+
+def test_a_drawn_split_is_drawn_again_within_train(source: Path, tmp_path: Path) -> None:
+    write_shop(DRAWN, source, tmp_path / "shop")
+    events = rows(tmp_path / "shop" / "events.jsonl")
+    assert {(e["user_id"], e["item_id"]) for e in events} == {
+        (str(p), str(n)) for p in range(1, 11) for n in range(p, p + 20) if n % 10 < 8
+    }
+    assert len(events) == len({(e["user_id"], e["item_id"]) for e in events})
+    assert all(e["session_id"] == e["user_id"] and e["time"] < str(DAY) for e in events)
+    for split, digit in (("val", 8), ("test", 9)):
+        for query in rows(tmp_path / "shop" / f"queries_{split}.jsonl"):
+            person = int(query["user_id"])
+            expected = [str(n) for n in range(person, person + 20) if n % 10 == digit]
+            assert query["targets"] == expected
+            assert query["session"] == []
+
+
+def test_a_shop_is_read_as_it_is_written(source: Path, tmp_path: Path) -> None:
+    write_shop(DRAWN, source, tmp_path / "shop")
+    shop = read_shop(tmp_path / "shop")
+    assert (len(shop.items), len(shop.events)) == (30, 160)
+    assert shop.items[4].attributes[0].texts == ("1", "5")
+    assert shop.settings.ranking.bare == 1
+    assert shop.settings.task.exclude_bought
+
+
+def test_a_run_is_scored_at_the_depth_of_its_protocol(tmp_path: Path) -> None:
+    queries, run = tmp_path / "queries.jsonl", tmp_path / "run.jsonl"
+    queries.write_text('{"targets": ["a"]}\n{"targets": ["b", "c"]}\n{"targets": ["never asked"]}\n')
+    pages = [[f"x{n}" for n in range(9)] + ["a"], [f"x{n}" for n in range(10)] + ["b", "c"]]
+    run.write_text("".join(json.dumps({"user_id": 1, "items": page}) + "\n" for page in pages))
+    ten, twenty = (scored(BENCHMARKS[name], queries, run) for name in ("p5_beauty", "sports_lattice"))
+    assert (ten["questions"], ten["recall"]["mean"]) == (2, 0.5)
+    assert twenty["recall"]["mean"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "learned", "asked"),
+    [
+        ("sports_lattice", 18_357, 218_409, (40_029, 37_899)),
+        ("baby_diffmm", 7_050, 118_551, (21_682, 20_559)),
+        ("p5_beauty", 12_101, 198_502 - 22_363, (22_363, 22_363)),
+        ("p5_sports", 18_357, 296_337 - 35_598, (35_598, 35_598)),
+    ],
+)
+def test_the_published_counts_are_there(
+    name: str, items: int, learned: int, asked: tuple[int, int], tmp_path: Path
+) -> None:
+    root = Path(os.environ.get("VITRINE_BENCH", Path(__file__).parents[2] / "shared/data/bench"))
+    if not (root / name).is_dir():
+        skip_without("bench", f"{root / name} is not there")
+    write_shop(BENCHMARKS[name], root / name, tmp_path)
+    assert len(rows(tmp_path / "items.jsonl")) == items
+    assert len(rows(tmp_path / "events.jsonl")) == learned
+    found = [sum(len(q["targets"]) for q in rows(tmp_path / f"queries_{s}.jsonl")) for s in ("val", "test")]
+    assert tuple(found) == asked
