@@ -34,7 +34,8 @@ learning_rate = 1e-4
 head_steps = 600
 [ranking]
 days = 2
-judged = 1000
+queries = 8000
+judged = 500
 """
 _ASKED_BARE = "bare = 1.0\n"
 
