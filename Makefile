@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 
-.PHONY: demo test check protos bench-hm
+.PHONY: demo test check protos bench-hm bench-amazon
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,postgres,dev]' --constraint constraints.txt
@@ -30,3 +30,7 @@ check: $(VENV)/ready
 
 bench-hm: $(VENV)/ready
 	$(BIN)/python -m bench.hm --split val
+
+bench-amazon: $(VENV)/ready
+	for name in sports_lattice baby_diffmm p5_beauty p5_sports; do \
+	  $(BIN)/python -m bench.amazon $$name --split val || exit 1; done
