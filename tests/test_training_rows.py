@@ -39,7 +39,7 @@ from training.photographs import Photographs
 from training.queries import DAY, Question, baskets, make_questions
 from training.replay import Replay
 from training.rows import judging_rows, learning_rows, shown_rows
-from training.shop_settings import ItemColumns, RankingTraining, ShopSettings, TextTraining, Time
+from training.shop_settings import ItemColumns, RankingTraining, ShopSettings, Task, TextTraining, Time
 from training.stages import Stages
 
 HOUR = DAY // 24
@@ -209,6 +209,7 @@ def serve(
     bundle = Bundle(publish(staged, root / "bundles", pipeline.profile(shop), moment_of(FIRST * DAY)))
     settings = Settings(bundle=bundle.directory, state=root / "state", address="127.0.0.1:0")
     import_events(settings, bundle, shop)
+    policy = shop.settings.task.exclude_bought
     ids = {item_number(i): i for i in [*(item.id for item in shop.items), *shop.events.item_ids]}
 
     async def ask() -> list[Served]:
@@ -222,7 +223,7 @@ def serve(
             person = ranking_pb.Person(user_id=question.user_id, session=session)
             as_of = moment_of(question.as_of)
             with deadline.within(300):
-                got = await app.gateway.pipeline.run(Wish(person, as_of, exclude_bought=False))
+                got = await app.gateway.pipeline.run(Wish(person, as_of, exclude_bought=policy))
             assert not got.degraded
             sources = {n: set(s) for n, s in got.candidates.sources.items() if n in set(got.numbers)}
             query, _ = domain.query(Person(question.user_id, session=question.session), as_of)
@@ -301,6 +302,21 @@ def test_a_past_longer_than_is_looked_at_is_cut_alike(tmp_path: Path) -> None:
     session = tuple((item_number(f"i{n}"), "click") for n in range(100, 190))
     late, none = (FIRST + 9) * DAY, np.empty(0, np.int64)
     for served, learned in both(shop, [Question("p0", late, s, none) for s in (session, ())], tmp_path):
+        assert_alike(served, learned)
+
+
+def test_what_was_bought_takes_no_place_where_it_is_to_be_left_out(tmp_path: Path) -> None:
+    settings = settings_of("hour", task=Task(exclude_bought=True))
+    shop = shop_of(items_of(200), deeds_of(200, 2, strangers=False), settings)
+    questions = questions_of(shop, since=FIRST + 8)
+    for question, (served, learned) in zip(questions, both(shop, questions, tmp_path), strict=True):
+        mine = [user == question.user_id for user in np.array(shop.events.user_ids)[shop.events.user]]
+        bought = (
+            np.array(mine)
+            & (shop.events.kind == list(WEIGHTS).index("purchase"))
+            & (shop.events.time < question.as_of)
+        )
+        assert not served.sources.keys() & set(shop.events.number[bought].tolist())
         assert_alike(served, learned)
 
 

@@ -7,6 +7,7 @@ same way, so that what is learned from them is what the split asks; a person's e
 """
 
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -81,10 +82,10 @@ def write_shop(benchmark: Benchmark, source: Path, directory: Path) -> None:
     )
     for split, answers in found.answers.items():
         day = DAY + timedelta(days=benchmark.ordered and split == "test")
-        _lines(
-            directory / f"queries_{split}.jsonl",
-            ({"user_id": u, "date": str(day), "session": [], "targets": t} for u, t in answers.items()),
-        )
+        asked = [{"user_id": u, "date": str(day), "session": [], "targets": t} for u, t in answers.items()]
+        # The files sort people by what they know of them: the first ones are the hardest.
+        random.Random(0).shuffle(asked)  # noqa: S311 - no secret
+        _lines(directory / f"queries_{split}.jsonl", asked)
     labelled = any("_labels" in item for item in items)
     text = _COMMON.format(attributes='"_labels"' if labelled else "")
     (directory / "shop.toml").write_text(text + ("" if benchmark.ordered else _ASKED_BARE))
