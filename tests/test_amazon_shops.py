@@ -103,7 +103,7 @@ def test_the_published_counts_are_there(
     if not (root / name).is_dir():
         skip_without("bench", f"{root / name} is not there")
     write_shop(BENCHMARKS[name], root / name, tmp_path)
-    assert len(rows(tmp_path / "items.jsonl")) == items
+    assert len(read_shop(tmp_path).items) == items
     assert len(rows(tmp_path / "events.jsonl")) == learned
     found = [sum(len(q["targets"]) for q in rows(tmp_path / f"queries_{s}.jsonl")) for s in ("val", "test")]
     assert tuple(found) == asked

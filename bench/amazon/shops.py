@@ -92,13 +92,13 @@ def write_shop(benchmark: Benchmark, source: Path, directory: Path) -> None:
 
 
 def _items(source: Path) -> list[dict[str, object]]:
-    """Titles where there are any; the numbered labels (categories, brand) are no text for BERT."""
+    """Titles where there are any, or the catalogue number; numbered labels are no text for BERT."""
     lines = (source / "items.tsv").read_text().splitlines()
     header = lines[0].split("\t")
     made = []
     for line in lines[1:]:
         row = dict(zip(header, line.split("\t"), strict=False))
-        item: dict[str, object] = {"id": row["itemID"], "title": row.get("textual_id", "")}
+        item: dict[str, object] = {"id": row["itemID"], "title": row.get("textual_id") or row["asin"]}
         if row.get("s3rec_attribute_ids"):
             item["_labels"] = row["s3rec_attribute_ids"].split()
         made.append(item)
