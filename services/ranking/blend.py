@@ -10,6 +10,8 @@ import numpy as np
 WEIGHTS = {
     "baskets_session": 1.0,
     "baskets_history": 0.5,
+    "people_history": 0.25,
+    "people_latest": 0.5,
     "family_in_session": 0.10,
     "family_in_history": 0.05,
     "text_session_most": 0.10,
