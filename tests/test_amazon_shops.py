@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ def test_a_drawn_split_is_drawn_again_within_train(source: Path, tmp_path: Path)
     }
     assert len(events) == len({(e["user_id"], e["item_id"]) for e in events})
     assert all(e["session_id"] == e["user_id"] and e["time"] < str(DAY) for e in events)
+    late = Counter(e["user_id"] for e in events if e["time"] >= str(DAY - timedelta(days=8)))
+    assert late == {str(p): 1 for p in range(1, 11)}  # a tenth of sixteen
+    days = Counter(e["time"] for e in events if e["time"] >= str(DAY - timedelta(days=8)))
+    assert set(days.values()) <= {1, 2}
+    assert len(days) == 8
     for split, digit in (("val", 8), ("test", 9)):
         for query in rows(tmp_path / "shop" / f"queries_{split}.jsonl"):
             person = int(query["user_id"])

@@ -19,7 +19,7 @@ from training.item_graph import RELATIONS, Groups, Weighting
 from training.queries import DAY, Question
 from training.shop_settings import ShopSettings
 
-_QUESTIONS = 2000
+_QUESTIONS = 5000
 _SEEDS = 30
 _K = 20
 _LEAST_SHRINK = 0.1
@@ -80,7 +80,7 @@ def ask(
     nodes: np.ndarray,
     seed: int = 0,
 ) -> Asked:
-    """Questions over items `nodes`, rising int64 (M,): at most 2,000, drawn at random.
+    """Questions over items `nodes`, rising int64 (M,): at most 5,000, drawn at random.
 
     A person's items are the session's, and the latest thirty that were `engaged` with, bool (N,), on days
     before, which count less the longer ago they are.

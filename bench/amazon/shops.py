@@ -2,8 +2,9 @@
 
 None of them has days of its own. Where each person's order is known (leave one out), the latest item
 that may be learned from lies on the day before the question, the one before it a day earlier, and so
-on. Where the split is a random draw, the last three days hold a twentieth of the events each, drawn the
-same way, so that what is learned from them is what the split asks; a person's events are one basket.
+on. Where the split is a random draw, a tenth of each person's items, one at least, is drawn once more to
+lie on one of the last eight days, the same number of people on each, and the rest before; so what is
+learned from a day is what the split asks, and the days are alike. A person's events are one basket.
 """
 
 import json
@@ -19,7 +20,7 @@ DAY = date(2021, 1, 1)
 """The day of the val questions."""
 
 _TRAIN, _VAL, _TEST = 0, 1, 2
-_DRAWN_DAYS, _DRAWN_SHARE = 3, 0.05
+_DRAWN_DAYS, _DRAWN_SHARE = 8, 0.1
 _COMMON = """
 [items]
 text_attributes = [{attributes}]
@@ -35,7 +36,7 @@ learning_rate = 1e-4
 head_steps = 600
 [ranking]
 days = 2
-queries = 8000
+queries = 10000
 judged = 500
 """
 _ASKED_BARE = "bare = 1.0\n"
@@ -124,11 +125,16 @@ def _drawn(source: Path) -> Interactions:
     """A random draw of each person's items; everybody's events are one basket."""
     rows = np.loadtxt(source / "inter.tsv", skiprows=1, dtype=np.int64)
     learned = rows[rows[:, 2] == _TRAIN]
-    draw = np.random.default_rng(0).random(len(learned)) // _DRAWN_SHARE
-    days = np.where(draw < _DRAWN_DAYS, draw + 1, _DRAWN_DAYS + 1).astype(int)
+    generator = np.random.default_rng(0)
+    learned = learned[np.lexsort((generator.random(len(learned)), learned[:, 0]))]
+    _, start, size = np.unique(learned[:, 0], return_index=True, return_counts=True)
+    place = np.arange(len(learned)) - np.repeat(start, size)
+    drawn = place < np.repeat(np.maximum(1, size * _DRAWN_SHARE).astype(int), size)
+    day = np.repeat(1 + generator.permutation(len(size)) % _DRAWN_DAYS, size)
+    ago = np.where(drawn, day, _DRAWN_DAYS + 1)
     events = [
-        (str(user), str(item), DAY - timedelta(days=day), str(user))
-        for (user, item, _), day in zip(learned.tolist(), days.tolist(), strict=True)
+        (str(user), str(item), DAY - timedelta(days=days), str(user))
+        for (user, item, _), days in zip(learned.tolist(), ago.tolist(), strict=True)
     ]
     answers: dict[str, dict[str, list[str]]] = {"val": {}, "test": {}}
     for user, item, label in rows[rows[:, 2] != _TRAIN].tolist():
