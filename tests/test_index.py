@@ -79,3 +79,18 @@ def test_a_snapshot_taken_before_a_change_does_not_change() -> None:
     assert before.length == length
     assert not before.dead[:length].any()
     np.testing.assert_array_equal(before.fresh[:length], rows)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_of_equal_items_the_same_ones_are_found_wherever_they_stand(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    distinct = np.stack([_vector(n) for n in range(60)])
+    vectors, numbers = distinct[generator.integers(0, 60, 300)], np.arange(1, 301)
+    query = np.stack([_vector(n) for n in range(4)])
+    found = []
+    for order in (np.arange(300), generator.permutation(300)):
+        index = SpaceIndex(D)
+        index.replace_all(numbers[order], vectors[order])
+        found.append([near.numbers.tolist() for near in index.search(query, 50)])
+    assert found[0] == found[1]

@@ -14,6 +14,9 @@ import numpy as np
 
 _FRESH_ROWS = 4096
 _EXACT_ROWS = 20_000
+# FAISS cuts equal items off by their row, which differs from one process to the next: so many more are
+# asked for, and the cut is by number.
+_TIES = 64
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _indexed(snapshot: _Snapshot, mask: np.ndarray, queries: np.ndarray, limit: 
     bitmap = np.packbits(mask[:base], bitorder="little")
     selector = faiss.IDSelectorBitmap(bitmap)  # type: ignore[call-arg, arg-type]
     parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-    near = min(limit, base)
+    near = min(limit + _TIES, base)
     scores, rows = (
         snapshot.index.search(np.ascontiguousarray(queries, np.float32), near, params=parameters)
         if near
