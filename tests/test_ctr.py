@@ -11,6 +11,7 @@ from services.errors import FailedPrecondition
 from services.ranking.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
 from services.ranking.features import Query
 from services.ranking.moment import DAY
+from services.ranking.scales import Scales
 from training import judging
 from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score
 from training.lesson import Lesson
@@ -138,7 +139,7 @@ def test_what_is_not_known_never_makes_a_score_that_is_no_number(tmp_path: Path)
     unknown = replace(rows, matrix=matrix)
     finite = replace(rows, matrix=np.where(np.isfinite(matrix), matrix, np.nan))
     shape = ctr_settings(finite, vectors, ("click", "purchase"), shown=True)
-    assert np.isfinite([*shape.mean, *shape.scale]).all()
+    assert np.isfinite([*shape.scales.unit, *shape.scales.mean, *shape.scales.scale]).all()
     labels = np.stack([rows.label, 1 - rows.label], 1)
     model = fit_ctr(shape, finite, labels, vectors, epochs=2)
     assert np.isfinite(score(model, unknown, vectors)).all()
@@ -250,7 +251,7 @@ def test_calibration_mends_an_overconfident_head() -> None:
     truth = choice.normal(-1, 1.5, (8000, 2))
     labels = (choice.random((8000, 2)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
     logits = (4 * truth + [2.0, -3.0]).astype(np.float32)
-    shape = CtrSettings({"text": 2}, ("click", "purchase"), (), (), (), shown=True)
+    shape = CtrSettings({"text": 2}, ("click", "purchase"), (), Scales.plain(0), shown=True)
     early = choice.normal(0, 1, (1000, 2)).astype(np.float32)  # of heads that knew little; they do not count
     early[:10] = np.nan
     rows = plain_rows([0] * 1000 + [1] * 4000)
@@ -268,7 +269,7 @@ def test_calibration_mends_an_overconfident_head() -> None:
 
 def test_rows_without_their_past_do_not_calibrate() -> None:
     generator = np.random.default_rng(0)
-    shape = CtrSettings({"text": 2}, ("click",), (), (), (), shown=True)
+    shape = CtrSettings({"text": 2}, ("click",), (), Scales.plain(0), shown=True)
     logits = generator.normal(0, 2, (400, 1)).astype(np.float32)
     label = (generator.random((400, 1)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
     rows, unsold = plain_rows([0] * 400), generator.random(400) < 0.5
@@ -298,7 +299,7 @@ def test_only_what_moves_the_candidates_of_a_question_apart_is_important() -> No
 
 
 def test_labels_of_one_class_are_calibrated_to_numbers_and_nothing_to_nothing() -> None:
-    shape = CtrSettings({"text": 2}, ("click",), (), (), (), shown=True)
+    shape = CtrSettings({"text": 2}, ("click",), (), Scales.plain(0), shown=True)
     rows, logits = plain_rows([0] * 50), np.linspace(-2, 2, 50, dtype=np.float32)[:, None]
     mended = calibrated(shape, rows, logits, np.zeros((50, 1), np.float32))
     assert np.isfinite([*mended.slope, *mended.offset]).all()

@@ -21,7 +21,7 @@ from services.ranking.features import Features, Query
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, moment
 from services.ranking.reranker import ConditionalLogit, Reranker, RerankerModel, write_reranker
-from services.ranking.scales import standardised
+from services.ranking.scales import Scales
 from services.ranking.scoring import Scorer, ctr_column
 from services.ranking.state import BehaviourState
 from tests import shops
@@ -43,7 +43,8 @@ def choices(seed: int, weight: Sequence[float], count: int = 2000) -> Lists:
     """Lists of two to nine rows, of which one is chosen with exp(weight x row) for its odds."""
     generator = np.random.default_rng(seed)
     size = generator.integers(2, 10, count)
-    matrix = generator.exponential(2, (int(size.sum()), len(weight))).astype(np.float32)
+    # A median of 1 is its own unit.
+    matrix = generator.exponential(1 / np.log(2), (int(size.sum()), len(weight))).astype(np.float32)
     score = np.log1p(matrix) @ np.array(weight) + generator.gumbel(size=len(matrix))
     start = np.cumsum(size) - size
     grade = np.zeros(len(matrix), np.float32)
@@ -55,19 +56,19 @@ def choices(seed: int, weight: Sequence[float], count: int = 2000) -> Lists:
 def test_the_weights_behind_choices_are_found() -> None:
     wanted = np.array([1.5, -1.0, 0.0])
     found = fit_choice(choices(0, wanted.tolist(), 5000), ("a", "b", "c"))
-    np.testing.assert_allclose(np.array(found.weight) / np.array(found.scale), wanted, atol=0.15)
+    np.testing.assert_allclose(np.array(found.weight) / np.array(found.scales.scale), wanted, atol=0.15)
 
 
 def cost(lists: Lists, choice: ConditionalLogit, weight: np.ndarray) -> float:
     """The penalised listwise loss, list by list."""
-    scaled = standardised(lists.matrix, choice.mean, choice.scale).astype(np.float64)
+    scaled = choice.scales.apply(lists.matrix).astype(np.float64)
     total, start = 0.0, 0
     for size in lists.size:
         mine = slice(start, start + size)
         logs = log_softmax(scaled[mine] @ weight + np.log(lists.weight[mine]))
         total -= lists.grade[mine] @ logs
         start += size
-    return total / float(lists.grade.sum()) + 0.005 * float(weight @ weight)
+    return total / float(lists.grade.sum()) + 0.0005 * float(weight @ weight)
 
 
 @given(st.integers(0, 50))
@@ -138,7 +139,7 @@ def test_rows_stay_whole_and_in_their_list() -> None:
     number = np.arange(18, dtype=np.float32)
     known = Lists(number[:, None], number % 3, number + 1, size, np.arange(5))
     both = Lists.joined([known, known.take(np.array([True, False, True, False, True]))])
-    choice = ConditionalLogit(["number"], [1.0], [2.0], [0.5])
+    choice = ConditionalLogit(["number"], Scales([1.0], [1.0], [2.0]), [0.5])
     data, gain = reranker_fit._dataset(choice, both)
     assert gain == [0, 0.5, 1]
     matrix = np.asarray(data.data)[:, 0]
@@ -191,7 +192,7 @@ def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
         grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
         noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
         record: dict[str, Any] = {}
-        data, _ = reranker_fit._dataset(ConditionalLogit(TWO, [0.0] * 2, [1.0] * 2, [0.0] * 2), noise)
+        data, _ = reranker_fit._dataset(ConditionalLogit(TWO, Scales.plain(2), [0.0] * 2), noise)
         lightgbm.train(
             reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
         )
@@ -313,8 +314,7 @@ def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
         {"text": TEXT, "image": IMAGE},  # no item has a photograph yet
         ("click", "purchase"),
         ("price", "age_days"),
-        (0.0, 0.0),
-        (1.0, 1.0),
+        Scales.plain(2),
         shown=True,
         slope=(1.0, 1.0),
         offset=(0.0, 0.0),
@@ -342,3 +342,17 @@ def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
     read = np.stack([matrix[:, features.names.index("price")], logits[:, 1], logits[:, 0]], 1)
     np.testing.assert_allclose(full.values, model.score(read), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(full.values, full.components["reranker"])
+
+
+@given(
+    st.lists(st.integers(-1000, 1000), min_size=3, max_size=30),
+    st.sampled_from([2.0**-20, 2.0**-10, 1.0, 2.0**10]),
+)
+@settings(deadline=None)
+def test_columns_mean_the_same_in_whatever_unit_they_come(values: list[int], unit: float) -> None:
+    column = np.array([*values, np.nan], np.float32)[:, None]
+    one, other = (Scales.of(column * np.float32(u)).apply(column * np.float32(u)) for u in (1.0, unit))
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    order = np.argsort(column[:-1, 0], kind="stable")
+    assert (np.diff(one[order, 0]) >= 0).all()  # what is more stays more
+    assert one[-1, 0] == 0  # unknown is average

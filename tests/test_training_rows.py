@@ -462,7 +462,7 @@ def test_answers_are_kept_and_what_is_drawn_stands_for_what_is_left_out() -> Non
     vectors, present = vectors_of(60)
     past = graphs_by_day(shop, vectors, present)
     asked = make_questions(shop.events, WEIGHTS, ("click", "purchase"), (FIRST + DAYS - 3) * DAY)
-    rows = learning_rows(past, asked, kept)
+    rows = learning_rows(past, asked, kept, 0.1)
     assert rows is not None
     assert 0 < len(rows.questions) <= len(asked)
     assert 0 < rows.unsold.mean() < 0.3
@@ -511,7 +511,7 @@ def test_a_page_has_its_items_graded_by_the_weightiest_thing_done() -> None:
     page = Question("p1", moment, (), targets)
     done = np.array([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1]], np.float32)
     found = shown_rows(
-        past, [page, replace(page, targets=targets[1:2])], [done, done[1:2]], np.array([0.25, 0.8])
+        past, [page, replace(page, targets=targets[1:2])], [done, done[1:2]], np.array([0.25, 0.8]), 0.1
     )
     assert found is not None
     rows, labels = found
@@ -532,7 +532,7 @@ def test_what_is_in_the_session_is_no_row_of_the_page() -> None:
     past = graphs_by_day(shop, *vectors_of(20))
     targets = np.array([item_number(name) for name in ("i3", "i0", "i7")], np.int64)
     page = Question("p1", (FIRST + DAYS - 1) * DAY, ((item_number("i0"), "click"),), targets)
-    found = shown_rows(past, [page], [np.array([[0], [1], [1]], np.float32)], np.ones(1))
+    found = shown_rows(past, [page], [np.array([[0], [1], [1]], np.float32)], np.ones(1), 0.1)
     assert found is not None
     assert past.table.ids(found[0].items) == ["i3", "i7"]
     assert found[1].ravel().tolist() == found[0].label.tolist() == [0, 1]
@@ -543,7 +543,7 @@ def test_of_what_was_shown_one_row_in_ten_comes_without_a_past() -> None:
     past = graphs_by_day(shop, *vectors_of(20))
     targets = np.array([item_number(f"i{n}") for n in range(20)], np.int64)
     page = Question("p1", (FIRST + DAYS - 1) * DAY, (), targets)
-    found = shown_rows(past, [page] * 50, [np.zeros((20, 1), np.float32)] * 50, np.ones(1))
+    found = shown_rows(past, [page] * 50, [np.zeros((20, 1), np.float32)] * 50, np.ones(1), 0.1)
     assert found is not None
     assert 0.06 < found[0].unsold.mean() < 0.14
 
@@ -578,5 +578,5 @@ def test_before_anybody_engaged_with_anything_there_is_nothing_to_learn_from() -
     past = Replay(shop, {FIRST: graph}, vectors, present)
     asked = make_questions(shop.events, WEIGHTS, ("purchase",), FIRST * DAY)
     assert len(asked) == 1
-    assert learning_rows(past, asked, 10) is None
+    assert learning_rows(past, asked, 10, 0.1) is None
     assert judging_rows(past, asked, np.zeros(8, bool)).size.tolist() == [0]

@@ -7,10 +7,10 @@ import numpy as np
 from scipy.optimize import minimize
 
 from services.ranking.reranker import ConditionalLogit
-from services.ranking.scales import scales, standardised
+from services.ranking.scales import Scales
 from training.lists import Lists
 
-_PENALTY = 1e-2
+_PENALTY = 1e-3
 _SCALE_ROWS = 200_000
 _log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
     known = lists.take(np.bincount(lists.group(), lists.grade, len(lists.size)) > 0)
     if not len(known.size):
         zeros = [0.0] * len(columns)
-        return ConditionalLogit(list(columns), zeros, [1.0] * len(columns), zeros)
+        return ConditionalLogit(list(columns), Scales.plain(len(columns)), zeros)
     start, group, grade = np.cumsum(known.size) - known.size, known.group(), known.grade.astype(np.float64)
     drawn = np.random.default_rng(0).permutation(len(grade))[:_SCALE_ROWS]
-    mean, scale = scales(known.matrix[drawn])
-    rows = standardised(known.matrix, mean.tolist(), scale.tolist())
+    scales = Scales.of(known.matrix[drawn])
+    rows = scales.apply(known.matrix)
     # What is the same for a whole list changes no choice.
     rows -= (np.add.reduceat(rows, start, axis=0) / known.size.astype(np.float32)[:, None])[group]
     total, log_weight = np.add.reduceat(grade, start), np.log(known.weight.astype(np.float64))
@@ -67,4 +67,4 @@ def fit_choice(lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
     )
     if not found.success:
         _log.warning("the choice model stopped short of its best weights: %s", found.message)
-    return ConditionalLogit(list(columns), mean.tolist(), scale.tolist(), found.x.tolist())
+    return ConditionalLogit(list(columns), scales, found.x.tolist())

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from services.ranking.ctr import CtrModel, CtrSettings, gather
 from services.ranking.features import CANDIDATE_COLUMNS
-from services.ranking.scales import scales, standardised
+from services.ranking.scales import Scales
 from training.progress import track
 from training.queries import DAY
 from training.rows import Rows
@@ -28,13 +28,11 @@ def ctr_settings(
     """The shape of a head for these rows: standard scales from them, a space per kind of vector."""
     columns = [name for name in rows.names if name in CANDIDATE_COLUMNS]
     at = [rows.names.index(name) for name in columns]
-    mean, scale = scales(rows.matrix[:, at])
     return CtrSettings(
         spaces={space: int(v.shape[1]) for space, v in vectors.items()},
         types=tuple(types),
         columns=tuple(columns),
-        mean=mean.tolist(),
-        scale=scale.tolist(),
+        scales=Scales.of(rows.matrix[:, at]),
         plain=plain,
         shown=shown,
     )
@@ -200,5 +198,5 @@ def _forward(
     persons = gather([rows.queries[q] for q in chosen], vectors, settings.spaces)
     items = {s: torch.from_numpy(np.float32(vectors[s][rows.items[picked]])) for s in settings.spaces}
     at = [rows.names.index(name) for name in settings.columns]
-    dense = torch.from_numpy(standardised(rows.matrix[picked][..., at], settings.mean, settings.scale))
+    dense = torch.from_numpy(settings.scales.apply(rows.matrix[picked][..., at]))
     return model(persons, items, dense)  # type: ignore[no-any-return]

@@ -45,14 +45,14 @@ def make_lesson(
 ) -> Lesson | None:
     """The lesson of questions and pages from `since` on; None when no answer was among the candidates."""
     chosen = _some(questions, settings.ranking.queries)
-    rows = learning_rows(past, chosen, settings.ranking.candidates)
+    rows = learning_rows(past, chosen, settings.ranking.candidates, settings.ranking.unsold)
     if rows is None:
         return None
     pages, done, types = queries.make_pages(
         shop.events, dict(settings.event_types), since, settings.ranking.queries
     )
     worth = np.array([settings.event_types[name] for name in types], np.float32)
-    shown = shown_rows(past, pages, done, worth)
+    shown = shown_rows(past, pages, done, worth, settings.ranking.unsold)
     if shown is not None:
         return Lesson(rows, *shown, types, shown=True)
     target = "_or_".join(settings.targets)

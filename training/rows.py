@@ -11,8 +11,6 @@ from training.progress import track
 from training.queries import Question
 from training.replay import Replay
 
-_UNSOLD_SHARE = 0.1
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -61,12 +59,14 @@ class Rows:
         return np.repeat(np.arange(len(self.size)), self.size)
 
 
-def learning_rows(replay: Replay, questions: Sequence[Question], kept: int, seed: int = 0) -> Rows | None:
+def learning_rows(
+    replay: Replay, questions: Sequence[Question], kept: int, unsold: float, seed: int = 0
+) -> Rows | None:
     """Rows to learn from: of each question its answers and `kept` other candidates.
 
     Half of the others are the best by hand-set weights; the rest are drawn at random and weigh
     for those left out. Items nobody had engaged with are left out, because that they are
-    there at all may betray that somebody would; instead one row in ten is shown
+    there at all may betray that somebody would; instead a share of the rows, `unsold`, is shown
     without its item's behaviour. Questions without an answer among the candidates teach
     nothing and are left out; None when all are.
     """
@@ -83,8 +83,8 @@ def learning_rows(replay: Replay, questions: Sequence[Question], kept: int, seed
         features = replay.features(now)
         matrix = features.matrix(query, items, now)
         chosen, weight = _chosen(label, blend(replay.names, matrix), kept, generator)
-        matrix, unsold = matrix[chosen], generator.random(len(chosen)) < _UNSOLD_SHARE
-        matrix[unsold] = features.unsold(matrix[unsold], items[chosen][unsold], now)
+        matrix, blank = matrix[chosen], generator.random(len(chosen)) < unsold
+        matrix[blank] = features.unsold(matrix[blank], items[chosen][blank], now)
         parts.append(
             (
                 question,
@@ -94,7 +94,7 @@ def learning_rows(replay: Replay, questions: Sequence[Question], kept: int, seed
                 sources[chosen],
                 label[chosen],
                 weight,
-                unsold,
+                blank,
                 len(answer),
             )
         )
@@ -115,13 +115,17 @@ def judging_rows(replay: Replay, questions: Sequence[Question], allowed: np.ndar
 
 
 def shown_rows(
-    replay: Replay, pages: Sequence[Question], labels: Sequence[np.ndarray], worth: np.ndarray
+    replay: Replay,
+    pages: Sequence[Question],
+    labels: Sequence[np.ndarray],
+    worth: np.ndarray,
+    unsold: float,
 ) -> tuple[Rows, np.ndarray] | None:
     """Rows of what people were shown, and what they did, float32 (N, T), one column per event type.
 
     A page is a question whose targets are the items shown; its labels are float32 (S, T). What is in the
     session is left out, as it is of candidates. A row's grade is that of the weightiest of its
-    labels by `worth`, float32 (T,). Here too one row in ten is shown without its item's behaviour.
+    labels by `worth`, float32 (T,). Here too a share `unsold` is shown without its item's behaviour.
     None when no page shows an item that the catalogue knows.
     """
     generator = np.random.default_rng(0)
@@ -134,11 +138,11 @@ def shown_rows(
         if not len(items):
             continue
         features = replay.features(now)
-        matrix, unsold = features.matrix(query, items, now), generator.random(len(items)) < _UNSOLD_SHARE
-        matrix[unsold] = features.unsold(matrix[unsold], items[unsold], now)
+        matrix, blank = features.matrix(query, items, now), generator.random(len(items)) < unsold
+        matrix[blank] = features.unsold(matrix[blank], items[blank], now)
         zeros, ones = np.zeros(len(items), np.int64), np.ones(len(items), np.float32)
         grade = (label[known] * worth).max(1)
-        parts.append((page, query, matrix, items, zeros, grade, ones, unsold, len(items)))
+        parts.append((page, query, matrix, items, zeros, grade, ones, blank, len(items)))
         kept.append(label[known])
     return (_joined(replay, parts), np.concatenate(kept).astype(np.float32)) if parts else None
 

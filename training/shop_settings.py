@@ -115,6 +115,12 @@ class RankingTraining(_Section):
         le=1,
         description="the share of baskets of people with a past that are asked for without a session",
     )
+    unsold: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="the share of rows shown without what people did with the item, for the sake of new ones",
+    )
     judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
     trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)

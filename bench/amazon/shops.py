@@ -37,6 +37,7 @@ head_steps = 600
 [ranking]
 days = 2
 queries = 10000
+unsold = 0.0
 judged = 500
 """
 _ASKED_BARE = "bare = 1.0\n"

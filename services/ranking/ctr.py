@@ -18,7 +18,7 @@ from torch import nn
 
 from services.errors import FailedPrecondition
 from services.ranking.features import Query
-from services.ranking.scales import standardised
+from services.ranking.scales import Scales
 
 MAX_HISTORY = 50
 SETTINGS_FILE = "ctr.json"
@@ -30,18 +30,17 @@ _TIERS = 10
 class CtrSettings:
     """The shape of a head.
 
-    `spaces` maps a space to its dimension; `types` are the event types it predicts; `columns`
-    the feature columns that describe a candidate, with their `mean` and `scale` after a
-    signed logarithm; `plain` leaves out all but the two representations, P = sigmoid(W (x_u,
-    x_i) + b); `shown` says that it learned from impressions, so that an output is
-    P(event | shown), with `offset` and `slope` by type on the logit to calibrate it.
+    `spaces` maps a space to its dimension; `types` are the event types it predicts; `columns` the
+    feature columns that describe a candidate, read by their `scales`; `plain` leaves out all but the
+    two representations, P = sigmoid(W (x_u, x_i) + b); `shown` says that it learned from
+    impressions, so that an output is P(event | shown), with `offset` and `slope` by type on the logit to
+    calibrate it.
     """
 
     spaces: Mapping[str, int]
     types: Sequence[str]
     columns: Sequence[str]
-    mean: Sequence[float]
-    scale: Sequence[float]
+    scales: Scales
     width: int = 64
     plain: bool = False
     shown: bool = False
@@ -126,7 +125,8 @@ class CtrHead:
     """
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        self.settings = CtrSettings(**json.loads((directory / SETTINGS_FILE).read_text()))
+        written = json.loads((directory / SETTINGS_FILE).read_text())
+        self.settings = CtrSettings(**written | {"scales": Scales(**written["scales"])})
         place = {name: at for at, name in enumerate(names)}
         if missing := [name for name in self.settings.columns if name not in place]:
             raise FailedPrecondition(f"the CTR head reads {missing[0]!r}, which is no feature here")
@@ -142,7 +142,7 @@ class CtrHead:
         """Logits float32 (C, T) of candidate rows (C,) with features (C, F); `vectors` (N, D) by space."""
         persons = gather([query], vectors, self.settings.spaces)
         items = {s: torch.from_numpy(np.float32(vectors[s][rows])).unsqueeze(0) for s in self.settings.spaces}
-        columns = standardised(matrix[:, self._at], self.settings.mean, self.settings.scale)
+        columns = self.settings.scales.apply(matrix[:, self._at])
         dense = torch.from_numpy(columns).unsqueeze(0)
         return np.asarray(self.model(persons, items, dense)[0].numpy(), np.float32)
 

@@ -9,7 +9,7 @@ import lightgbm
 import numpy as np
 
 from services.errors import FailedPrecondition
-from services.ranking.scales import standardised
+from services.ranking.scales import Scales
 
 MODEL_FILE = "model.txt"
 CHOICE_FILE = "choice.json"
@@ -19,18 +19,17 @@ CHOICE_FILE = "choice.json"
 class ConditionalLogit:
     """A choice model (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
 
-    `columns` names the F features; `weight` counts deviations from the `mean` by `scale` after a signed
-    logarithm; what is unknown counts as average.
+    `columns` names the F features; `weight` counts what `scales` make of them, where what is unknown
+    counts as average.
     """
 
     columns: Sequence[str]
-    mean: Sequence[float]
-    scale: Sequence[float]
+    scales: Scales
     weight: Sequence[float]
 
     def terms(self, matrix: np.ndarray) -> np.ndarray:
         """What each column adds to the score of rows (C, F): float32 (C, F)."""
-        return standardised(matrix, self.mean, self.scale) * np.asarray(self.weight, np.float32)
+        return self.scales.apply(matrix) * np.asarray(self.weight, np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Reranker:
     """
 
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        choice = ConditionalLogit(**json.loads((directory / CHOICE_FILE).read_text()))
+        written = json.loads((directory / CHOICE_FILE).read_text())
+        choice = ConditionalLogit(**written | {"scales": Scales(**written["scales"])})
         place = {name: at for at, name in enumerate(names)}
         if missing := [name for name in choice.columns if name not in place]:
             raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is no feature here")
