@@ -38,6 +38,10 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
 _STOP_SECONDS = 30
 PAGE = 20
+_SAME = 1e-3
+
+Page = list[tuple[str, float]]
+"""Items, best first, with their scores."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Query:
 class Replay:
     """The answers, in the order of the queries, and what was seen on the way."""
 
-    pages: list[list[str]]
+    pages: list[Page]
     milliseconds: np.ndarray
     candidates: Mapping[str, float]
     held: float
@@ -99,7 +103,7 @@ def evaluate(
         with out.open("w") as file:
             for query, page in zip(queries, replay.pages, strict=True):
                 user = int(query.user_id) if query.user_id.isdigit() else query.user_id
-                file.write(json.dumps({"user_id": user, "items": page}) + "\n")
+                file.write(json.dumps({"user_id": user, "items": [item for item, _ in page]}) + "\n")
         _print(replay)
         if replay.degraded:
             raise FailedPrecondition(f"{replay.degraded} answers were degraded")
@@ -190,14 +194,14 @@ async def _replay(
     assert gateway is not None  # noqa: S101 - all services are hosted
     pipeline = _Observed.around(gateway.pipeline)
     gateway.pipeline = pipeline
-    pages: list[list[str]] = [[] for _ in requests]
+    pages: list[Page] = [[] for _ in requests]
     took, counts, held, wanted, degraded = np.zeros(len(requests)), Counter[str](), 0, 0, 0
     order = range(len(requests))
     for done, at in enumerate(reversed(order) if reverse else order, 1):
         began = time.perf_counter()
         response = await gateway.Recommend(requests[at], None)
         took[at] = 1e3 * (time.perf_counter() - began)
-        pages[at] = [item.item_id for item in response.items]
+        pages[at] = _page(response)
         degraded += bool(response.degraded)
         found = pipeline.last
         counts.update(source for sources in found.candidates.sources.values() for source in sources)
@@ -209,6 +213,26 @@ async def _replay(
     await app.stop()
     per_query = {source: count / len(requests) for source, count in sorted(counts.items())}
     return Replay(pages, took, per_query, held / max(wanted, 1), degraded)
+
+
+def _page(response: pb.RecommendResponse) -> Page:
+    return [(item.item_id, item.score) for item in response.items]
+
+
+def alike(one: Page, other: Page) -> bool:
+    """Whether two lists are the same items in the same order, except among scores within 1e-3.
+
+    Arithmetic differs in its last bits with an item's place among the candidates, so that items that are
+    as good as equal may stand, or be cut off, in either order.
+    """
+    if len(one) != len(other):
+        return False
+    scores, others = dict(one), dict(other)
+    pairs = [(a, b) for (_, a), (_, b) in zip(one, other, strict=True)]
+    pairs += [(scores[item], others[item]) for item in scores.keys() & others.keys()]
+    pairs += [(scores[item], other[-1][1]) for item in scores.keys() - others.keys()]
+    pairs += [(others[item], one[-1][1]) for item in others.keys() - scores.keys()]
+    return all(abs(a - b) <= _SAME for a, b in pairs)
 
 
 def _request(query: Query, task: Task) -> pb.RecommendRequest:
@@ -241,9 +265,9 @@ def _print(replay: Replay) -> None:
 
 
 async def _compare(
-    settings: Settings, requests: Sequence[pb.RecommendRequest], pages: Sequence[list[str]], count: int
+    settings: Settings, requests: Sequence[pb.RecommendRequest], pages: Sequence[Page], count: int
 ) -> None:
-    """Ask three processes over gRPC for a sample of the queries; their lists must be the same.
+    """Ask three processes over gRPC for a sample of the queries; their lists must be alike.
 
     Whatever ends it, SIGTERM too, ends the three.
     """
@@ -262,7 +286,7 @@ async def _compare(
             stub = pb_grpc.RecommendationServiceStub(channel)
             for at in sample:
                 response = await stub.Recommend(requests[at])
-                different += [item.item_id for item in response.items] != pages[at]
+                different += not alike(_page(response), pages[at])
     except asyncio.CancelledError:
         raise VitrineError("told to stop") from None
     finally:

@@ -15,6 +15,7 @@ import pytest
 from services.bundle import MANIFEST, Bundle
 from services.cli import main
 from services.errors import FailedPrecondition
+from services.replay import Page, alike
 from tests.models import make_text_encoder
 from training.stages import Stages
 
@@ -111,6 +112,24 @@ def test_queries_are_answered_alike_in_any_order_and_by_three_processes(
         assert len(answer["items"]) == 20
         assert all(item.startswith(world) for item in answer["items"][:9])
         assert not any(item.endswith("-11") for item in answer["items"])  # never sold: the filter holds
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ([("a", 3.0), ("b", 2.0), ("c", 1.0)], True),
+        ([("a", 3.0), ("c", 2.0), ("b", 1.0)], False),
+        ([("a", 3.0), ("b", 2.0)], False),
+        ([("a", 3.0), ("b", 2.0), ("d", 1.0005)], True),  # as good as the last
+        ([("a", 3.0), ("d", 2.0), ("b", 1.9995)], False),  # moved down by one better than it
+        ([("a", 3.0), ("b", 2.1), ("c", 1.0)], False),
+        ([("d", 3.0), ("b", 2.0), ("c", 1.0)], False),
+    ],
+)
+def test_lists_are_alike_but_for_what_is_as_good_as_equal(other: Page, same: bool) -> None:
+    one = [("a", 3.0), ("b", 2.0), ("c", 1.0)]
+    assert alike(one, other) is same
+    assert alike(other, one) is same
 
 
 def test_an_evaluation_that_is_told_to_stop_leaves_no_process(
