@@ -32,13 +32,16 @@ class Sources:
     def candidates(
         self, source: str, query: Query, moment: Moment, allowed: np.ndarray, limit: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows int64 and scores float32, best first, ties by row; `allowed` is bool (N,)."""
+        """Rows int64 and scores float32, best first, ties by item number; `allowed` is bool (N,).
+
+        Not by row: an item's row differs from one process to the next.
+        """
         scores = np.where(allowed, self.by_name[source](query, moment)[: len(allowed)], 0)
         rows = np.flatnonzero(scores > 0)
         if len(rows) > limit:
             cut = np.partition(scores[rows], len(rows) - limit)[len(rows) - limit]
             rows = rows[scores[rows] >= cut]
-        rows = rows[np.lexsort((rows, -scores[rows]))][:limit]
+        rows = rows[np.lexsort((self._table.item_numbers[rows], -scores[rows]))][:limit]
         return rows, scores[rows].astype(np.float32)
 
     def related(self, query: Query) -> dict[str, np.ndarray]:
