@@ -200,10 +200,11 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
         digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
         digest_of(engaged.tobytes(), events.kind[events.time < learned_until].tobytes(), nodes.tobytes()),
         settings.model_dump(mode="json", exclude={"text", "image", "ranking"}),
+        settings.ranking.bare,
         learned_until,
         encoded.base_keys,
     ]
-    return stages.run("graph", inputs, [graph_tuning, item_graph, graph, queries], build)
+    return stages.run("graph", inputs, [graph_tuning, item_graph, graph, queries, features], build)
 
 
 def _ranking_stage(
