@@ -98,7 +98,9 @@ class ItemTable:
         self._texts: dict[str, _TextColumn] = {"family_id": _TextColumn(capacity)}
         self._values: dict[str, _NumberColumn] = {"price": _NumberColumn(capacity)}
         self._vectors: dict[str, _VectorColumn] = {}
+        self._changed = np.zeros((capacity, 1), np.int64)
         self.sequence = 0
+        self.version = 0
 
     @classmethod
     def of(
@@ -153,6 +155,11 @@ class ItemTable:
         column = self._values.get(attribute)
         return None if column is None else _padded(column.values, self._length, np.nan)
 
+    @property
+    def spaces(self) -> dict[str, int]:
+        """The spaces that items have vectors in, and their dimensions."""
+        return {space: column.values.shape[1] for space, column in self._vectors.items()}
+
     def vectors(self, space: str) -> tuple[np.ndarray, np.ndarray] | None:
         """A space: float16 (N, D), zeros for none, and which rows have a vector, bool (N,)."""
         column = self._vectors.get(space)
@@ -171,6 +178,11 @@ class ItemTable:
         """Which rows are live and within their availability window, bool (N,)."""
         at, window = (as_of - _EPOCH) // _MICROSECOND, self._window[: self._length]
         return np.asarray(self._live[: self._length, 0] & (window[:, 0] <= at) & (at < window[:, 1]))
+
+    def changed_since(self, version: int) -> tuple[np.ndarray, int]:
+        """The rows, int64, whose items were written after a version, and the version they are of."""
+        now = self.version
+        return np.flatnonzero(self._changed[: self._length, 0] > version), now
 
     def apply(self, changes: Iterable[Change]) -> None:
         """Apply changes in the order of the feed."""
@@ -198,11 +210,14 @@ class ItemTable:
         )
         self._put_attributes(row, item)
         self._put_vectors(row, change.vectors)
+        self._changed = _fit(self._changed, row + 1, 1, 0)
+        self._changed[row] = self.version + 1
         self._live[row] = True
         if known is None:
             self._ids.append(item.id)
             self._row_of[change.number] = row
             self._length = row + 1
+        self.version += 1
 
     def _put_attributes(self, row: int, item: Item) -> None:
         texts = {a.name: a.texts for a in item.attributes if a.texts}

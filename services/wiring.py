@@ -132,6 +132,7 @@ class App:
             self.bundle.profile,
             self.bundle.component("ctr"),
             self.bundle.component("reranker"),
+            self.bundle.component("sequence"),
         )
         self._closing.append(domain.close)
         hosted = servicer.RankingServicer(domain, self.bundle.version)

@@ -9,8 +9,8 @@ import torch
 
 from services.errors import FailedPrecondition
 from services.ranking.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
-from services.ranking.features import Query
 from services.ranking.moment import DAY
+from services.ranking.query import Query
 from services.ranking.scales import Scales
 from training import judging
 from training.ctr import calibrated, ctr_settings, fit_ctr, foretold, score

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from services.catalog import Attribute, Item, item_number
 from services.item_table import Change, ItemTable
-from services.ranking.features import CANDIDATE_COLUMNS, Features, Query
+from services.ranking.features import CANDIDATE_COLUMNS, Features
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, HOUR, WINDOWS, moment
+from services.ranking.query import Query
 from services.ranking.ranking import Person, make_query
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns

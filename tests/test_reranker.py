@@ -17,9 +17,10 @@ from services.errors import FailedPrecondition
 from services.item_table import ItemTable
 from services.ranking.blend import blend
 from services.ranking.ctr import CtrHead, CtrModel, CtrSettings, write_ctr
-from services.ranking.features import Features, Query
+from services.ranking.features import Features
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, moment
+from services.ranking.query import Query
 from services.ranking.reranker import ConditionalLogit, Reranker, RerankerModel, write_reranker
 from services.ranking.scales import Scales
 from services.ranking.scoring import Scorer, ctr_column

@@ -139,7 +139,7 @@ def killed(shop: Path, bases: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_run_killed_inside_any_stage_goes_on_where_it_stopped(killed: dict[str, Any]) -> None:
     stages, runs = killed["stages"], killed["runs"]
-    assert {"text", "image", "graph", "ranking"} <= set(stages)
+    assert {"text", "image", "graph", "sequence", "ranking"} <= set(stages)
     assert len(stages) == len(set(stages))
     for at, stage in enumerate(stages):
         run = runs[at]
@@ -215,14 +215,14 @@ def test_a_ranking_setting_runs_the_ranking_again_and_nothing_else(
     assert built(lambda i, e: None, killed, shop, bases, caplog, toml) == {"ranking"}
 
 
-def test_another_type_of_an_event_runs_the_ranking_again(
+def test_another_type_of_an_event_runs_what_weighs_engagements_again(
     killed: dict[str, Any], shop: Path, bases: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def change(of_items: Rows, of_events: Rows) -> None:
         assert of_events[-1]["type"] == "purchase"
         of_events[-1]["type"] = "click"
 
-    assert built(change, killed, shop, bases, caplog) == {"ranking"}
+    assert built(change, killed, shop, bases, caplog) == {"sequence", "ranking"}
 
 
 def test_a_shop_too_small_to_judge_is_trained_all_the_same(bases: Path, tmp_path: Path) -> None:

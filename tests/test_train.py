@@ -161,7 +161,7 @@ def test_a_second_run_takes_over_what_the_first_finished(
     with caplog.at_level(logging.INFO):
         assert train(shop, base, bundles, "2026-01-06") == 0
     kept = [r.getMessage() for r in caplog.records if "kept from an earlier run" in r.getMessage()]
-    behaviour = ["text-head-before", "text-head", "text-encoder", "graph", "ranking"]
+    behaviour = ["text-head-before", "text-head", "text-encoder", "graph", "sequence", "ranking"]
     assert [message.split(":")[0] for message in kept] == ["text", "text-vectors", *behaviour]
     assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
     with caplog.at_level(logging.INFO):

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -18,13 +19,15 @@ from vitrine.catalog.v1 import event_pb2
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services import deadline, store
-from services.bundle import Bundle, Catalogue, publish, write_catalogue
+from services.bundle import Bundle, Catalogue, created, publish, write_catalogue
 from services.catalog import Attribute, Item, item_number
 from services.gateway.pipeline import Wish
+from services.item_table import ItemTable
 from services.ranking.behaviour import BehaviourStore
 from services.ranking.blend import blend
 from services.ranking.graph import ItemGraph
 from services.ranking.ranking import Person
+from services.ranking.sequence import write_sequence
 from services.replay import import_events
 from services.settings import Settings
 from services.wiring import RANKING, App
@@ -39,7 +42,16 @@ from training.photographs import Photographs
 from training.queries import DAY, Question, baskets, make_questions
 from training.replay import Replay
 from training.rows import judging_rows, learning_rows, shown_rows
-from training.shop_settings import ItemColumns, RankingTraining, ShopSettings, Task, TextTraining, Time
+from training.sequence import Engagements, fit_sequence
+from training.shop_settings import (
+    ItemColumns,
+    RankingTraining,
+    SequenceTraining,
+    ShopSettings,
+    Task,
+    TextTraining,
+    Time,
+)
 from training.stages import Stages
 
 HOUR = DAY // 24
@@ -169,6 +181,19 @@ def graph_of(shop: Shop, vectors: dict[str, np.ndarray], present: dict[str, np.n
     return ItemGraph(fitted.numbers, {**fitted.relations, **content})
 
 
+def sequence_of(
+    shop: Shop, vectors: dict[str, np.ndarray], present: dict[str, np.ndarray], directory: Path
+) -> Path | None:
+    """A sequence model that hardly learned anything; None when there is nothing to learn from."""
+    table = ItemTable.of(shop.items, vectors, present, [created(item) for item in shop.items])
+    engaged = Engagements.of(shop.events, dict(shop.settings.event_types), table, (FIRST + DAYS) * DAY)
+    net = fit_sequence(engaged, table, SequenceTraining(epochs=1, width=8), ["colour"])
+    if net is None:
+        return None
+    write_sequence(directory, net)
+    return directory
+
+
 def questions_of(shop: Shop, since: int = FIRST + 5) -> list[Question]:
     """Past questions, and what they do not have: a stranger, one with a session and one without."""
     targets = tuple(shop.settings.targets)
@@ -192,6 +217,7 @@ def serve(
     graph: ItemGraph,
     vectors: dict[str, np.ndarray],
     present: dict[str, np.ndarray],
+    sequence: Path | None,
     questions: Sequence[Question],
     root: Path,
 ) -> list[Served]:
@@ -206,6 +232,8 @@ def serve(
     ]
     write_catalogue(staged / "catalogue", Catalogue(items, vectors, present))
     graph.save(staged / "graph")
+    if sequence is not None:
+        shutil.copytree(sequence, staged / "sequence")
     bundle = Bundle(publish(staged, root / "bundles", pipeline.profile(shop), moment_of(FIRST * DAY)))
     settings = Settings(bundle=bundle.directory, state=root / "state", address="127.0.0.1:0")
     import_events(settings, bundle, shop)
@@ -263,8 +291,9 @@ def both(shop: Shop, questions: Sequence[Question], root: Path) -> list[tuple[Se
     """What serving gives for each question and what training sees, through one graph and the same vectors."""
     vectors, present = vectors_of(len(shop.items))
     graph = graph_of(shop, vectors, present)
-    past = Replay(shop, dict.fromkeys(range(FIRST, FIRST + DAYS + 1), graph), vectors, present)
-    answers = serve(shop, graph, vectors, present, questions, root)
+    sequence = sequence_of(shop, vectors, present, root / "sequence")
+    past = Replay(shop, dict.fromkeys(range(FIRST, FIRST + DAYS + 1), graph), vectors, present, sequence)
+    answers = serve(shop, graph, vectors, present, sequence, questions, root)
     return [(answer, trained(past, q)) for q, answer in zip(questions, answers, strict=True)]
 
 

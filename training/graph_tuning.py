@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from scipy import sparse
 
-from services.ranking.features import recency
+from services.ranking.query import recency
 from training import queries
 from training.dataset import Events
 from training.item_graph import RELATIONS, Groups, Weighting

@@ -61,6 +61,7 @@ def judge(
     pages = {"whole bundle": _pages(rows, whole.model.score(matrix))}
     pages["hand-set weights"] = _pages(rows, blend(rows.names, rows.matrix))
     pages["item graph"] = _pages(rows, rows.matrix[:, _at(rows, "baskets_", "people_")].sum(1))
+    pages["sequence model"] = _pages(rows, rows.matrix[:, rows.names.index("sequence_next")])
     pages["popular"] = _pages(rows, rows.matrix[:, rows.names.index("popular_7d")])
     pages["choice model alone"] = _pages(rows, whole.model.choice.terms(matrix).sum(1))
     if whole.head is not None:
@@ -78,7 +79,7 @@ def judge(
     }
     targets = about["targets"]
     without: dict[str, list[np.ndarray]] = {}
-    for part in ("text", "image", "graph", "ctr", "reranker"):
+    for part in ("text", "image", "graph", "sequence", "ctr", "reranker"):
         if part == "image" and "image" not in vectors:
             continue
         _log.info("judging without %s", part)

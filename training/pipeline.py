@@ -15,10 +15,23 @@ from pathlib import Path
 import numpy as np
 
 from services import interests, item_table
-from services.bundle import REPORT, Catalogue, Profile, publish, write_catalogue
+from services.bundle import REPORT, Catalogue, Profile, created, publish, write_catalogue
 from services.catalog import Item, item_number
 from services.embedding import index
-from services.ranking import blend, features, graph, likeness, moment, reranker, scales, sources, state
+from services.item_table import ItemTable
+from services.ranking import (
+    blend,
+    features,
+    graph,
+    likeness,
+    moment,
+    query,
+    reranker,
+    scales,
+    sequence,
+    sources,
+    state,
+)
 from services.ranking import ctr as ctr_module
 from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
@@ -39,6 +52,7 @@ from training import (
 )
 from training import ctr as ctr_fit
 from training import reranker as reranker_fit
+from training import sequence as sequence_fit
 from training.dataset import Shop, read_shop
 from training.encoding import Encoded
 from training.queries import DAY, baskets
@@ -76,6 +90,8 @@ _RANKING_CODE = [
     metrics,
     ranking_service,
     state,
+    query,
+    sequence,
 ]
 _log = logging.getLogger(__name__)
 
@@ -102,13 +118,16 @@ def train(
     learned_until = lesson.first_day(shop.events, settings) * DAY
     encoded = encoding.encode(stages, shop, settings, learned_until)
     graphs = _graph_stage(stages, shop, encoded, learned_until)
-    ranked = _ranking_stage(stages, shop, settings, encoded, graphs)
+    walks = _sequence_stage(stages, shop, settings, encoded, learned_until)
+    ranked = _ranking_stage(stages, shop, settings, encoded, graphs, walks)
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     for space, encoder in encoded.encoders.items():
         shutil.copytree(encoder, staged / space)
     shutil.copytree(graphs / "final", staged / "graph")
+    if (walks / "final").is_dir():
+        shutil.copytree(walks / "final", staged / "sequence")
     for part in ranking.PARTS:
         if (ranked / part).is_dir():
             shutil.copytree(ranked / part, staged / part)
@@ -204,22 +223,55 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
         learned_until,
         encoded.base_keys,
     ]
-    return stages.run("graph", inputs, [graph_tuning, item_graph, graph, queries, features], build)
+    return stages.run("graph", inputs, [graph_tuning, item_graph, graph, queries, query], build)
+
+
+def _sequence_stage(
+    stages: Stages, shop: Shop, settings: ShopSettings, encoded: Encoded, learned_until: int
+) -> Path:
+    """The sequence model that knows nothing of the ranking days, and the one of all events."""
+    attributes, weights = settings.items.text_attributes, dict(settings.event_types)
+    since = [created(item) for item in shop.items]
+
+    def build(directory: Path) -> None:
+        for name, vectors, before in (
+            ("before", encoded.fold, learned_until),
+            ("final", encoded.final, int(shop.events.time[-1]) + 1),
+        ):
+            table = ItemTable.of(shop.items, vectors, encoded.present, since)
+            engaged = sequence_fit.Engagements.of(shop.events, weights, table, before)
+            net = sequence_fit.fit_sequence(engaged, table, settings.sequence, attributes)
+            if net is not None:
+                sequence.write_sequence(directory / name, net)
+
+    events = shop.events
+    inputs = [
+        learned_until,
+        [encoded.fold_keys, *(encoder.name for encoder in encoded.encoders.values())],
+        digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes()),
+        digest_of(events.kind.tobytes(), queries.baskets(events).tobytes()),
+        digest_of(*(repr((item.id, item.attributes)).encode() for item in shop.items)),
+        [weights, attributes, settings.sequence.model_dump()],
+    ]
+    code = [sequence_fit, sequence, queries, query, item_table]
+    return stages.run("sequence", inputs, code, build)
 
 
 def _ranking_stage(
-    stages: Stages, shop: Shop, settings: ShopSettings, encoded: Encoded, graphs: Path
+    stages: Stages, shop: Shop, settings: ShopSettings, encoded: Encoded, graphs: Path, walks: Path
 ) -> Path:
     """The CTR head and the reranker, with what they were judged to be worth."""
     events = shop.events
 
     def build(directory: Path) -> None:
         by_day = {int(p.name): ItemGraph.load(p) for p in graphs.iterdir() if p.name.isdigit()}
-        past = Replay(shop, by_day, encoded.fold, encoded.present)
+        model = walks / "before"
+        past = Replay(shop, by_day, encoded.fold, encoded.present, model if model.is_dir() else None)
         ranking.fit(past, shop, settings, encoded.fold, directory)
 
     inputs = [
         graphs.name,
+        walks.name,
         encoded.fold_keys,
         digest_of(events.kind.tobytes(), events.position.tobytes(), events.session.tobytes()),
         digest_of(events.channel.tobytes(), *(name.encode() for name in events.channel_names)),

@@ -16,11 +16,17 @@ from training.rows import Rows
 from training.shop_settings import ShopSettings
 
 # Of each part, what its feature columns begin with.
-_COLUMNS = {"text": ("text_",), "image": ("image_",), "graph": ("baskets_", "people_"), "ctr": ("ctr_",)}
+_COLUMNS = {
+    "text": ("text_",),
+    "image": ("image_",),
+    "graph": ("baskets_", "people_"),
+    "sequence": ("sequence_",),
+    "ctr": ("ctr_",),
+}
 
 
 def belongs(column: str, part: str) -> bool:
-    """Whether a feature column is made of a part: text, image, graph or ctr."""
+    """Whether a feature column is made of a part: text, image, graph, sequence or ctr."""
     return column.startswith(_COLUMNS.get(part, ("\0",)))
 
 
@@ -47,7 +53,7 @@ class Fitted:
 def fit_models(
     lesson: Lesson, settings: ShopSettings, vectors: Mapping[str, np.ndarray], without: str = ""
 ) -> Fitted:
-    """Both models; `without` names a part that they must not know: text, image, graph or ctr."""
+    """Both models; `without` names a part that they must not know: text, image, graph, sequence or ctr."""
     spaces = {space: values for space, values in vectors.items() if space != without}
     # Pages that were shown tell what was passed over from what was never on offer.
     sources = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]

@@ -5,6 +5,7 @@ The twin of what gateway and ranking do for a request, without a server between.
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +13,12 @@ from services.bundle import created
 from services.embedding.index import centre
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
-from services.ranking.features import MAX_HISTORY, Features, Query, recency
+from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import TICKS, Moment, moment
+from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.ranking import Person, make_query
+from services.ranking.sequence import SequenceView
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
 from training.dataset import Shop
@@ -28,7 +31,8 @@ class Replay:
     """A shop's items and events, seen through graphs and vectors.
 
     `graphs` maps a day since 1970 to the graph that its questions see, which knows earlier days
-    alone; `vectors` and `present` are by space, (M, D) and bool (M,), in the order of the shop's items.
+    alone; `vectors` and `present` are by space, (M, D) and bool (M,), in the order of the shop's items;
+    `sequence` is the directory of a sequence model that knows none of those days.
     """
 
     def __init__(
@@ -37,14 +41,17 @@ class Replay:
         graphs: Mapping[int, ItemGraph],
         vectors: Mapping[str, np.ndarray],
         present: Mapping[str, np.ndarray],
+        sequence: Path | None = None,
     ) -> None:
         settings = shop.settings
         self.table = ItemTable.of(shop.items, vectors, present, [created(item) for item in shop.items])
         self.state = _state(shop)
         views = {day: GraphView(graph, self.table) for day, graph in graphs.items()}
         attributes = settings.items.text_attributes
-        self._features = {day: Features(self.table, view, attributes) for day, view in views.items()}
-        self._sources = {day: Sources(self.table, view, attributes) for day, view in views.items()}
+        walks = SequenceView.load(sequence, self.table) if sequence else None
+        parts = {day: (self.table, view, attributes, walks) for day, view in views.items()}
+        self._features = {day: Features(*part) for day, part in parts.items()}
+        self._sources = {day: Sources(*part) for day, part in parts.items()}
         self.names = next(iter(self._features.values())).names
         self._vectors = {space: values.astype(np.float32) for space, values in vectors.items()}
         self._present = present

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.ranking.blend import blend
-from services.ranking.features import Query
+from services.ranking.query import Query
 from training.progress import track
 from training.queries import Question
 from training.replay import Replay

@@ -103,6 +103,20 @@ class ImageTraining(_Section):
     head_steps: int = Field(300, ge=0, description="steps of the projection that is fitted last")
 
 
+class SequenceTraining(_Section):
+    """How the model of what comes next is made."""
+
+    epochs: int = Field(12, ge=0, description="0 means none")
+    batch: int = Field(256, ge=1, description="people at once")
+    negatives: int = Field(2048, ge=1, description="items drawn for each batch")
+    learning_rate: float = Field(3e-3, gt=0)
+    width: int = Field(64, ge=2)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    delta_dropout: float = Field(
+        0.3, ge=0, lt=1, description="the share of items shown without what is known of them alone"
+    )
+
+
 class RankingTraining(_Section):
     """How the CTR head and the reranker are made."""
 
@@ -140,6 +154,7 @@ class ShopSettings(_Section):
     text: TextTraining = TextTraining()
     image: ImageTraining = ImageTraining()
     graph: GraphTraining = GraphTraining()
+    sequence: SequenceTraining = SequenceTraining()
     ranking: RankingTraining = RankingTraining()
 
     @model_validator(mode="after")

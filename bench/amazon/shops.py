@@ -34,6 +34,9 @@ layers = 2
 steps = 150
 learning_rate = 1e-4
 head_steps = 600
+[sequence]
+epochs = 24
+dropout = 0.5
 [ranking]
 days = 2
 queries = 10000

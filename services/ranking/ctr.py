@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from services.errors import FailedPrecondition
-from services.ranking.features import Query
+from services.ranking.query import Query
 from services.ranking.scales import Scales
 
 MAX_HISTORY = 50

@@ -6,7 +6,6 @@ Missing stays NaN. Knows nothing of transport or models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,20 +13,18 @@ from services.item_table import ItemTable
 from services.ranking.graph import GraphView
 from services.ranking.likeness import Likeness
 from services.ranking.moment import WINDOWS, Moment
+from services.ranking.query import SEEDS, Query, recency
+from services.ranking.sequence import SequenceView
 
-MAX_SESSION = 200
-MAX_HISTORY = 200
-_SEEDS = 30
-_HALF_LIFE_DAYS = 14.0
 _SPACES = ("text", "image")
-# Of the latest items each counts so much of the one after it.
-_FADING = 0.7
 # How many engagements as in the whole shop are added to an item's, and to a person's own.
 _CHANNEL_PRIOR = 5.0
 _HABIT_PRIOR = 2.0
 _GRAPH_PARTS = ("session", "session_most", "history", "latest")
 _SIMILARITIES = ("session", "session_most", "history", "history_most", "latest")
 _ATTRIBUTE_PARTS = ("session", "history", "latest")
+# What the sequence model makes of a candidate, as it is and as if it were new.
+SEQUENCE_COLUMNS = ("sequence_next", "sequence_as_new")
 
 # What describes the candidate itself beside the person, vectors and attributes aside.
 CANDIDATE_COLUMNS = (
@@ -55,42 +52,18 @@ Column = np.ndarray | np.float32
 """One feature: float32 (C,), or the same value for every candidate."""
 
 
-@dataclass(frozen=True)
-class Query:
-    """A person at a moment, in rows of the item table, newest first.
-
-    `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), days before the
-    moment, and `weights` float32, the event types' own; `bought` tells which were bought, `channels` int16
-    where, -1 unknown.
-    """
-
-    session: np.ndarray
-    session_weights: np.ndarray
-    history: np.ndarray
-    ages: np.ndarray
-    weights: np.ndarray
-    bought: np.ndarray
-    channels: np.ndarray
-
-    def interests(self) -> tuple[np.ndarray, np.ndarray]:
-        """Seed rows, session first, at most 30 of each, and their weights by type and recency."""
-        past = self.weights[:_SEEDS] * recency(self.ages[:_SEEDS])
-        rows = np.concatenate([self.session[:_SEEDS], self.history[:_SEEDS]])
-        weights = np.concatenate([self.session_weights[:_SEEDS], past])
-        return rows, weights.astype(np.float32)
-
-    def latest(self) -> tuple[np.ndarray, np.ndarray]:
-        """At most 30 rows, session first, that weigh the less the more came after them."""
-        rows = np.concatenate([self.session, self.history])[:_SEEDS]
-        weights = np.concatenate([self.session_weights, self.weights])[:_SEEDS]
-        return rows, (weights * _FADING ** np.arange(len(rows))).astype(np.float32)
-
-
 class Features:
-    """Feature rows over one item table, item graph and list of text attributes."""
+    """Feature rows over one item table, item graph, list of text attributes and sequence model."""
 
-    def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        table: ItemTable,
+        graph: GraphView,
+        attributes: Sequence[str],
+        sequence: SequenceView | None = None,
+    ) -> None:
         self._table, self._graph, self._attributes = table, graph, tuple(attributes)
+        self._sequence = sequence
         self._alike = Likeness(table, attributes)
         self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
         self._relations = tuple(name for name in graph.names if name not in _SPACES)
@@ -98,6 +71,7 @@ class Features:
             *CANDIDATE_COLUMNS,
             *(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
             *(f"{s}_{part}" for s in _SPACES for part in _SIMILARITIES),
+            *SEQUENCE_COLUMNS,
             *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
             *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
         )
@@ -115,6 +89,7 @@ class Features:
             columns += self._behaviour(relation, query, rows)
         for space in _SPACES:
             columns += self._similarity(space, query, rows)
+        columns += self._next(query, rows)
         columns += self._likeness(query, rows, moment)
         for attribute in self._attributes:
             columns += self._attribute(attribute, query, rows, moment)
@@ -133,6 +108,8 @@ class Features:
         blank[:, column["family_popular_7d"]] -= own
         blank[:, [column[name] for name in behaviour]] = 0
         blank[:, column["rising"]] = 1
+        known, as_new = (column[name] for name in SEQUENCE_COLUMNS)
+        blank[:, known] = blank[:, as_new]
         blank[:, column["channel_fit"]] *= 0  # where nothing is known of channels, nothing is
         unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
         blank[:, [column[name] for name in unknown]] = np.nan
@@ -186,15 +163,15 @@ class Features:
         ]
 
     def _behaviour(self, relation: str, query: Query, rows: np.ndarray) -> list[Column]:
-        session = query.session[:_SEEDS]
+        session = query.session[:SEEDS]
         near, worth, _ = self._graph.edges(relation, session, np.ones(len(session), np.float32))
         at, kept = self._among(near, rows)
         total = np.bincount(at, worth[kept], len(rows))
         most = np.zeros(len(rows), np.float32)
         np.maximum.at(most, at, worth[kept])
-        weights = recency(query.ages[:_SEEDS]) * query.weights[:_SEEDS]
+        weights = recency(query.ages[:SEEDS]) * query.weights[:SEEDS]
         found: list[Column] = [total, most]
-        for seeds, weight in ((query.history[:_SEEDS], weights), query.latest()):
+        for seeds, weight in ((query.history[:SEEDS], weights), query.latest()):
             near, worth, _ = self._graph.edges(relation, seeds, weight)
             at, kept = self._among(near, rows)
             found.append(np.bincount(at, worth[kept], len(rows)))
@@ -216,7 +193,7 @@ class Features:
         values, present = column
         mine = values[rows].astype(np.float32)
         found: list[Column] = []
-        for known in (query.session[:_SEEDS], query.history[:_SEEDS]):
+        for known in (query.session[:SEEDS], query.history[:SEEDS]):
             seeds = known[present[known]]
             if not len(seeds):
                 found += [np.float32(np.nan)] * 2
@@ -231,10 +208,14 @@ class Features:
         centre = weights @ values[seeds].astype(np.float32) / max(float(weights.sum()), 1e-9)
         return [*found, np.where(present[rows], mine @ centre, np.nan)]
 
+    def _next(self, query: Query, rows: np.ndarray) -> list[Column]:
+        person = self._sequence.person(query) if self._sequence else None
+        if self._sequence is None or person is None:
+            return [np.float32(np.nan)] * len(SEQUENCE_COLUMNS)
+        return list(self._sequence.scores(person, rows))
+
     def _likeness(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
-        parts = [
-            (items, np.ones(len(items), np.float32)) for items in (query.session, query.history[:_SEEDS])
-        ]
+        parts = [(items, np.ones(len(items), np.float32)) for items in (query.session, query.history[:SEEDS])]
         return [self._alike.to(*part, rows, moment) for part in (*parts, query.latest())]
 
     def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
@@ -266,11 +247,6 @@ class Features:
         return None if column is None else column[0][: len(moment.age), 0]
 
 
-def recency(days: np.ndarray) -> np.ndarray:
-    """How much an engagement of so many days ago still counts: halved every 14 days."""
-    return np.asarray(np.exp2(-days / _HALF_LIFE_DAYS))
-
-
 def channel_fit(query: Query, rows: np.ndarray, moment: Moment) -> Column:
     """How much likelier candidates (C,) are where the person probably is than anywhere: float32 (C,).
 
@@ -289,11 +265,11 @@ def channel_fit(query: Query, rows: np.ndarray, moment: Moment) -> Column:
         size = counts.sum(1, keepdims=True) + _CHANNEL_PRIOR
         return np.asarray((counts + _CHANNEL_PRIOR * share) / size / share)
 
-    where = query.channels[:_SEEDS]
+    where = query.channels[:SEEDS]
     known = (where >= 0) & (where < len(total))  # the moment may be older than a channel
-    visits = np.bincount(where[known], recency(query.ages[:_SEEDS])[known], len(total))[used]
+    visits = np.bincount(where[known], recency(query.ages[:SEEDS])[known], len(total))[used]
     habit = (visits + _HABIT_PRIOR * share) / (visits.sum() + _HABIT_PRIOR)
-    log_odds = np.log(habit) + np.log(lift(query.session[:_SEEDS])).sum(0)
+    log_odds = np.log(habit) + np.log(lift(query.session[:SEEDS])).sum(0)
     chance = np.exp(log_odds - log_odds.max())
     return np.asarray(np.log(lift(rows) @ (chance / chance.sum())), np.float32)
 

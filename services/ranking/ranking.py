@@ -21,10 +21,12 @@ from services.bundle import Profile
 from services.errors import Unavailable, VitrineError
 from services.item_table import ItemTable
 from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
-from services.ranking.features import MAX_HISTORY, Features, Query, recency
+from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
+from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.scoring import Scorer
+from services.ranking.sequence import SequenceView
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
 
@@ -91,7 +93,7 @@ class Ranked:
 
 
 class Ranking:
-    """The service's domain over one bundle; `ctr` and `reranker` are its models' directories."""
+    """The service's domain over one bundle; `ctr`, `reranker` and `sequence` are its models' directories."""
 
     def __init__(
         self,
@@ -101,13 +103,15 @@ class Ranking:
         profile: Profile,
         ctr: Path | None = None,
         reranker: Path | None = None,
+        sequence: Path | None = None,
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
         self.state = BehaviourState(profile.event_types)
         self._graph = GraphView(graph, view.table)
-        self.features = Features(view.table, self._graph, profile.attributes)
+        walks = SequenceView.load(sequence, view.table) if sequence else None
+        self.features = Features(view.table, self._graph, profile.attributes, walks)
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
-        self._sources = Sources(view.table, self._graph, profile.attributes)
+        self._sources = Sources(view.table, self._graph, profile.attributes, walks)
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None

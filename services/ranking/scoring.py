@@ -9,8 +9,9 @@ import numpy as np
 from services.item_table import ItemTable
 from services.ranking.blend import blend
 from services.ranking.ctr import CtrHead
-from services.ranking.features import Features, Query
+from services.ranking.features import Features
 from services.ranking.moment import Moment
+from services.ranking.query import Query
 from services.ranking.reranker import Reranker
 
 

@@ -25,6 +25,7 @@ _SOURCES = {
     "new": pb.SOURCE_NEW,
     "family": pb.SOURCE_FAMILY,
     "affinity": pb.SOURCE_AFFINITY,
+    "sequence": pb.SOURCE_SEQUENCE,
 }
 _NAMES = {number: name for name, number in _SOURCES.items()}
 

@@ -1,14 +1,15 @@
-"""Candidates that behaviour proposes: the item graph, popular, rising, new, the same family, affinity."""
+"""Candidates that behaviour proposes: the item graph, popular, rising, new, family, affinity, sequence."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from services.item_table import ItemTable
-from services.ranking.features import Query
 from services.ranking.graph import GraphView
 from services.ranking.likeness import Likeness
 from services.ranking.moment import DAY, Moment
+from services.ranking.query import Query
+from services.ranking.sequence import SequenceView
 
 _NEW_DAYS = 30
 # What a neighbour by content counts beside one by behaviour.
@@ -18,8 +19,15 @@ _RELATION_WEIGHTS = {"text": 0.1, "image": 0.1}
 class Sources:
     """Scores over all rows of an item table, one function per source; 0 and below is no candidate."""
 
-    def __init__(self, table: ItemTable, graph: GraphView, attributes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        table: ItemTable,
+        graph: GraphView,
+        attributes: Sequence[str],
+        sequence: SequenceView | None = None,
+    ) -> None:
         self._table, self._graph, self._likeness = table, graph, Likeness(table, attributes)
+        self._sequence = sequence
         self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
             "graph": self._near,
             "popular": self._popular,
@@ -27,6 +35,7 @@ class Sources:
             "new": self._new,
             "family": self._family,
             "affinity": self._affinity,
+            "sequence": self._next,
         }
 
     def candidates(
@@ -90,3 +99,10 @@ class Sources:
         alike = self._likeness.to(*query.interests(), sold, moment)
         scores[sold] = np.nan_to_num(alike) * np.log1p(moment.popular[sold, 2])
         return scores
+
+    def _next(self, query: Query, moment: Moment) -> np.ndarray:
+        """What the sequence model holds to come next."""
+        person = self._sequence.person(query) if self._sequence else None
+        if self._sequence is None or person is None:
+            return np.zeros(self._table.length)
+        return self._sequence.chances(person)

@@ -204,8 +204,8 @@ class SourceScore(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """The source: "graph", "popular", "rising", "new", "family", "affinity", "text",
-    "image".
+    """The source: "graph", "popular", "rising", "new", "family", "affinity", "sequence",
+    "text", "image".
     """
     score: _builtins.float
     """Its score, on its own scale."""

@@ -47,6 +47,8 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     """Near in the image space."""
     SOURCE_AFFINITY: _Source.ValueType  # 8
     """Popular among items that share attributes with the person's."""
+    SOURCE_SEQUENCE: _Source.ValueType  # 9
+    """What the sequence model holds to come next."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper):
     """Where a candidate came from."""
@@ -69,6 +71,8 @@ SOURCE_IMAGE: Source.ValueType  # 7
 """Near in the image space."""
 SOURCE_AFFINITY: Source.ValueType  # 8
 """Popular among items that share attributes with the person's."""
+SOURCE_SEQUENCE: Source.ValueType  # 9
+"""What the sequence model holds to come next."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 @_typing.final
