@@ -18,6 +18,7 @@ WEIGHTS = {
     "text_history_most": 0.05,
     "image_session_most": 0.05,
     "image_history_most": 0.03,
+    "sequence_next": 0.06,
 }
 _POPULARITY = 0.01
 
