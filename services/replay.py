@@ -23,7 +23,7 @@ from vitrine.catalog.v1 import event_pb2, filter_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
-from services import store
+from services import deadline, store
 from services.bundle import Bundle
 from services.errors import FailedPrecondition, VitrineError
 from services.gateway.pipeline import Ordered, Pipeline, Wish
@@ -36,6 +36,8 @@ from training.shop_settings import Task
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
+# What an answer may take: evaluated is what is answered, however busy the machine.
+_PATIENCE = timedelta(minutes=1)
 _STOP_SECONDS = 30
 PAGE = 20
 _SAME = 1e-3
@@ -199,7 +201,8 @@ async def _replay(
     order = range(len(requests))
     for done, at in enumerate(reversed(order) if reverse else order, 1):
         began = time.perf_counter()
-        response = await gateway.Recommend(requests[at], None)
+        with deadline.within(_PATIENCE.total_seconds()):
+            response = await gateway.Recommend(requests[at], None)
         took[at] = 1e3 * (time.perf_counter() - began)
         pages[at] = _page(response)
         degraded += bool(response.degraded)
@@ -282,11 +285,18 @@ async def _compare(
         for address in (embedding, ranking, gateway):
             await _serving(address)
         different = 0
+        timeout = _PATIENCE.total_seconds()
         async with grpc.aio.insecure_channel(gateway, options=CHANNEL_OPTIONS) as channel:
             stub = pb_grpc.RecommendationServiceStub(channel)
             for at in sample:
-                response = await stub.Recommend(requests[at])
-                different += not alike(_page(response), pages[at])
+                response = await stub.Recommend(requests[at], timeout=timeout)
+                if response.degraded:
+                    raise FailedPrecondition(f"degraded by three processes: {response.degraded[0].message}")
+                if not alike(page := _page(response), pages[at]):
+                    different += 1
+                    pairs = zip(pages[at], page, strict=False)
+                    parted = next((pair for pair in pairs if pair[0][0] != pair[1][0]), "their scores")
+                    print(f"question {at}: the lists part at {parted}", file=sys.stderr)  # noqa: T201
     except asyncio.CancelledError:
         raise VitrineError("told to stop") from None
     finally:
