@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 
-.PHONY: demo test check protos bench-hm bench-amazon
+.PHONY: demo test check protos bench-hm bench-amazon bench-rivals
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,postgres,dev]' --constraint constraints.txt
@@ -34,3 +34,14 @@ bench-hm: $(VENV)/ready
 bench-amazon: $(VENV)/ready
 	for name in sports_lattice baby_diffmm p5_beauty p5_sports; do \
 	  $(BIN)/python -m bench.amazon $$name --split val || exit 1; done
+
+# Other libraries pin an older NumPy: they live in an environment of their own.
+RIVALS := build/rivals
+MINUTES ?= 5
+$(RIVALS)/ready: bench/rivals/requirements.txt
+	$(PYTHON) -m venv $(RIVALS)/venv
+	$(RIVALS)/venv/bin/python -m pip install --quiet --requirement bench/rivals/requirements.txt
+	touch $@
+
+bench-rivals: $(VENV)/ready $(RIVALS)/ready
+	$(BIN)/python -m bench.rivals --python $(RIVALS)/venv/bin/python --out $(RIVALS) --minutes $(MINUTES)

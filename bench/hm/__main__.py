@@ -18,7 +18,7 @@ from typing import Any
 from bench.runs import ROOT, record, vitrine
 from services.replay import read_queries
 
-_SHOP = Path(__file__).parent / "shop.toml"
+SHOP = Path(__file__).parent / "shop.toml"
 
 
 def main() -> None:
@@ -38,8 +38,8 @@ def main() -> None:
     if options.split == "test" and not validated.is_file():
         sys.exit("a configuration is chosen on val: run --split val first")
     options.out.mkdir(parents=True, exist_ok=True)
-    day, _ = read_queries(options.data, _SHOP, options.split)
-    shop = [f"--data={options.data}", f"--shop={_SHOP}"]
+    day, _ = read_queries(options.data, SHOP, options.split)
+    shop = [f"--data={options.data}", f"--shop={SHOP}"]
     bundles = options.out / "bundles"
     bundle = vitrine("train", *shop, f"--out={bundles}", f"--until={day:%Y-%m-%d}").split()[-1]
     name = _name(options.split, options.universe)
@@ -47,7 +47,7 @@ def main() -> None:
     more = ["--unfiltered"] if options.universe == "all" else []
     asked = f"--bundle={bundle}", f"--split={options.split}", f"--out={run}"
     report = vitrine("evaluate", *shop, *asked, *more)
-    found = _scored(options.data, options.split, options.universe, run)
+    found = scored(options.data, options.split, options.universe, run)
     score.write_text(json.dumps(found, indent=1) + "\n")
     print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
@@ -63,8 +63,8 @@ def _name(of: str, universe: str) -> str:
     return of if universe == "sold" else f"{of}-{universe}"
 
 
-def _scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
-    """The answers' score, by the script that defines the task."""
+def scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
+    """The score of a run, by the script that defines the task."""
     script = data.parents[1] / "bench" / "score_run.py"
     command = [sys.executable, str(script), str(data), split, str(run), "--universe", universe]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer

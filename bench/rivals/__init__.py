@@ -1,0 +1,1 @@
+"""Other libraries, asked what Vitrine is asked."""

@@ -1,0 +1,78 @@
+"""RecTools and implicit beside Vitrine on H&M and Amazon Sports, on val, each model tuned for equal times.
+
+    python -m bench.rivals --python RIVALS_PYTHON --out build/rivals --minutes 5
+
+RIVALS_PYTHON has bench/rivals/requirements.txt installed. Test is never asked here. What Vitrine scores on
+the same questions is what `bench.hm` and `bench.amazon` print.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from bench.amazon.__main__ import scored as scored_amazon
+from bench.amazon.shops import BENCHMARKS, write_shop
+from bench.hm.__main__ import SHOP, scored
+from bench.rivals.export import export
+from bench.runs import ROOT
+
+_FIT = Path(__file__).parent / "fit.py"
+_SPORTS = BENCHMARKS["sports_lattice"]
+
+
+def main() -> None:
+    """Fit and score everything."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=5, help="of tuning for each model")
+    parser.add_argument("--models", default="item_knn,ials,bpr,ease,sasrec")
+    options = parser.parse_args()
+    data = ROOT.parent / "shared" / "data"
+    hm = Path(os.environ.get("VITRINE_HM", str(data / "hm")))
+    sports = Path(os.environ.get("VITRINE_BENCH", str(data / "bench"))) / _SPORTS.name
+    shop = options.out / "sports-shop"
+    write_shop(_SPORTS, sports, shop)
+    for name, directory, settings, more in (
+        ("hm", hm, SHOP, []),
+        ("sports", shop, None, ["--exclude-seen"]),
+    ):
+        asked, runs = options.out / f"{name}-val", options.out / f"{name}-runs"
+        export(directory, settings, "val", asked)
+        for model in options.models.split(","):
+            found = _fit(options.python, asked, runs, model, options.minutes, more)
+            run = runs / f"{model}.jsonl"
+            if name == "hm":
+                score = scored(hm, "val", "sold", run)
+            else:
+                score = scored_amazon(_SPORTS, shop / "queries_val.jsonl", run)
+            figures = {figure: score[figure] for figure in ("recall", "ndcg")}
+            print(json.dumps({"data": name, **found, **figures}), flush=True)  # noqa: T201 - the answer
+
+
+def _fit(
+    python: Path, asked: Path, runs: Path, model: str, minutes: float, more: list[str]
+) -> dict[str, Any]:
+    command = [
+        str(python.absolute()),
+        str(_FIT),
+        f"--asked={asked}",
+        f"--out={runs}",
+        f"--models={model}",
+        *more,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(  # noqa: S603 - our own script
+        [*command, f"--minutes={minutes}"], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()
