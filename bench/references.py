@@ -1,22 +1,26 @@
 """The simple references of basket completion, nothing trained: runs to score.
 
-    python -m bench.references --data DIR --shop bench/hm/shop.toml --bundle BUNDLES --split val --out RUNS
+    python -m bench.references --data DIR --shop bench/hm/shop.toml --split val --out RUNS [--universe all]
 
-Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix. The text vectors are the
-bundle's, which must not have seen the query day.
+Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix. Text vectors are of MiniLM as it comes.
+With `--universe all` every item of the catalogue may be answered, otherwise those of the events file.
 """
 
 import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from scipy import sparse
 
-from services.bundle import Bundle
+from services.catalog import item_text
+from services.embedding.encoders import TextSettings
 from services.replay import Query, read_queries
+from training import text_encoder
 from training.dataset import read_shop
+from training.encoding import encode_texts, precision
 from training.queries import DAY, baskets
 
 _POPULAR_DAYS = 3
@@ -26,10 +30,11 @@ _FAMILY, _TEXT, _POPULAR = 0.2, 0.1, 1e-3
 class References:
     """Scores of every item of the universe for a query: float32 (M,)."""
 
-    def __init__(self, data: Path, shop_file: Path, bundle: Bundle, split: str) -> None:
+    def __init__(self, data: Path, shop_file: Path, split: str, universe: str) -> None:
         self.day, self.queries = read_queries(data, shop_file, split)
-        everything = read_shop(data, shop_file).events
-        self.items = everything.item_ids  # the universe: every item of the events file
+        everything = read_shop(data, shop_file)
+        catalogue = {item.id: item for item in everything.items}
+        self.items = everything.events.item_ids if universe == "sold" else list(catalogue)
         place = {item: at for at, item in enumerate(self.items)}
         past = read_shop(data, shop_file, until=self.day)
         at = np.array([place[item] for item in past.events.item_ids])[past.events.item]
@@ -43,12 +48,12 @@ class References:
         for user, mine in zip(users, np.split(order, start[1:]), strict=True):
             self._history[past.events.user_ids[user]] = np.unique(at[mine][-30:])
         self._place = place
-        family_of = {item.id: item.family_id for item in past.items}
-        _, self._family = np.unique([family_of[item] for item in self.items], return_inverse=True)
-        catalogue = bundle.catalogue()
-        row = {item.id: n for n, item in enumerate(catalogue.items)}
-        rows = [row[item] for item in self.items]
-        self._text = catalogue.vectors["text"][rows].astype(np.float32)
+        families = [catalogue[item].family_id for item in self.items]
+        _, self._family = np.unique(families, return_inverse=True)
+        with TemporaryDirectory() as folder:
+            text_encoder.save_frozen("minilm", Path(folder), TextSettings(64, precision=precision()))
+            texts = [item_text(catalogue[item]) for item in self.items]
+            self._text = encode_texts(Path(folder), texts).astype(np.float32)
 
     def seeds(self, query: Query) -> np.ndarray:
         """The session and the history, as places in the universe."""
@@ -109,11 +114,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("data", "shop", "bundle", "out"):
+    for name in ("data", "shop", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--split", choices=("val", "test"), required=True)
+    parser.add_argument("--universe", choices=("sold", "all"), default="sold")
     options = parser.parse_args()
-    references = References(options.data, options.shop, Bundle(options.bundle), options.split)
+    references = References(options.data, options.shop, options.split, options.universe)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("popular", "item_item", "family", "text", "mix"):
         references.run(getattr(references, name), options.out / f"{name}.jsonl")

@@ -96,8 +96,7 @@ def _text(
     stages: Stages, shop: Shop, settings: ShopSettings, behaviour: _Behaviour, encoded: Encoded
 ) -> None:
     training = settings.text
-    bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    shape = TextSettings(max_tokens=training.max_tokens, precision="bf16" if bf16 else "fp32")
+    shape = TextSettings(max_tokens=training.max_tokens, precision=precision())
     texts = [item_text(item) for item in shop.items]
     described = digest_of(*(text.encode() for text in texts))
     located = text_encoder.locate(training.base)
@@ -130,13 +129,19 @@ def _text(
 
 def _text_vectors(stages: Stages, body: Path, texts: list[str], described: str) -> Path:
     def build(directory: Path) -> None:
-        np.save(directory / "vectors.npy", _encode_texts(body, texts))
+        np.save(directory / "vectors.npy", encode_texts(body, texts))
         np.save(directory / "present.npy", np.ones(len(texts), bool))
 
     return stages.run("text-vectors", [encoders.digest(body), described], [encoders], build)
 
 
-def _encode_texts(encoder: Path, texts: list[str]) -> np.ndarray:
+def precision() -> str:
+    """What texts are encoded in here: bf16 where it is fast."""
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def encode_texts(encoder: Path, texts: list[str]) -> np.ndarray:
+    """Vectors float16 (N, D) of texts by an encoder's directory."""
     model = TextEncoder(encoder, "cuda" if torch.cuda.is_available() else "cpu")
     starts = range(0, len(texts), _ENCODED_AT_ONCE)
     done = [model.encode(texts[s : s + _ENCODED_AT_ONCE]).vectors for s in track(starts, "texts encoded")]
@@ -284,7 +289,7 @@ def _judge_text(
     pool = np.unique(np.concatenate(held))
 
     def build(directory: Path) -> None:
-        np.save(directory / "vectors.npy", _encode_texts(frozen, [texts[at] for at in pool]))
+        np.save(directory / "vectors.npy", encode_texts(frozen, [texts[at] for at in pool]))
 
     chosen = digest_of(*(texts[at].encode() for at in pool))
     made = stages.run("text-frozen-vectors", [encoders.digest(frozen), chosen], [encoders], build)
