@@ -279,11 +279,11 @@ async def _compare(
     sample = np.random.default_rng(0).permutation(len(requests))[:count]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        embedding = _spawn(processes, settings, "embedding")
-        ranking = _spawn(processes, settings, "ranking", f"--embedding={embedding}")
-        gateway = _spawn(processes, settings, "gateway", f"--embedding={embedding}", f"--ranking={ranking}")
-        for address in (embedding, ranking, gateway):
-            await _serving(address)
+        # One after the other: a channel that found nobody takes a while to look again.
+        embedding = await _spawn(processes, settings, "embedding")
+        ranking = await _spawn(processes, settings, "ranking", f"--embedding={embedding}")
+        neighbours = f"--embedding={embedding}", f"--ranking={ranking}"
+        gateway = await _spawn(processes, settings, "gateway", *neighbours)
         different = 0
         timeout = _PATIENCE.total_seconds()
         async with grpc.aio.insecure_channel(gateway, options=CHANNEL_OPTIONS) as channel:
@@ -312,7 +312,10 @@ async def _compare(
         raise FailedPrecondition(f"{different} of {len(sample)} lists differ between one process and three")
 
 
-def _spawn(processes: list[subprocess.Popen[bytes]], settings: Settings, service: str, *flags: str) -> str:
+async def _spawn(
+    processes: list[subprocess.Popen[bytes]], settings: Settings, service: str, *flags: str
+) -> str:
+    """The address of a process that serves."""
     import socket
 
     with socket.socket() as probe:
@@ -321,7 +324,8 @@ def _spawn(processes: list[subprocess.Popen[bytes]], settings: Settings, service
     command = [sys.executable, "-m", "services.cli", "serve", service, f"--address={address}"]
     clock = settings.clock.isoformat() if settings.clock else ""
     command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}", *flags]
-    processes.append(subprocess.Popen(command))  # noqa: S603 - our own command
+    processes.append(subprocess.Popen(command))  # noqa: S603, ASYNC220 - our own command
+    await _serving(address)
     return address
 
 
