@@ -324,7 +324,7 @@ async def _spawn(
     command = [sys.executable, "-m", "services.cli", "serve", service, f"--address={address}"]
     clock = settings.clock.isoformat() if settings.clock else ""
     command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}", *flags]
-    processes.append(subprocess.Popen(command))  # noqa: S603, ASYNC220 - our own command
+    processes.append(subprocess.Popen(command))  # noqa: S603 - our own command
     await _serving(address)
     return address
 

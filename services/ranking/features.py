@@ -93,7 +93,7 @@ class Features:
         columns += self._likeness(query, rows, moment)
         for attribute in self._attributes:
             columns += self._attribute(attribute, query, rows, moment)
-        return settled(np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1))
+        return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
 
     def unsold(self, matrix: np.ndarray, rows: np.ndarray, moment: Moment) -> np.ndarray:
         """The `matrix` (C, F) of table rows (C,) as if nobody had ever engaged with the candidate.
@@ -245,18 +245,6 @@ class Features:
         # The table may have grown since the moment was taken.
         column = self._table.texts(attribute)
         return None if column is None else column[0][: len(moment.age), 0]
-
-
-def settled(values: np.ndarray) -> np.ndarray:
-    """Float32 values rounded to 17 bits of their significand, in place.
-
-    The last bits of a product of matrices differ with a row's place, so that the similarities of items with
-    the same text are not quite equal; a tree must not come between them.
-    """
-    bits = values.view(np.int32)
-    bits += 1 << 5
-    bits &= -1 << 6
-    return values
 
 
 def channel_fit(query: Query, rows: np.ndarray, moment: Moment) -> Column:
