@@ -261,18 +261,6 @@ def test_a_handful_of_lists_makes_a_model(count: int) -> None:
         assert np.isfinite(model.score(few.matrix)).all()
 
 
-def test_a_wish_for_new_items_moves_them_by_so_much_and_nothing_else(tmp_path: Path) -> None:
-    lists = choices(0, (1.0, 0.5), 300)
-    lists.matrix[::7, 0] = np.nan
-    columns = ("age_days", "taste")
-    plain, wished = (fit_reranker(lists, columns, 5, new=new) for new in (0.0, 0.7))
-    moved = wished.score(lists.matrix) - plain.score(lists.matrix)
-    np.testing.assert_allclose(moved, np.where(np.isnan(lists.matrix[:, 0]), 0.7, 0), atol=1e-9)
-    write_reranker(tmp_path, wished)
-    served = Reranker(tmp_path, columns).score(lists.matrix)
-    np.testing.assert_allclose(served, wished.score(lists.matrix), rtol=1e-5, atol=1e-5)
-
-
 def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:
     columns = ("price", "popular_7d", "age, in days")
     model = fitted_reranker(columns)

@@ -63,7 +63,7 @@ def judge(
     pages["item graph"] = _pages(rows, rows.matrix[:, _at(rows, "baskets_", "people_")].sum(1))
     pages["sequence model"] = _pages(rows, rows.matrix[:, rows.names.index("sequence_next")])
     pages["popular"] = _pages(rows, rows.matrix[:, rows.names.index("popular_7d")])
-    pages["choice model alone"] = _pages(rows, whole.model.choice.score(matrix))
+    pages["choice model alone"] = _pages(rows, whole.model.choice.terms(matrix).sum(1))
     if whole.head is not None:
         pages["CTR head alone"] = _pages(rows, ctr.score(whole.head, rows, vectors)[:, -1])
     counts = _counts(past, shop.events, since)

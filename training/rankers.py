@@ -72,8 +72,7 @@ def fit_models(
     lists = [_lists(rows, matrix[:, columns]) for rows, matrix in zip(sources, matrices, strict=True)]
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
-    wanted = settings.ranking
-    model = fit_reranker(lists[0], read, wanted.trees, shown=shown, new=wanted.new)
+    model = fit_reranker(lists[0], read, settings.ranking.trees, shown=shown)
     return Fitted(head, model, columns)
 
 

@@ -37,7 +37,7 @@ _PARAMETERS = {
 
 
 def fit_reranker(
-    asked: Lists, columns: Sequence[str], trees: int, *, shown: Lists | None = None, new: float = 0.0
+    asked: Lists, columns: Sequence[str], trees: int, *, shown: Lists | None = None
 ) -> RerankerModel:
     """A model that puts lists in order: of past questions, or of pages that were `shown` if there are any.
 
@@ -45,7 +45,7 @@ def fit_reranker(
     what could be chosen of everything, but not what was chosen of a page. Trees learn what
     a sum cannot say. The last fifth of the lists, cut between days, tells after how many of at most
     `trees` trees more do not help to those who know earlier days alone. Where most lists are of the
-    first day, a fifth of all is drawn for that. `new` is added for new items to what was learned.
+    first day, a fifth of all is drawn for that.
     """
     lists = asked if shown is None else shown
     late, asked_before = _late(lists), asked
@@ -57,8 +57,7 @@ def fit_reranker(
         trees = _enough(choice, early, lists.take(late), trees)
     choice = _choice(asked if shown is not None else None, lists, columns)
     data, gain = _dataset(choice, lists)
-    boosted = lightgbm.train(_parameters(lists, gain), data, trees)
-    return RerankerModel(replace(choice, new=new), boosted)
+    return RerankerModel(choice, lightgbm.train(_parameters(lists, gain), data, trees))
 
 
 def _late(lists: Lists) -> np.ndarray:

@@ -135,10 +135,6 @@ class RankingTraining(_Section):
         lt=1,
         description="the share of rows shown without what people did with the item, for the sake of new ones",
     )
-    new: float = Field(
-        0.0,
-        description="added to the log odds of items that nobody has engaged with yet: 0.7 doubles the odds",
-    )
     judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
     trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)

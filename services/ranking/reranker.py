@@ -13,8 +13,6 @@ from services.ranking.scales import Scales
 
 MODEL_FILE = "model.txt"
 CHOICE_FILE = "choice.json"
-# Unknown of items that nobody has engaged with yet.
-_FIRST_SEEN = "age_days"
 
 
 @dataclass(frozen=True)
@@ -22,28 +20,16 @@ class ConditionalLogit:
     """A choice model (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
 
     `columns` names the F features; `weight` counts what `scales` make of them, where what is unknown
-    counts as average. `new` is a shop's wish, not learned: added for items that nobody has engaged with.
+    counts as average.
     """
 
     columns: Sequence[str]
     scales: Scales
     weight: Sequence[float]
-    new: float = 0.0
 
     def terms(self, matrix: np.ndarray) -> np.ndarray:
-        """What each column adds to the score of rows (C, F) by what was learned: float32 (C, F)."""
+        """What each column adds to the score of rows (C, F): float32 (C, F)."""
         return self.scales.apply(matrix) * np.asarray(self.weight, np.float32)
-
-    def score(self, matrix: np.ndarray) -> np.ndarray:
-        """Scores float64 (C,) of rows (C, F), what is added for new items among it."""
-        return np.asarray(self.terms(matrix).sum(1, dtype=np.float64) + self.wished(matrix))
-
-    def wished(self, matrix: np.ndarray) -> np.ndarray:
-        """What is added to rows (C, F) because their item is new: float64 (C,)."""
-        if _FIRST_SEEN not in self.columns:
-            return np.zeros(len(matrix))
-        unseen = np.isnan(matrix[:, list(self.columns).index(_FIRST_SEEN)])
-        return np.where(unseen, self.new, 0.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class RerankerModel:
     def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F); `threads` 0 takes every core."""
         corrected = self.trees.predict(matrix, num_threads=threads)
-        return np.asarray(self.choice.score(matrix) + corrected)
+        return np.asarray(self.choice.terms(matrix).sum(1, dtype=np.float64) + corrected)
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray:
         """What each column adds to the score, up to a constant: float64 (C, F), of trees by TreeSHAP."""
