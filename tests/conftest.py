@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -49,19 +50,18 @@ def clock() -> Clock:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server of our own, on a socket in a folder that only we know."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
     pg_ctl = str(found[-1]) if found else shutil.which("pg_ctl")
     if pg_ctl is None:
         skip_without("postgres", "pg_ctl is not installed")
         return
-    binaries, root = Path(pg_ctl).parent, tmp_path_factory.mktemp("postgres")
+    # Not under pytest's own folder, which another run of pytest closes to other users.
+    binaries, root = Path(pg_ctl).parent, Path(tempfile.mkdtemp(prefix="vitrine-postgres-"))
     # The server refuses to run as root.
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     if as_user:
-        for folder in (root, *root.parents[:2]):
-            folder.chmod(0o755)
         shutil.chown(root, "postgres")
 
     def run(*command: str) -> None:
@@ -74,6 +74,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg://vitrine@/{{database}}?host={root}"
     finally:
         run(pg_ctl, "-D", data, "-m", "immediate", "stop")
+        shutil.rmtree(root)
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
