@@ -99,8 +99,8 @@ class ItemTable:
         self._values: dict[str, _NumberColumn] = {"price": _NumberColumn(capacity)}
         self._vectors: dict[str, _VectorColumn] = {}
         self._changed = np.zeros((capacity, 1), np.int64)
-        self.sequence = 0
-        self.version = 0
+        self.sequence = 0  # of the feed
+        self.version = 0  # of this table: one more with every item written
 
     @classmethod
     def of(
@@ -215,9 +215,9 @@ class ItemTable:
         self._live[row] = True
         if known is None:
             self._ids.append(item.id)
-            self._row_of[change.number] = row
             self._length = row + 1
         self.version += 1
+        self._row_of[change.number] = row  # last: who finds the row finds all of it
 
     def _put_attributes(self, row: int, item: Item) -> None:
         texts = {a.name: a.texts for a in item.attributes if a.texts}

@@ -1,5 +1,6 @@
 """The sequence model: what it reads, what it keeps up with, and what it can learn."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,7 @@ def query(session: list[int], history: list[int], ages: list[float]) -> Query:
 @settings(deadline=None)
 def test_training_reads_people_as_serving_does(deeds: list[tuple[int, int, int]], seed: int) -> None:
     """Of each person, before each of their days: items, gaps and weights."""
-    engaged = engaged_of(deeds, table := table_of())
+    engaged = engaged_of(deeds, table_of())
     walks = engaged.walks(np.random.default_rng(seed))
     for person in range(len(walks.end) - 1):
         mine = slice(walks.end[person], walks.end[person + 1])
@@ -114,7 +115,6 @@ def test_training_reads_people_as_serving_does(deeds: list[tuple[int, int, int]]
             np.testing.assert_array_equal(asked.weights, batch.weights[0, :length])
             assert engaged.rows[batch.target[0, length - 1]] == rows[at]
             assert (batch.worth[0, length - 1] == 0) == (rows[at] in rows[same])
-    assert table.length == COUNT
 
 
 @given(st.lists(st.integers(0, COUNT - 1), min_size=2, max_size=12), st.integers(0, 99))
@@ -235,8 +235,39 @@ def test_a_new_item_goes_to_those_who_like_its_kind() -> None:
         assert int(whole.argmax()) == world
 
 
+def test_items_come_with_new_values_while_people_are_answered() -> None:
+    table = table_of()
+    view = SequenceView(untrained(table), table)
+    person, done = view.person(query([1], [], [])), threading.Event()
+    assert person is not None
+
+    def write() -> None:
+        for number in range(COUNT, COUNT + 1500):
+            item = Item(f"i{number}", attributes=(Attribute("world", (f"new {number}",)),))
+            table.apply([Change(item_number(item.id), number, item, None, {"text": vector(number)})])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        chances = view.chances(person)
+        assert len(chances) >= COUNT
+        assert np.isfinite(chances).all()
+    writer.join()
+    fresh = SequenceView(untrained(table), table)
+    np.testing.assert_allclose(view.chances(person), fresh.chances(person), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("epochs", [1, 5, 10, 20])
+def test_any_number_of_steps_can_be_taken(epochs: int) -> None:
+    engaged = engaged_of(chains(20), table := table_of())
+    assert fit_sequence(engaged, table, SequenceTraining(epochs=epochs, width=4), ["world"]) is not None
+
+
 def test_there_is_nothing_to_learn_from_people_who_did_one_thing() -> None:
     table = table_of()
+    again = engaged_of([(0, 0, 1), (0, 0, 1), (1, 3, 2), (1, 3, 2)], table)
+    assert fit_sequence(again, table, SequenceTraining(epochs=1), ["world"]) is None
     engaged = engaged_of([(person, 0, person) for person in range(5)], table)
     assert fit_sequence(engaged, table, SequenceTraining(epochs=1), ["world"]) is None
     two = engaged_of([(0, 0, 1), (0, 1, 2)], table)

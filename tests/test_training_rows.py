@@ -379,7 +379,9 @@ def learned_past(shop: Shop, root: Path) -> tuple[Replay, Encoded, ItemGraph]:
     encoded = encoding.encode(stages, shop, shop.settings, until)
     graphs = pipeline._graph_stage(stages, shop, encoded, until)
     by_day = {int(path.name): ItemGraph.load(path) for path in graphs.iterdir() if path.name.isdigit()}
-    return Replay(shop, by_day, encoded.fold, encoded.present), encoded, ItemGraph.load(graphs / "final")
+    walks = pipeline._sequence_stage(stages, shop, shop.settings, encoded, until)
+    past = Replay(shop, by_day, encoded.fold, encoded.present, walks / "before")
+    return past, encoded, ItemGraph.load(graphs / "final")
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -406,6 +408,7 @@ def test_a_planted_basket_does_not_move_its_own_rows(granularity: Granularity, t
     one, other = (judging_rows(past, own, every) for past in (before, after))
     np.testing.assert_array_equal(one.items, other.items)
     np.testing.assert_array_equal(one.matrix, other.matrix)
+    assert np.isfinite(one.matrix[:, one.names.index("sequence_next")]).any()
     np.testing.assert_array_equal(fold.fold["text"], tuned.fold["text"])
     # What is published does know it.
     assert not np.array_equal(fold.final["text"], tuned.final["text"])

@@ -61,7 +61,9 @@ def judge(
     pages = {"whole bundle": _pages(rows, whole.model.score(matrix))}
     pages["hand-set weights"] = _pages(rows, blend(rows.names, rows.matrix))
     pages["item graph"] = _pages(rows, rows.matrix[:, _at(rows, "baskets_", "people_")].sum(1))
-    pages["sequence model"] = _pages(rows, rows.matrix[:, rows.names.index("sequence_next")])
+    foretold = rows.matrix[:, rows.names.index("sequence_next")]
+    if not np.isnan(foretold).all():
+        pages["sequence model"] = _pages(rows, foretold)
     pages["popular"] = _pages(rows, rows.matrix[:, rows.names.index("popular_7d")])
     pages["choice model alone"] = _pages(rows, whole.model.choice.terms(matrix).sum(1))
     if whole.head is not None:
@@ -81,6 +83,8 @@ def judge(
     without: dict[str, list[np.ndarray]] = {}
     for part in ("text", "image", "graph", "sequence", "ctr", "reranker"):
         if part == "image" and "image" not in vectors:
+            continue
+        if part == "sequence" and "sequence model" not in pages:
             continue
         _log.info("judging without %s", part)
         if part == "reranker":

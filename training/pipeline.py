@@ -218,7 +218,7 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
     inputs = [
         digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
         digest_of(engaged.tobytes(), events.kind[events.time < learned_until].tobytes(), nodes.tobytes()),
-        settings.model_dump(mode="json", exclude={"text", "image", "ranking"}),
+        settings.model_dump(mode="json", exclude={"text", "image", "ranking", "sequence"}),
         settings.ranking.bare,
         learned_until,
         encoded.base_keys,
@@ -253,7 +253,7 @@ def _sequence_stage(
         digest_of(*(repr((item.id, item.attributes)).encode() for item in shop.items)),
         [weights, attributes, settings.sequence.model_dump()],
     ]
-    code = [sequence_fit, sequence, queries, query, item_table]
+    code = [sequence_fit, sequence, queries, query, item_table, graph]
     return stages.run("sequence", inputs, code, build)
 
 

@@ -18,6 +18,7 @@ from training.shop_settings import SequenceTraining
 _POPULARITY = 0.75
 _LEAST_VALUES = 5
 _CLIP = 5.0
+_WARM_UP = 0.10001  # of a tenth of ten steps OneCycleLR would make a division by zero
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,10 @@ class Walks:
 
 @dataclass(frozen=True)
 class Engagements:
-    """What people engaged with, in columns of one length N, and the table rows (K,) of their item codes."""
+    """What people engaged with, in columns of one length N, and the table rows (K,) of their item codes.
+
+    Codes are in the order of item numbers.
+    """
 
     user: np.ndarray
     basket: np.ndarray
@@ -74,15 +78,22 @@ class Engagements:
 def fit_sequence(
     engaged: Engagements, table: ItemTable, training: SequenceTraining, attributes: Sequence[str]
 ) -> SequenceNet | None:
-    """A model of the items engaged with, by their vectors and `attributes`; None when nobody did two things.
+    """A model of the items engaged with, by their vectors and `attributes`.
+
+    None when nobody did two things, or for no epochs.
 
     Softmax over what came next and items drawn by a power of their popularity, each corrected by how
-    often it is drawn (Yi et al., 2019); what its basket holds already is not asked for.
+    often it is drawn (Yi et al., 2019); what its basket holds already is not asked for. Of a person the
+    last 51 engagements teach.
     """
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
-    long = np.flatnonzero(np.diff(engaged.walks(generator).end) > 1)
-    if not len(long) or not training.epochs:
+    if not len(engaged.user) or not training.epochs:
+        return None
+    walks = engaged.walks(generator)
+    # Who did the same thing again in one basket did one thing.
+    long = np.flatnonzero(np.add.reduceat(~walks.again, walks.end[:-1]) > 1)
+    if not len(long):
         return None
     numbers = table.item_numbers[engaged.rows]
     values = _frequent_values(table, engaged.rows, attributes)
@@ -95,7 +106,7 @@ def fit_sequence(
     optimiser = torch.optim.AdamW(net.parameters(), lr=training.learning_rate)
     batches = -(-len(long) // training.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, training.learning_rate, total_steps=max(1, training.epochs * batches), pct_start=0.1
+        optimiser, training.learning_rate, total_steps=max(1, training.epochs * batches), pct_start=_WARM_UP
     )
     net.train()
     for step in track(range(training.epochs * batches), "sequence model"):

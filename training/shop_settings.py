@@ -113,7 +113,7 @@ class SequenceTraining(_Section):
     width: int = Field(64, ge=2)
     dropout: float = Field(0.2, ge=0, lt=1)
     delta_dropout: float = Field(
-        0.3, ge=0, lt=1, description="the share of items shown without what is known of them alone"
+        0.3, ge=0, lt=1, description="the share of items shown without their own delta, as new ones are"
     )
 
 

@@ -75,7 +75,7 @@ def read_task(directory: Path, *, seen: bool) -> Task:
     past = pd.read_csv(directory / "interactions.csv", dtype={"user_id": str, "item_id": str})
     past["datetime"] = pd.to_datetime(past["datetime"])
     asked = [json.loads(line) for line in (directory / "questions.jsonl").read_text().splitlines()]
-    universe = (directory / "universe.txt").read_text().split()
+    universe = (directory / "universe.txt").read_text().splitlines()
     items = pd.Index(pd.unique(pd.concat([past["item_id"], pd.Series(universe)])))
     past["item"] = items.get_indexer(past["item_id"])
     of_user = past.groupby("user_id").indices
@@ -85,6 +85,7 @@ def read_task(directory: Path, *, seen: bool) -> Task:
         parts.append(mine.assign(user_id=at))
         sessions += [(at, items.get_loc(item), question["day"]) for item in question["session"]]
     session = pd.DataFrame(sessions, columns=["user_id", "item", "datetime"])
+    session = session.astype({"user_id": "int64", "item": "int64"})  # of none as well
     session["datetime"], session["weight"] = pd.to_datetime(session["datetime"]), 1.0
     asking = pd.concat([*parts, session], ignore_index=True)
     out = session if seen else asking

@@ -24,7 +24,7 @@ from services.ranking.query import Query
 SETTINGS_FILE = "sequence.json"
 WEIGHTS_FILE = "sequence.safetensors"
 _ROWS_AT_ONCE = 4096
-_HOURS = 24.0
+_HOURS_A_DAY = 24.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SequenceNet(nn.Module):
         `items` (B, L, width + 1), oldest first, padded behind; `gaps` and `weights` (B, L) as a `Walk`
         has them.
         """
-        marks = torch.stack([torch.exp(-_HOURS * gaps), torch.log1p(gaps), weights], -1)
+        marks = torch.stack([torch.exp(-_HOURS_A_DAY * gaps), torch.log1p(gaps), weights], -1)
         hidden = self.dropout(items[..., :-1] + self.marks(marks))
         asked = self.attended(hidden)
         near = self.ask(asked) @ self.key(asked).transpose(1, 2) / self.settings.width**0.5
@@ -123,14 +123,15 @@ class SequenceNet(nn.Module):
 class SequenceView:
     """A model seen from the rows of an item table, which may grow and change.
 
-    Vectors of items are kept, and made anew for rows that changed.
+    Vectors of items are kept, and made anew, in place, for rows that changed. An item without a vector in a
+    space is as one whose vector there is zero.
     """
 
     def __init__(self, net: SequenceNet, table: ItemTable) -> None:
         self._net, self._table = net.eval(), table
         self._numbers = net.numbers.numpy()
         self._refreshing = threading.Lock()
-        self._version = -1
+        self._version, self._built = -1, 0
         width = net.settings.width + 1
         self._content = np.empty((0, width), np.float32)
         self._whole = np.empty((0, width), np.float32)
@@ -143,7 +144,9 @@ class SequenceView:
         state = load_file(directory / WEIGHTS_FILE)
         net = SequenceNet(SequenceSettings(**written), state["numbers"].numpy())
         net.load_state_dict(state)
-        return cls(net, table)
+        view = cls(net, table)
+        view._items()  # not within somebody's request
+        return view
 
     @torch.inference_mode()
     def person(self, query: Query) -> np.ndarray | None:
@@ -156,7 +159,10 @@ class SequenceView:
         return np.asarray(self._net(*parts)[0, -1].numpy())
 
     def scores(self, person: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of table rows (C,), the log odds of coming next, and the same as if each were new: float32 (C,)."""
+        """Of table rows (C,), the log odds of coming next, and the same as if each were new: float32 (C,).
+
+        Up to a constant for each person.
+        """
         whole, content = self._items()
         return whole[rows] @ person, content[rows] @ person
 
@@ -169,21 +175,24 @@ class SequenceView:
 
     def _items(self) -> tuple[np.ndarray, np.ndarray]:
         """The vectors of every row and of more to come: with deltas and without, float32 (N+, width + 1)."""
-        if self._version != self._table.version:
+        if self._version != self._table.version or self._built < self._table.length:
             with self._refreshing:
                 self._refresh()
         return self._whole, self._content
 
     def _refresh(self) -> None:
+        length = self._table.length
         rows, version = self._table.changed_since(self._version)
-        whole, content = (_grown(kept, self._table.length) for kept in (self._whole, self._content))
+        most = max(length, int(rows.max(initial=-1)) + 1)
+        whole, content = (_grown(kept, most) for kept in (self._whole, self._content))
         for begin in range(0, len(rows), _ROWS_AT_ONCE):
             some = rows[begin : begin + _ROWS_AT_ONCE]
             items = read_items(self._table, some, self._net.settings, self._numbers)
             with torch.inference_mode():
                 made = self._net.content(items)
                 content[some], whole[some] = made.numpy(), (made + self._net.delta(items.known)).numpy()
-        self._whole, self._content, self._version = whole, content, version
+        self._whole, self._content = whole, content
+        self._version, self._built = version, length
 
 
 def write_sequence(directory: Path, net: SequenceNet) -> None:
@@ -211,15 +220,19 @@ def _values(table: ItemTable, rows: np.ndarray, values: Sequence[tuple[str, str]
         column = table.texts(attribute)
         if column is not None:
             codes, vocabulary = column
-            of_code = np.zeros(len(vocabulary) + 1, np.int64)  # the last one is for none
-            for text, code in vocabulary.items():
-                of_code[code] = place.get((attribute, text), 0)
-            columns.append(of_code[codes[rows]])
+            # A copy, before the vocabulary is asked, which a writer may be adding to.
+            mine = codes[rows]
+            of_code = np.zeros(int(mine.max(initial=-1)) + 2, np.int64)  # the last one is for none
+            for (name, text), at in place.items():
+                code = vocabulary.get(text) if name == attribute else None
+                if code is not None and code < len(of_code) - 1:
+                    of_code[code] = at
+            columns.append(of_code[mine])
     return np.concatenate(columns, axis=1)
 
 
 def _grown(kept: np.ndarray, length: int) -> np.ndarray:
-    """The same array, or a copy with room for as many rows again as `length`, which it does not hold."""
+    """The same array if it holds `length` rows, or a copy with room for them, twice as long at least."""
     if length <= len(kept):
         return kept
     room = np.zeros((max(length, 2 * len(kept)), kept.shape[1]), np.float32)
