@@ -4,7 +4,8 @@
 
 Runs in an environment of its own (bench/rivals/requirements.txt), apart from Vitrine. DIR is what
 `bench/rivals/export.py` wrote. Models are fitted on what was known before the day; a person who asks is what
-history and session make of them: folded in by iALS, the mean of its items' factors for BPR. Writes
+history and session make of them: folded in by iALS, the mean of its items' factors for BPR. Items
+that a model gives no score, all of them for a stranger, are filled up in no order. Writes
 RUNS/MODEL.jsonl and prints what was chosen, what its fit took and what a question takes.
 """
 

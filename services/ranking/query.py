@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MAX_SESSION = 200
 MAX_HISTORY = 200
 SEEDS = 30
 LONGEST_WALK = 50
