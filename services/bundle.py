@@ -36,14 +36,15 @@ class Profile:
     """What the services must know of a shop.
 
     `event_types` maps a type to its weight as an interest, `targets` are those that count as
-    bought, `granularity` is "hour" or "day", `attributes` are the text attributes that
-    features look at.
+    bought, `granularity` is "hour" or "day", `attributes` and `numbers` are the text and number
+    attributes that features look at.
     """
 
     event_types: Mapping[str, float] = field(default_factory=lambda: {"purchase": 1.0})
     targets: Sequence[str] = ("purchase",)
     granularity: str = "hour"
     attributes: Sequence[str] = ()
+    numbers: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ comments of `protos/vitrine/catalog/v1/item.proto` promise.
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -19,6 +20,11 @@ MAX_ATTRIBUTE_NAME_LENGTH = 64
 MAX_ATTRIBUTE_VALUES = 32
 MAX_ATTRIBUTE_TEXT_LENGTH = 256
 MAX_IMAGE_BYTES = 16 << 20
+
+_MOST_WORDS = 24
+# Scripts that set no spaces between words: kana and the unified ideographs.
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 _INT64 = 1 << 63
 
 
@@ -66,6 +72,20 @@ def item_text(item: Item) -> str:
     """
     labels = (text for a in item.attributes if not a.name.startswith("_") for text in a.texts)
     return ". ".join(part for part in (item.title, item.description, ", ".join(labels)) if part)
+
+
+def title_words(title: str) -> tuple[str, ...]:
+    """The different words of a title, the first 24, without regard to case.
+
+    Where words are not set apart, as in Chinese and Japanese, pairs of characters stand for them.
+    """
+    found: list[str] = []
+    for word in _WORD.findall(title.casefold()):
+        if _UNSPACED.match(word) and len(word) > 1:
+            found += [word[at : at + 2] for at in range(len(word) - 1)]
+        else:
+            found.append(word)
+    return tuple(dict.fromkeys(found))[:_MOST_WORDS]
 
 
 def has_image(item: Item) -> bool:

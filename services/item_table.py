@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 
-from services.catalog import Item, item_number
+from services.catalog import Item, item_number, title_words
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -97,6 +97,7 @@ class ItemTable:
         self._window = np.tile(np.array([_EARLIEST, _LATEST], np.int64), (capacity, 1))
         self._texts: dict[str, _TextColumn] = {"family_id": _TextColumn(capacity)}
         self._values: dict[str, _NumberColumn] = {"price": _NumberColumn(capacity)}
+        self._words = _TextColumn(capacity)
         self._vectors: dict[str, _VectorColumn] = {}
         self._changed = np.zeros((capacity, 1), np.int64)
         self.sequence = 0  # of the feed
@@ -149,6 +150,11 @@ class ItemTable:
         """A text attribute: codes int32 (N, W), -1 for none, and the text of each code."""
         column = self._texts.get(attribute)
         return None if column is None else (_padded(column.codes, self._length, -1), column.vocabulary)
+
+    @property
+    def words(self) -> np.ndarray:
+        """The words of the titles as codes, int32 (N, W), -1 for none."""
+        return _padded(self._words.codes, self._length, -1)
 
     def numbers(self, attribute: str) -> np.ndarray | None:
         """A number attribute or "price": float64 (N, W), NaN for none."""
@@ -228,6 +234,7 @@ class ItemTable:
             self._texts[name] = _TextColumn(self._capacity)
         for name in numbers.keys() - self._values.keys():
             self._values[name] = _NumberColumn(self._capacity)
+        self._words.put(row, title_words(item.title))
         for name, text_column in self._texts.items():
             text_column.put(row, texts.get(name, ()))
         for name, number_column in self._values.items():

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from services.catalog import Attribute, Item, item_number
 from services.item_table import Change, ItemTable
+from services.ranking.basis import Basis
 from services.ranking.features import CANDIDATE_COLUMNS, Features
 from services.ranking.graph import GraphView
 from services.ranking.moment import DAY, HOUR, WINDOWS, moment
@@ -18,6 +19,7 @@ from training.item_graph import fit_item_graph
 NOW = 40 * DAY
 TYPES = {"impression": 0.0, "click": 0.25, "purchase": 1.0}
 IDS = [f"i{n}" for n in range(6)]
+NAMED = ("Jade", "Perrie", "Jade", "Mika", "jade!", "")
 NUMBERS = np.array([item_number(i) for i in IDS], np.int64)
 
 Event = tuple[int, int, int, int]
@@ -31,8 +33,11 @@ def table() -> ItemTable:
     generator = np.random.default_rng(0)
     for at, item_id in enumerate(IDS):
         vector = generator.standard_normal(4)
-        attributes = (Attribute("colour", (("red", "blue")[at % 2],)),)
-        item = Item(item_id, attributes=attributes, family_id=f"f{at // 2}", price=10.0 + at)
+        attributes: tuple[Attribute, ...] = (Attribute("colour", (("red", "blue")[at % 2],)),)
+        if at != 4:
+            attributes += (Attribute("size", numbers=(1.5 ** (at // 2),)),)
+        title = f"{NAMED[at]} shirt"
+        item = Item(item_id, title, attributes=attributes, family_id=f"f{at // 2}", price=10.0 + at)
         vectors = {"text": vector / np.linalg.norm(vector)}
         made.apply([Change(item_number(item_id), at + 1, item, None, vectors)])
     return made
@@ -67,7 +72,8 @@ def rows_at(events: list[Event], at: int, person: Person) -> np.ndarray:
     )
     past = state.history(person.user_id, person.visitor_id, at, 200)
     query: Query = make_query(state, items, person, past, at, np.array([2]))
-    return Features(items, graph, ["colour"]).matrix(query, np.arange(6), moment(state, items, at))
+    features = Features(Basis(items, graph, ["colour"], ["size"]))
+    return features.matrix(query, np.arange(6), moment(state, items, at))
 
 
 @given(EVENTS, st.integers(0, 3))
@@ -130,12 +136,12 @@ def test_features_say_what_their_names_say() -> None:
     graph = GraphView(
         fit_item_graph(np.zeros(2, int), np.zeros(2, int), np.zeros(2, int), NUMBERS[:2]), items
     )
-    names = Features(items, graph, ["colour"]).names
+    features = Features(Basis(items, graph, ["colour"], ["size"]))
     state = state_of(events)
     past = state.history("1", "", NOW, 200)
     query = make_query(state, items, person, past, NOW, np.array([2]))
-    matrix = Features(items, graph, ["colour"]).matrix(query, np.arange(6), moment(state, items, NOW))
-    value = {name: matrix[:, at] for at, name in enumerate(names)}
+    matrix = features.matrix(query, np.arange(6), moment(state, items, NOW))
+    value = {name: matrix[:, at] for at, name in enumerate(features.names)}
     assert value["popular_1d"].tolist() == [2, 1, 0, 0, 0, 0]
     assert value["popular_7d"].tolist() == [2, 1, 0.25, 0, 0, 0]
     assert value["baskets_session"].tolist() == [1, 0, 0, 0, 0, 0]
@@ -148,13 +154,19 @@ def test_features_say_what_their_names_say() -> None:
     texts = vectors[0].astype(np.float32)
     np.testing.assert_allclose(value["text_session_most"], texts @ texts[1], rtol=1e-5)
     assert np.isnan(value["image_session"]).all()
+    alike = value["words_session_most"]  # to "Perrie shirt": everything is a shirt, which says nothing
+    assert [alike[0], alike[1], alike[3]] == [0, 1, 0]
+    assert np.isnan(alike[5])
+    step = value["size_session"]  # to the first of three sizes, of which the last two items have one between
+    np.testing.assert_allclose(step, np.log1p([0, 0, 1, 1, np.nan, 2]), rtol=1e-6)
+    np.testing.assert_allclose(value["size_above"], np.log1p([2, 2, 1, 1, np.nan, 0]), rtol=1e-6)
 
 
 def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     items, hour = table(), 39 * 24
     state = state_of([(u, i, 2, hour) for u in range(4) for i in range(u + 1)])
     nothing = fit_item_graph(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), NUMBERS[:0])
-    sources = Sources(items, GraphView(nothing, items), ["colour", "nowhere"])
+    sources = Sources(Basis(items, GraphView(nothing, items), ["colour", "nowhere"]))
     allowed = np.array([False, True, True, True, True, True])
     person = make_query(state, items, Person(), columns([]), NOW, np.array([2]))
     rows, scores = sources.candidates("popular", person, moment(state, items, NOW), allowed, 2)
@@ -165,6 +177,8 @@ def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     )
     rows, _ = sources.candidates("affinity", of_red, moment(state, items, NOW), allowed, 6)
     assert rows.tolist() == [2]  # of the red ones, 0 is not allowed and nobody bought 4
+    rows, _ = sources.candidates("words", of_red, moment(state, items, NOW), allowed, 6)
+    assert rows.tolist() == [2, 4]  # Jades, that which is bought first
 
 
 @given(EVENTS, st.integers(0, 3), st.lists(st.integers(0, 5), max_size=3))

@@ -99,6 +99,16 @@ def full() -> dict[str, Any]:
             "graph": ablated(0.1),
             "ctr": ablated(-0.02),
         },
+        "ladder": {
+            "counts": {"recall": recall, "ndcg": recall, "milliseconds": 12.5},
+            "graph": {
+                "recall": recall,
+                "ndcg": recall,
+                "recall_gained": ablated(0.1)["recall_difference"],
+                "ndcg_gained": ablated(0.1)["ndcg_difference"],
+                "milliseconds": 20.0,
+            },
+        },
         "cold_start": {
             name: recall_by_count([np.array([1, 2])], [np.array([2, 3])], {2: seen}, 2)
             for seen, name in enumerate(("whole bundle", "without text"))
@@ -153,6 +163,8 @@ def test_the_page_reads_as_numbers_with_their_intervals(tmp_path: Path) -> None:
     assert "| events.csv: no time | 2 | 1234, 4 |" in page
     assert "| events | 34,567 |" in page
     assert "| text | 61.2 |" in page
+    assert "| + graph | 0.400 [0.350, 0.456] | 0.100 [" in page
+    assert "| counts | 0.400 [0.350, 0.456] | – |" in page
 
 
 def test_parts_that_do_not_work_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Choice model, reranker and scorer: the likeliest weights, served as trained."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy.special import log_softmax
 
 from services.errors import FailedPrecondition
 from services.item_table import ItemTable
+from services.ranking.basis import Basis
 from services.ranking.blend import blend
 from services.ranking.ctr import CtrHead, CtrModel, CtrSettings, write_ctr
 from services.ranking.features import Features
@@ -204,7 +206,7 @@ def test_an_answer_is_not_well_placed_before_anything_is_learned() -> None:
 def test_how_many_trees_are_enough_is_judged_by_days_that_nothing_learned_knows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked, shown = offers()
+    asked, shown = lists(*liked_in_between(40_000)), lists(*liked_in_between(10_000))
     asked = replace(asked, when=asked.when // 1_000_000 * DAY // 1000)  # four days
     shown = replace(shown, when=shown.when // 1_000_000 * DAY // 240)  # five days, 240 a day
     chosen: list[Lists] = []
@@ -221,6 +223,7 @@ def test_how_many_trees_are_enough_is_judged_by_days_that_nothing_learned_knows(
         return train(parameters, rows, *rest, **more)
 
     monkeypatch.setattr(reranker_fit, "fit_choice", fitted)
+    monkeypatch.setattr(reranker_fit, "ascend", lambda choice, _: choice)
     monkeypatch.setattr(lightgbm, "train", watched)
     model = fit_reranker(asked, TWO, 20, shown=shown)
     # The fifth is cut at 800 of 1,000; the day begins at 720.
@@ -247,7 +250,54 @@ def test_noise_grows_few_trees(moments: int) -> None:
     noise = lists(choice.random((2000, 2)).astype(np.float32), grade.ravel())
     noise = replace(noise, when=np.arange(200) * moments // 200 * DAY)
     for shown in (None, noise):
-        assert fit_reranker(noise, TWO, 200, shown=shown).trees.num_trees() <= 40
+        trees = fit_reranker(noise, TWO, 200, shown=shown).trees
+        assert trees is None or trees.num_trees() <= 40
+
+
+def liked_in_between(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two columns, and a taste for what is neither low nor high in the first, which no sum knows."""
+    generator = np.random.default_rng(0)
+    matrix = generator.normal(0, 1, (count, 2)).astype(np.float32)
+    return matrix, (generator.random(count) < 0.3 * (np.abs(matrix[:, 0]) < 0.7)).astype(np.float32)
+
+
+def test_trees_are_grown_where_a_sum_cannot_say_it_and_only_there() -> None:
+    matrix, taken = liked_in_between(20_000)
+    assert fit_reranker(lists(matrix, taken), TWO, 20).trees is not None
+    generator = np.random.default_rng(0)
+    chance = 1 / (1 + np.exp(2 - 2 * np.sign(matrix[:, 0])))  # a sum of one column says it all
+    plain = (generator.random(len(matrix)) < chance).astype(np.float32)
+    assert fit_reranker(lists(np.sign(matrix), plain), TWO, 20).trees is None
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=8), min_size=1)
+)
+def test_a_row_that_weighs_more_takes_more_places(drawn: list[list[tuple[int, int]]]) -> None:
+    generator = np.random.default_rng(0)
+    grade = np.array([g for one in drawn for g, _ in one], np.float32)
+    # What has a grade stands for itself alone.
+    weight = np.array([1 if g else w for one in drawn for g, w in one], np.float32)
+    known = Lists(
+        np.zeros((len(grade), 1), np.float32),
+        grade,
+        weight,
+        np.array([len(one) for one in drawn]),
+        np.arange(len(drawn)),
+    )
+    score = generator.permutation(len(grade)).astype(float)
+    expected, start = [], 0
+    for one in drawn:
+        mine = slice(start, start + len(one))
+        start += len(one)
+        if not grade[mine].any():
+            continue
+        order = np.argsort(-score[mine])
+        spread = np.repeat(grade[mine][order], weight[mine][order].astype(int))
+        gains = [g / math.log2(2 + at) for at, g in enumerate(spread[:5])]
+        ideal = [g / math.log2(2 + at) for at, g in enumerate(np.sort(grade[mine])[::-1][:5])]
+        expected.append(sum(gains) / sum(ideal))
+    np.testing.assert_allclose(known.ndcg(score, 5), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -289,7 +339,7 @@ def small_shop() -> tuple[Features, ItemTable, Query]:
         {"text": np.ones(len(items), bool)},
         [shops.UNTIL] * len(items),
     )
-    features = Features(table, GraphView(shops.graph(), table), ["colour"])
+    features = Features(Basis(table, GraphView(shops.graph(), table), ["colour"]))
     ones = np.ones(3, np.float32)
     query = Query(
         np.array([4]), ones[:1], np.array([1, 2, 3]), 5 * ones, 0.5 * ones, ones > 0, np.full(3, -1)

@@ -580,20 +580,20 @@ def test_of_what_was_shown_one_row_in_ten_comes_without_a_past() -> None:
     assert 0.06 < found[0].unsold.mean() < 0.14
 
 
-@pytest.mark.parametrize("part", ["text", "image"])
-def test_without_a_modality_nothing_is_proposed_by_its_neighbours(part: str) -> None:
+@pytest.mark.parametrize("parts", [["text"], ["image"], ["text", "image"]])
+def test_without_a_modality_nothing_is_proposed_by_its_neighbours(parts: list[str]) -> None:
     shop = shop_of(items_of(90), deeds_of(90, seed=5), settings_of("hour"))
     vectors, present = vectors_of(90)
     present["text"][::2], vectors["text"][::2] = False, 0
     graph, days, every = graph_of(shop, vectors, present), range(FIRST, FIRST + DAYS + 1), np.ones(90, bool)
     whole = Replay(shop, dict.fromkeys(days, graph), vectors, present)
-    relations = {name: of for name, of in graph.relations.items() if name != part}
-    kept = {space: values for space, values in vectors.items() if space != part}
+    relations = {name: of for name, of in graph.relations.items() if name not in parts}
+    kept = {space: values for space, values in vectors.items() if space not in parts}
     lacking = ItemGraph(graph.numbers, relations)
     without = Replay(shop, dict.fromkeys(days, lacking), kept, present)
     asked = questions_of(shop)
     rows, other = judging_rows(whole, asked, every), judging_rows(without, asked, every)
-    proposed = proposed_without(whole, rows, part)
+    proposed = proposed_without(whole, rows, parts)
     start = np.cumsum(rows.size) - rows.size
     told = [rows.items[a : a + n][proposed[a : a + n]] for a, n in zip(start, rows.size, strict=True)]
     np.testing.assert_array_equal(np.concatenate(told), other.items)

@@ -5,7 +5,7 @@ Judged are models fitted on the ranking days before; what is published learns fr
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from services import filters
 from services.ranking.blend import blend
 from training import ctr, metrics
 from training.dataset import Events, Shop
+from training.ladder import COUNTS, RUNGS, ladder, milliseconds
 from training.lesson import Lesson
 from training.queries import Question
 from training.rankers import Fitted, fit_models
@@ -25,6 +26,7 @@ from training.shop_settings import ShopSettings
 
 FILE = "judged.json"
 PAGE = 20
+_CLOCKED = 50
 _EXPLAINED = 100
 _EXPLAINED_ROWS = 20_000
 _NONE = -np.inf
@@ -79,22 +81,27 @@ def judge(
         "ctr": _ctr(lesson, early, whole, settings, vectors, since, rows),
         "reranker": _importance(whole, rows, matrix),
     }
+    missing = {part for part in ("text", "image") if part not in vectors}
+    missing |= {"sequence"} if "sequence model" not in pages else set()
+    missing |= {"ctr"} if whole.head is None else set()
+    parts = [part for part in RUNGS if part not in missing]
+
+    def fitted_without(*lacking: str) -> list[np.ndarray]:
+        _log.info("judging without %s", ", ".join(lacking))
+        score = fit_models(early, settings, vectors, lacking).score(rows, vectors)
+        return _pages(rows, np.where(proposed_without(past, rows, lacking), score, _NONE))
+
     targets = about["targets"]
-    without: dict[str, list[np.ndarray]] = {}
-    for part in ("text", "image", "graph", "sequence", "ctr", "reranker"):
-        if part == "image" and "image" not in vectors:
-            continue
-        if part == "sequence" and "sequence model" not in pages:
-            continue
-        _log.info("judging without %s", part)
-        if part == "reranker":
-            score = blend(rows.names, rows.matrix).astype(np.float64)
-        else:
-            score = fit_models(early, settings, vectors, part).score(rows, vectors)
-        without[part] = _pages(rows, np.where(proposed_without(past, rows, part), score, _NONE))
+    without = {part: fitted_without(part) for part in parts if part != "trees"}
     without["trees"] = pages["choice model alone"]
-    for part, lacking in without.items():
-        found["ablation"][part] = _difference(pages["whole bundle"], lacking, targets)
+    without["reranker"] = pages["hand-set weights"]
+    rungs = {COUNTS: fitted_without(*parts)}
+    for at, part in enumerate(parts[:-2], 1):
+        rungs[part] = fitted_without(*parts[at:])
+    rungs |= {parts[-2]: pages["choice model alone"], parts[-1]: pages["whole bundle"]}
+    few = rows.take(np.sort(np.random.default_rng(3).permutation(len(rows.size))[:_CLOCKED]))
+    spent = milliseconds(past, few, whole, vectors, allowed)
+    found["ladder"] = ladder(rungs, targets, spent, PAGE)
     curves = {"whole bundle": pages["whole bundle"], **{f"without {n}": p for n, p in without.items()}}
     for name, curve in curves.items():
         found["cold_start"][name] = metrics.recall_by_count(curve, targets, counts, PAGE)
@@ -120,24 +127,23 @@ def _at(rows: Rows, *prefixes: str) -> list[int]:
     return [at for at, name in enumerate(rows.names) if name.startswith(prefixes)]
 
 
-def proposed_without(past: Replay, rows: Rows, part: str) -> np.ndarray:
-    """The rows that a source, or a relation of the graph, other than a part's own proposed: bool (N,).
+def proposed_without(past: Replay, rows: Rows, parts: Collection[str]) -> np.ndarray:
+    """The rows that a source, or a relation of the graph, other than the parts' own proposed: bool (N,).
 
     What would move up within the graph's limit is not found this way.
     """
     names = past.source_names
-    if part not in names:
-        return np.asarray(rows.sources != 0)
-    others = rows.sources & ~(1 << names.index(part))
-    graph = 1 << names.index("graph")
-    alone = np.flatnonzero(others == graph)
+    others = rows.sources & ~sum(1 << names.index(part) for part in parts if part in names)
     proposed = np.asarray(others != 0)
+    if "graph" in parts or not any(part in names for part in parts):
+        return proposed
+    alone = np.flatnonzero(others == 1 << names.index("graph"))
     question = rows.group()[alone]
     for at in np.unique(question):
         mine = alone[question == at]
         now = past.at(rows.questions[at].as_of)
         near = past.related(rows.queries[at], now, rows.items[mine])
-        proposed[mine] = np.any([tied for relation, tied in near.items() if relation != part], axis=0)
+        proposed[mine] = np.any([tied for relation, tied in near.items() if relation not in parts], axis=0)
     return proposed
 
 
@@ -248,7 +254,8 @@ def _importance(whole: Fitted, rows: Rows, matrix: np.ndarray) -> dict[str, Any]
         moved = np.abs(parts - mean[question]).mean(0)
         moved /= max(float(moved.sum()), 1e-12)
         share = dict(zip(whole.model.choice.columns, moved.tolist(), strict=True))
-    return {"importance": share, "trees": whole.model.trees.num_trees()}
+    trees = whole.model.trees
+    return {"importance": share, "trees": trees.num_trees() if trees is not None else 0}
 
 
 def _difference(

@@ -32,6 +32,24 @@ class Lists:
         """All lists of some parts, one part after the other."""
         return Lists(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Lists)))
 
+    def ndcg(self, score: np.ndarray, k: int) -> np.ndarray:
+        """nDCG@k of each list that has a grade, in the order of scores (N,): float64 (G,).
+
+        Normalised discounted cumulative gain (Järvelin and Kekäläinen, 2002). A row that weighs w stands
+        for as many in the ranks of those below it. Ties fall as at random.
+        """
+        drawn = np.random.default_rng(0).random(len(score))
+        group, start = self.group(), np.cumsum(self.size) - self.size
+        gain = []
+        for key in (-score, -self.grade):
+            order = np.lexsort((drawn, key, group))
+            above = np.cumsum(self.weight[order], dtype=np.float64) - self.weight[order]
+            rank = above - above[start[group]] + 1
+            worth = np.where(rank <= k, self.grade[order] / np.log2(1 + rank), 0)
+            gain.append(np.bincount(group, worth, len(self.size)))
+        graded = gain[1] > 0
+        return np.asarray(gain[0][graded] / gain[1][graded])
+
     def group(self) -> np.ndarray:
         """The list of each row, int64 (N,)."""
         return np.repeat(np.arange(len(self.size)), self.size)

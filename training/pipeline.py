@@ -20,11 +20,13 @@ from services.catalog import Item, item_number
 from services.embedding import index
 from services.item_table import ItemTable
 from services.ranking import (
+    basis,
     blend,
     features,
     graph,
     likeness,
     moment,
+    order,
     query,
     reranker,
     scales,
@@ -36,11 +38,13 @@ from services.ranking import ctr as ctr_module
 from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
 from training import (
+    ascent,
     choice,
     encoding,
     graph_tuning,
     item_graph,
     judging,
+    ladder,
     lesson,
     lists,
     metrics,
@@ -74,11 +78,14 @@ _RANKING_CODE = [
     ctr_fit,
     lists,
     choice,
+    ascent,
     reranker_fit,
     features,
     graph,
     likeness,
     moment,
+    order,
+    basis,
     sources,
     scales,
     ctr_module,
@@ -151,6 +158,7 @@ def profile(shop: Shop) -> Profile:
         targets=tuple(settings.targets),
         granularity=settings.time.granularity,
         attributes=tuple(settings.items.text_attributes),
+        numbers=tuple(settings.items.number_attributes),
     )
 
 
@@ -278,7 +286,7 @@ def _ranking_stage(
         digest_of(events.price.tobytes(), repr(shop.items).encode(), *(k.encode() for k in events.user_ids)),
         settings.model_dump(mode="json", exclude={"text", "image"}),
     ]
-    return stages.run("ranking", inputs, [*_RANKING_CODE, judging], build)
+    return stages.run("ranking", inputs, [*_RANKING_CODE, judging, ladder], build)
 
 
 def _report(

@@ -1,6 +1,6 @@
 """CTR head and reranker together: the reranker reads the head's scores, foretold ones when it learns."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,14 @@ _COLUMNS = {
     "image": ("image_",),
     "graph": ("baskets_", "people_"),
     "sequence": ("sequence_",),
+    "words": ("words_",),
     "ctr": ("ctr_",),
 }
 
 
-def belongs(column: str, part: str) -> bool:
-    """Whether a feature column is made of a part: text, image, graph, sequence or ctr."""
-    return column.startswith(_COLUMNS.get(part, ("\0",)))
+def belongs(column: str, *parts: str) -> bool:
+    """Whether a feature column is made of one of some parts: text, image, words, graph, sequence or ctr."""
+    return any(column.startswith(_COLUMNS.get(part, ())) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,18 @@ class Fitted:
 
 
 def fit_models(
-    lesson: Lesson, settings: ShopSettings, vectors: Mapping[str, np.ndarray], without: str = ""
+    lesson: Lesson,
+    settings: ShopSettings,
+    vectors: Mapping[str, np.ndarray],
+    without: Collection[str] = (),
 ) -> Fitted:
-    """Both models; `without` names a part that they must not know: text, image, graph, sequence or ctr."""
-    spaces = {space: values for space, values in vectors.items() if space != without}
+    """Both models; `without` names parts that they must not know, as in `belongs`, or "trees"."""
+    spaces = {space: values for space, values in vectors.items() if space not in without}
     # Pages that were shown tell what was passed over from what was never on offer.
     sources = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
     matrices = [rows.matrix for rows in sources]
     names, head = tuple(lesson.rows.names), None
-    if without != "ctr" and spaces:  # without vectors there is nothing for the head to read
+    if "ctr" not in without and spaces:  # without vectors there is nothing for the head to read
         epochs = settings.ranking.ctr_epochs
         shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
         logits = ctr.foretold(shape, lesson.seen, lesson.labels, sources, spaces, epochs)
@@ -68,11 +72,12 @@ def fit_models(
         head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
         names = (*names, *(ctr_column(t) for t in lesson.types))
         matrices = [np.concatenate(both, axis=1) for both in zip(matrices, logits, strict=True)]
-    columns = np.array([at for at, name in enumerate(names) if not belongs(name, without)], np.int64)
+    columns = np.array([at for at, name in enumerate(names) if not belongs(name, *without)], np.int64)
     lists = [_lists(rows, matrix[:, columns]) for rows, matrix in zip(sources, matrices, strict=True)]
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
-    model = fit_reranker(lists[0], read, settings.ranking.trees, shown=shown)
+    trees = 0 if "trees" in without else settings.ranking.trees
+    model = fit_reranker(lists[0], read, trees, shown=shown)
     return Fitted(head, model, columns)
 
 

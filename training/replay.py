@@ -3,7 +3,7 @@
 The twin of what gateway and ranking do for a request, without a server between.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from services.bundle import created
 from services.embedding.index import centre
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
+from services.ranking.basis import Basis
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import TICKS, Moment, moment
@@ -47,11 +48,11 @@ class Replay:
         self.table = ItemTable.of(shop.items, vectors, present, [created(item) for item in shop.items])
         self.state = _state(shop)
         views = {day: GraphView(graph, self.table) for day, graph in graphs.items()}
-        attributes = settings.items.text_attributes
+        attributes, numbers = settings.items.text_attributes, settings.items.number_attributes
         walks = SequenceView.load(sequence, self.table) if sequence else None
-        parts = {day: (self.table, view, attributes, walks) for day, view in views.items()}
-        self._features = {day: Features(*part) for day, part in parts.items()}
-        self._sources = {day: Sources(*part) for day, part in parts.items()}
+        parts = {day: Basis(self.table, view, attributes, numbers, walks) for day, view in views.items()}
+        self._features = {day: Features(part) for day, part in parts.items()}
+        self._sources = {day: Sources(part) for day, part in parts.items()}
         self.names = next(iter(self._features.values())).names
         self._vectors = {space: values.astype(np.float32) for space, values in vectors.items()}
         self._present = present
@@ -94,19 +95,25 @@ class Replay:
 
         `allowed` is bool (M,); the session is never proposed, nor what was bought where the task says so.
         """
+        found = [mine for _, mine in self.proposals(query, now, allowed)]
+        rows, place = np.unique(np.concatenate(found), return_inverse=True)
+        bits = np.repeat(1 << np.arange(len(found)), [len(f) for f in found])
+        proposed = np.zeros(len(rows), np.int64)
+        np.bitwise_or.at(proposed, place, bits)
+        return rows, proposed
+
+    def proposals(self, query: Query, now: Moment, allowed: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """The rows that each source proposes, in the order of `source_names`, made when asked for."""
         out = query.session
         if self._exclude_bought:
             out = np.concatenate([out, query.history[query.bought]])
         rest = allowed.copy()
         rest[out] = False
         sources = self._sources[now.tick // DAY]
-        found = [sources.candidates(name, query, now, rest, PER_SOURCE)[0] for name in sources.by_name]
-        found += [self._near(space, query, allowed, out) for space in self._vectors]
-        rows, place = np.unique(np.concatenate(found), return_inverse=True)
-        bits = np.repeat(1 << np.arange(len(found)), [len(f) for f in found])
-        proposed = np.zeros(len(rows), np.int64)
-        np.bitwise_or.at(proposed, place, bits)
-        return rows, proposed
+        for name in sources.by_name:
+            yield name, sources.candidates(name, query, now, rest, PER_SOURCE)[0]
+        for space in self._vectors:
+            yield space, self._near(space, query, allowed, out)
 
     def related(self, query: Query, now: Moment, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Which of `rows`, int64 (C,), each relation of the graph ties to the person: bool (C,)."""

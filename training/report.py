@@ -41,6 +41,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         ranking     {method: `metrics.ranking_metrics`}, the bundle's own first
         ablation    {part: {"recall", "ndcg", "recall_difference", "ndcg_difference": interval}},
                     without the part, and the whole bundle minus that
+        ladder      {part: {"recall", "ndcg", "recall_gained", "ndcg_gained": interval,
+                    "milliseconds": float}}, with the parts before it, gained over them, cost of all
         candidates  {"per_question": {source: count}, "targets_held": share, "held_by_band": {band: share}}
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
@@ -182,6 +184,20 @@ def _ablation(parts: Section) -> list[str]:
     ]
 
 
+def _ladder(rungs: Section) -> list[str]:
+    columns = {
+        "recall": "recall",
+        "recall_gained": "recall gained",
+        "ndcg": "nDCG",
+        "ndcg_gained": "nDCG gained",
+        "milliseconds": "ms a question",
+    }
+    rows = (
+        [n if not at else f"+ {n}", *(r.get(c) for c in columns)] for at, (n, r) in enumerate(rungs.items())
+    )
+    return [_table(("part", *columns.values()), rows)]
+
+
 def _candidates(found: Section) -> list[str]:
     held = [("all", found.get("targets_held"))]
     held += [(BANDS.get(band, band), share) for band, share in found.get("held_by_band", {}).items()]
@@ -255,6 +271,13 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "Ablation",
         "What the bundle loses when one part is taken away: the more, the more that part contributes.",
         _ablation,
+    ),
+    (
+        "ladder",
+        "Part by part",
+        "What each part adds to those above it: candidates, features and a model fitted for just these. "
+        "The cost is that of candidates, features and scores on one thread, searched without an index.",
+        _ladder,
     ),
     (
         "cold_start",

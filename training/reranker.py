@@ -1,5 +1,7 @@
 """The reranker's fit: a choice model, and LambdaMART by LightGBM boosted from its scores."""
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -7,6 +9,7 @@ import lightgbm
 import numpy as np
 
 from services.ranking.reranker import ConditionalLogit, RerankerModel
+from training.ascent import DEPTH, ascend
 from training.choice import fit_choice
 from training.lists import Lists
 from training.queries import DAY
@@ -18,7 +21,7 @@ _LEAVES = (7, 63)
 _ROWS_A_LEAF = 1000
 _PARAMETERS = {
     "metric": "ndcg",
-    "eval_at": [20],
+    "eval_at": [DEPTH],
     "objective": "lambdarank",
     "learning_rate": 0.05,
     "min_data_in_leaf": 50,
@@ -34,6 +37,7 @@ _PARAMETERS = {
     "seed": 0,
     "num_threads": 0,
 }
+_log = logging.getLogger(__name__)
 
 
 def fit_reranker(
@@ -44,8 +48,8 @@ def fit_reranker(
     With pages the questions only help the choice model, a tenth of their grades: what a shop showed decides
     what could be chosen of everything, but not what was chosen of a page. Trees learn what
     a sum cannot say. The last fifth of the lists, cut between days, tells after how many of at most
-    `trees` trees more do not help to those who know earlier days alone. Where most lists are of the
-    first day, a fifth of all is drawn for that.
+    `trees` trees more do not help to those who know earlier days alone, and whether they help at all.
+    Where most lists are of the first day, a fifth of all is drawn for that.
     """
     lists = asked if shown is None else shown
     late, asked_before = _late(lists), asked
@@ -56,6 +60,8 @@ def fit_reranker(
         choice = _choice(asked_before if shown is not None else None, early, columns)
         trees = _enough(choice, early, lists.take(late), trees)
     choice = _choice(asked if shown is not None else None, lists, columns)
+    if not trees:
+        return RerankerModel(choice, None)
     data, gain = _dataset(choice, lists)
     return RerankerModel(choice, lightgbm.train(_parameters(lists, gain), data, trees))
 
@@ -73,18 +79,33 @@ def _late(lists: Lists) -> np.ndarray:
 
 
 def _choice(asked: Lists | None, lists: Lists, columns: Sequence[str]) -> ConditionalLogit:
+    learned = lists
     if asked is not None:
-        lists = Lists.joined([replace(asked, grade=_ASKED_SHARE * asked.grade), lists])
-    return fit_choice(lists, columns)
+        learned = Lists.joined([replace(asked, grade=_ASKED_SHARE * asked.grade), lists])
+    return ascend(fit_choice(learned, columns), lists)
 
 
 def _enough(choice: ConditionalLogit, early: Lists, late: Lists, most: int) -> int:
+    """How many trees are best for `late`; 0 when they gain less than chance may give.
+
+    Which is one standard error of the difference in nDCG@20: as in pruning (Breiman et al., 1984), of
+    what is as good the simpler is taken.
+    """
+    if not most:
+        return 0
     grades = np.unique(np.concatenate([early.grade, late.grade]))
     learned, gain = _dataset(choice, early, grades)
     held, _ = _dataset(choice, late, grades, learned)
     stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
     tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[held], callbacks=[stop])
-    return max(1, tried.best_iteration)
+    plain = choice.terms(late.matrix).sum(1, dtype=np.float64)
+    corrected = plain + np.asarray(tried.predict(late.matrix, num_iteration=tried.best_iteration))
+    gained = late.ndcg(corrected, DEPTH) - late.ndcg(plain, DEPTH)
+    if len(gained) < 2:  # noqa: PLR2004 - one says nothing of chance
+        return 0
+    error = float(gained.std(ddof=1)) / math.sqrt(len(gained))
+    _log.info("%d trees gain %.4f of nDCG, give or take %.4f", tried.best_iteration, gained.mean(), error)
+    return tried.best_iteration if gained.mean() > error else 0
 
 
 def _parameters(lists: Lists, gain: Sequence[float]) -> dict[str, object]:

@@ -38,6 +38,7 @@ _SOURCES = {
     ranking_pb.SOURCE_FAMILY: "family",
     ranking_pb.SOURCE_AFFINITY: "affinity",
     ranking_pb.SOURCE_SEQUENCE: "sequence",
+    ranking_pb.SOURCE_WORDS: "words",
 }
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
 _MAX_EXCLUDED = 100_000

@@ -5,16 +5,15 @@ before that moment, the request's own session, the item graph and the items' vec
 Missing stays NaN. Knows nothing of transport or models.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from services.item_table import ItemTable
-from services.ranking.graph import GraphView
+from services.ranking.basis import Basis
 from services.ranking.likeness import Likeness
 from services.ranking.moment import WINDOWS, Moment
+from services.ranking.order import ORDER_PARTS, Order
 from services.ranking.query import SEEDS, Query, recency
-from services.ranking.sequence import SequenceView
 
 _SPACES = ("text", "image")
 # How many engagements as in the whole shop are added to an item's, and to a person's own.
@@ -53,47 +52,55 @@ Column = np.ndarray | np.float32
 
 
 class Features:
-    """Feature rows over one item table, item graph, list of text attributes and sequence model."""
+    """Feature rows over what the ranking service knows."""
 
-    def __init__(
-        self,
-        table: ItemTable,
-        graph: GraphView,
-        attributes: Sequence[str],
-        sequence: SequenceView | None = None,
-    ) -> None:
-        self._table, self._graph, self._attributes = table, graph, tuple(attributes)
-        self._sequence = sequence
-        self._alike = Likeness(table, attributes)
+    def __init__(self, basis: Basis) -> None:
+        self._table, self._graph, self._sequence = basis.table, basis.graph, basis.sequence
+        self._attributes, self._numbers = tuple(basis.attributes), tuple(basis.numbers)
+        self._alike = Likeness.of_attributes(basis.table, basis.attributes)
+        self._titles = Likeness.of_titles(basis.table)
+        self._order = Order(basis.table, basis.numbers)
         self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
-        self._relations = tuple(name for name in graph.names if name not in _SPACES)
+        self._relations = tuple(name for name in basis.graph.names if name not in _SPACES)
         self.names: tuple[str, ...] = (
             *CANDIDATE_COLUMNS,
             *(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
             *(f"{s}_{part}" for s in _SPACES for part in _SIMILARITIES),
             *SEQUENCE_COLUMNS,
+            *(f"words_{part}" for part in _SIMILARITIES),
             *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
             *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
+            *(f"{number}_{part}" for number in self._numbers for part in ORDER_PARTS),
         )
 
     def matrix(self, query: Query, rows: np.ndarray, moment: Moment) -> np.ndarray:
         """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`."""
-        columns = [
-            *self._item_side(rows, moment),
-            *self._price(query, rows, moment),
-            *self._person(query, rows),
-            *self._family(query, rows, moment),
-            channel_fit(query, rows, moment),
-        ]
-        for relation in self._relations:
-            columns += self._behaviour(relation, query, rows)
-        for space in _SPACES:
-            columns += self._similarity(space, query, rows)
-        columns += self._next(query, rows)
-        columns += self._likeness(query, rows, moment)
-        for attribute in self._attributes:
-            columns += self._attribute(attribute, query, rows, moment)
+        columns = [column for _, block in self.blocks(query, rows, moment) for column in block]
         return np.stack([np.broadcast_to(np.float32(c), rows.shape) for c in columns], axis=1)
+
+    def blocks(self, query: Query, rows: np.ndarray, moment: Moment) -> Iterator[tuple[str, list[Column]]]:
+        """The columns of `matrix` one part of the bundle after the other, each made when it is asked for."""
+        yield (
+            "counts",
+            [
+                *self._item_side(rows, moment),
+                *self._price(query, rows, moment),
+                *self._person(query, rows),
+                *self._family(query, rows, moment),
+                channel_fit(query, rows, moment),
+            ],
+        )
+        yield "graph", [c for r in self._relations for c in self._behaviour(r, query, rows)]
+        for space in _SPACES:
+            yield space, self._similarity(space, query, rows)
+        yield "sequence", self._next(query, rows)
+        yield "words", self._words(query, rows, moment)
+        labels = self._likeness(query, rows, moment)
+        for attribute in self._attributes:
+            labels += self._attribute(attribute, query, rows, moment)
+        for number in self._numbers:
+            labels += self._order.columns(number, query, rows, moment)
+        yield "labels", labels
 
     def unsold(self, matrix: np.ndarray, rows: np.ndarray, moment: Moment) -> np.ndarray:
         """The `matrix` (C, F) of table rows (C,) as if nobody had ever engaged with the candidate.
@@ -213,6 +220,14 @@ class Features:
         if self._sequence is None or person is None:
             return [np.float32(np.nan)] * len(SEQUENCE_COLUMNS)
         return list(self._sequence.scores(person, rows))
+
+    def _words(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
+        session, history = query.session[:SEEDS], query.history[:SEEDS]
+        alike = self._titles.each(np.concatenate([session, history]), rows, moment)
+        found: list[Column] = []
+        for part in (alike[:, : len(session)], alike[:, len(session) :]):
+            found += [part.mean(1), part.max(1)] if part.shape[1] else [np.float32(np.nan)] * 2
+        return [*found, self._titles.to(*query.latest(), rows, moment)]
 
     def _likeness(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
         parts = [(items, np.ones(len(items), np.float32)) for items in (query.session, query.history[:SEEDS])]

@@ -1,9 +1,10 @@
-"""How alike items are by the values of their attributes.
+"""How alike items are by what is written of them: values of attributes, words of titles.
 
-Cosine of TF-IDF vectors (Salton and Buckley, 1988) over the catalogue; an attribute may have several values.
+Cosine of TF-IDF vectors (Salton and Buckley, 1988) over the catalogue.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,42 +14,82 @@ from services.ranking.moment import Moment
 _NOTHING = 1e-6
 
 
-class Likeness:
-    """Likeness over the rows of one item table by its text attributes."""
+@dataclass(frozen=True)
+class _Terms:
+    """What is written of N items, at one moment.
 
-    def __init__(self, table: ItemTable, attributes: Sequence[str]) -> None:
-        self._table, self._attributes = table, tuple(attributes)
-        self._kept: tuple[Moment, list[tuple[np.ndarray, np.ndarray]]] | None = None
+    `columns` are pairs: codes (N, W), where what is missing has the last one, and the squared inverse
+    document frequency of each code, 0 for the last; `length` float64 (N,) of the vectors.
+    """
+
+    columns: Sequence[tuple[np.ndarray, np.ndarray]]
+    length: np.ndarray
+
+
+class Likeness:
+    """Likeness over the rows of one item table; `read` gives columns of codes, int (N, W), -1 for none."""
+
+    def __init__(self, read: Callable[[], Sequence[np.ndarray]]) -> None:
+        self._read = read
+        self._kept: tuple[Moment, _Terms] | None = None
+
+    @classmethod
+    def of_attributes(cls, table: ItemTable, names: Sequence[str]) -> "Likeness":
+        """By the values of text attributes; one may have several."""
+        return cls(lambda: [column[0] for name in names if (column := table.texts(name)) is not None])
+
+    @classmethod
+    def of_titles(cls, table: ItemTable) -> "Likeness":
+        """By the words of titles: names of ranges and models, of which a vector of meaning knows little."""
+        return cls(lambda: [table.words])
 
     def to(self, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray, moment: Moment) -> np.ndarray:
         """How alike rows (C,) are to weighted seeds (S,): the weighted mean of cosines, float32 (C,).
 
-        NaN without seeds, and for a row without attributes.
+        NaN without seeds, and for a row of which nothing is written.
         """
-        columns = self._columns(moment)
-        if not len(seeds) or not columns:
+        terms = self._terms(moment)
+        if not len(seeds) or not terms.columns:
             return np.full(len(rows), np.nan, np.float32)
-        worth = weights / _length(columns, seeds)
+        worth = weights / terms.length[seeds]
         shared = np.zeros(len(rows))
-        for codes, rarity in columns:
+        for codes, rarity in terms.columns:
             mine = codes[seeds]
             held = np.bincount(mine.ravel(), np.repeat(worth, mine.shape[1]), len(rarity))
             shared += (held * rarity)[codes[rows]].sum(1)
-        cosine = shared / _length(columns, rows) / max(float(weights.sum()), 1e-9)
-        return np.asarray(np.where(_length(columns, rows) > _NOTHING, cosine, np.nan), np.float32)
+        length = terms.length[rows]
+        cosine = shared / length / max(float(weights.sum()), 1e-9)
+        return np.asarray(np.where(length > _NOTHING, cosine, np.nan), np.float32)
 
-    def _columns(self, moment: Moment) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each attribute codes (N, W) and the squared inverse document frequency of each: once per moment.
+    def each(self, seeds: np.ndarray, rows: np.ndarray, moment: Moment) -> np.ndarray:
+        """The cosine of each of rows (C,) and each of seeds (S,): float32 (C, S), NaN as in `to`."""
+        terms = self._terms(moment)
+        if not terms.columns:
+            return np.full((len(rows), len(seeds)), np.nan, np.float32)
+        shared = np.zeros((len(rows), len(seeds)))
+        for codes, rarity in terms.columns:
+            said, place = np.unique(codes[seeds], return_inverse=True)
+            seed = np.repeat(np.arange(len(seeds)), codes.shape[1])
+            held = np.zeros((len(said), len(seeds)))
+            held[place.ravel(), seed] = rarity[codes[seeds].ravel()]
+            column = np.full(len(rarity), -1)
+            column[said[rarity[said] > 0]] = np.flatnonzero(rarity[said] > 0)
+            row, at = np.nonzero(column[codes[rows]] >= 0)
+            np.add.at(shared, row, held[column[codes[rows[row], at]]])
+        length = terms.length[rows]
+        cosine = shared / length[:, None] / terms.length[seeds]
+        return np.asarray(np.where(length[:, None] > _NOTHING, cosine, np.nan), np.float32)
 
-        What is missing has the last code, which weighs nothing.
-        """
+    def _terms(self, moment: Moment) -> _Terms:
+        """Once per moment: what came later is not of it."""
         kept = self._kept
         if kept is None or kept[0] is not moment:
-            texts = [self._table.texts(name) for name in self._attributes]
-            self._kept = kept = (
-                moment,
-                [_weighed(column[0][: len(moment.age)]) for column in texts if column],
-            )
+            columns = [_weighed(codes[: len(moment.age)]) for codes in self._read()]
+            length = np.zeros(len(moment.age))
+            for codes, rarity in columns:
+                length += rarity[codes].sum(1)
+            terms = _Terms(columns, np.maximum(np.sqrt(length), _NOTHING))
+            self._kept = kept = (moment, terms)
         return kept[1]
 
 
@@ -57,10 +98,3 @@ def _weighed(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rarity = np.zeros(int(used.max(initial=-1)) + 2)
     rarity[used] = np.log(max(len(codes), 1) / count) ** 2
     return np.where(codes < 0, len(rarity) - 1, codes), rarity
-
-
-def _length(columns: list[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> np.ndarray:
-    total = np.zeros(len(rows))
-    for codes, rarity in columns:
-        total += rarity[codes[rows]].sum(1)
-    return np.asarray(np.maximum(np.sqrt(total), _NOTHING))

@@ -20,6 +20,7 @@ from services import filters
 from services.bundle import Profile
 from services.errors import Unavailable, VitrineError
 from services.item_table import ItemTable
+from services.ranking.basis import Basis
 from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
@@ -109,9 +110,10 @@ class Ranking:
         self.state = BehaviourState(profile.event_types)
         self._graph = GraphView(graph, view.table)
         walks = SequenceView.load(sequence, view.table) if sequence else None
-        self.features = Features(view.table, self._graph, profile.attributes, walks)
+        basis = Basis(view.table, self._graph, profile.attributes, profile.numbers, walks)
+        self.features = Features(basis)
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
-        self._sources = Sources(view.table, self._graph, profile.attributes, walks)
+        self._sources = Sources(basis)
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None

@@ -34,20 +34,24 @@ class ConditionalLogit:
 
 @dataclass(frozen=True)
 class RerankerModel:
-    """What orders the rows of a list: the choice model, and trees that were boosted from its scores."""
+    """What orders the rows of a list: the choice model, and trees boosted from its scores where they help."""
 
     choice: ConditionalLogit
-    trees: lightgbm.Booster
+    trees: lightgbm.Booster | None
 
     def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F); `threads` 0 takes every core."""
-        corrected = self.trees.predict(matrix, num_threads=threads)
-        return np.asarray(self.choice.terms(matrix).sum(1, dtype=np.float64) + corrected)
+        score = self.choice.terms(matrix).sum(1, dtype=np.float64)
+        if self.trees is not None:
+            score += self.trees.predict(matrix, num_threads=threads)
+        return np.asarray(score)
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray:
         """What each column adds to the score, up to a constant: float64 (C, F), of trees by TreeSHAP."""
-        shap = np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
-        return np.asarray(shap + self.choice.terms(matrix))
+        terms = self.choice.terms(matrix).astype(np.float64)
+        if self.trees is not None:
+            terms += np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
+        return terms
 
 
 class Reranker:
@@ -64,7 +68,10 @@ class Reranker:
         if missing := [name for name in choice.columns if name not in place]:
             raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is no feature here")
         self._at = np.array([place[name] for name in choice.columns])
-        self._model = RerankerModel(choice, lightgbm.Booster(model_file=str(directory / MODEL_FILE)))
+        trees = directory / MODEL_FILE
+        self._model = RerankerModel(
+            choice, lightgbm.Booster(model_file=str(trees)) if trees.is_file() else None
+        )
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         """Scores float32 (C,) of rows (C, F) in the order of `names`; an ordering, on no scale."""
@@ -73,6 +80,7 @@ class Reranker:
 
 
 def write_reranker(directory: Path, model: RerankerModel) -> None:
-    """Write a model: the trees in LightGBM's text format, the choice model as JSON."""
-    model.trees.save_model(str(directory / MODEL_FILE))
+    """Write a model: trees, if there are any, in LightGBM's text format, the choice model as JSON."""
+    if model.trees is not None:
+        model.trees.save_model(str(directory / MODEL_FILE))
     (directory / CHOICE_FILE).write_text(json.dumps(asdict(model.choice), indent=1) + "\n")

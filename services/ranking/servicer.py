@@ -26,6 +26,7 @@ _SOURCES = {
     "family": pb.SOURCE_FAMILY,
     "affinity": pb.SOURCE_AFFINITY,
     "sequence": pb.SOURCE_SEQUENCE,
+    "words": pb.SOURCE_WORDS,
 }
 _NAMES = {number: name for name, number in _SOURCES.items()}
 

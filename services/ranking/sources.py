@@ -1,15 +1,13 @@
-"""Candidates that behaviour proposes: the item graph, popular, rising, new, family, affinity, sequence."""
+"""Candidates that behaviour and labels propose, each source in a way of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from services.item_table import ItemTable
-from services.ranking.graph import GraphView
+from services.ranking.basis import Basis
 from services.ranking.likeness import Likeness
 from services.ranking.moment import DAY, Moment
 from services.ranking.query import Query
-from services.ranking.sequence import SequenceView
 
 _NEW_DAYS = 30
 # What a neighbour by content counts beside one by behaviour.
@@ -19,15 +17,10 @@ _RELATION_WEIGHTS = {"text": 0.1, "image": 0.1}
 class Sources:
     """Scores over all rows of an item table, one function per source; 0 and below is no candidate."""
 
-    def __init__(
-        self,
-        table: ItemTable,
-        graph: GraphView,
-        attributes: Sequence[str],
-        sequence: SequenceView | None = None,
-    ) -> None:
-        self._table, self._graph, self._likeness = table, graph, Likeness(table, attributes)
-        self._sequence = sequence
+    def __init__(self, basis: Basis) -> None:
+        self._table, self._graph, self._sequence = basis.table, basis.graph, basis.sequence
+        self._likeness = Likeness.of_attributes(basis.table, basis.attributes)
+        self._titles = Likeness.of_titles(basis.table)
         self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
             "graph": self._near,
             "popular": self._popular,
@@ -36,6 +29,7 @@ class Sources:
             "family": self._family,
             "affinity": self._affinity,
             "sequence": self._next,
+            "words": self._named,
         }
 
     def candidates(
@@ -99,6 +93,11 @@ class Sources:
         alike = self._likeness.to(*query.interests(), sold, moment)
         scores[sold] = np.nan_to_num(alike) * np.log1p(moment.popular[sold, 2])
         return scores
+
+    def _named(self, query: Query, moment: Moment) -> np.ndarray:
+        """What shares rare words of its title with the person's items."""
+        alike = self._titles.to(*query.interests(), np.arange(len(moment.age)), moment)
+        return np.asarray(np.nan_to_num(alike) * (1 + np.log1p(moment.popular[:, 2])))
 
     def _next(self, query: Query, moment: Moment) -> np.ndarray:
         """What the sequence model holds to come next."""

@@ -49,6 +49,8 @@ class _SourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Source.ValueTy
     """Popular among items that share attributes with the person's."""
     SOURCE_SEQUENCE: _Source.ValueType  # 9
     """What the sequence model holds to come next."""
+    SOURCE_WORDS: _Source.ValueType  # 10
+    """Items whose titles share rare words with those of the person's items."""
 
 class Source(_Source, metaclass=_SourceEnumTypeWrapper):
     """Where a candidate came from."""
@@ -73,6 +75,8 @@ SOURCE_AFFINITY: Source.ValueType  # 8
 """Popular among items that share attributes with the person's."""
 SOURCE_SEQUENCE: Source.ValueType  # 9
 """What the sequence model holds to come next."""
+SOURCE_WORDS: Source.ValueType  # 10
+"""Items whose titles share rare words with those of the person's items."""
 Global___Source: _TypeAlias = Source  # noqa: Y015
 
 @_typing.final
