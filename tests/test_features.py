@@ -162,6 +162,12 @@ def test_features_say_what_their_names_say() -> None:
     np.testing.assert_allclose(value["size_above"], np.log1p([2, 2, 1, 1, np.nan, 0]), rtol=1e-6)
 
 
+def test_what_was_only_shown_is_no_interest() -> None:
+    seen = ((int(NUMBERS[2]), "impression"), (int(NUMBERS[1]), "purchase"), (int(NUMBERS[3]), "impression"))
+    shown, bought = (Person("1", session=session) for session in (seen, seen[1:2]))
+    np.testing.assert_array_equal(rows_at([], NOW, shown), rows_at([], NOW, bought))
+
+
 def test_a_source_gives_its_best_allowed_rows_in_order() -> None:
     items, hour = table(), 39 * 24
     state = state_of([(u, i, 2, hour) for u in range(4) for i in range(u + 1)])

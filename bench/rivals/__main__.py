@@ -3,13 +3,15 @@
     python -m bench.rivals --python RIVALS_PYTHON --out build/rivals --minutes 5
 
 RIVALS_PYTHON has bench/rivals/requirements.txt installed. Test is never asked here. What Vitrine scores on
-the same questions is what `bench.hm` and `bench.amazon` print.
+the same questions is what `bench.hm` and `bench.amazon` print. A model that fails is a line that says so, and
+the others go on.
 """
 
 import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ def main() -> None:
     sports = Path(os.environ.get("VITRINE_BENCH", str(data / "bench"))) / _SPORTS.name
     shop = options.out / "sports-shop"
     write_shop(_SPORTS, sports, shop)
+    failed = False
     for name, directory, settings, more in (
         ("hm", hm, SHOP, []),
         ("sports", shop, None, ["--exclude-seen"]),
@@ -46,6 +49,10 @@ def main() -> None:
         export(directory, settings, "val", asked)
         for model in options.models.split(","):
             found = _fit(options.python, asked, runs, model, options.minutes, more)
+            if "failed" in found:
+                failed = True
+                print(json.dumps({"data": name, **found}), flush=True)  # noqa: T201 - the answer
+                continue
             run = runs / f"{model}.jsonl"
             if name == "hm":
                 score = scored(hm, "val", "sold", run)
@@ -53,6 +60,7 @@ def main() -> None:
                 score = scored_amazon(_SPORTS, shop / "queries_val.jsonl", run)
             figures = {figure: score[figure] for figure in ("recall", "ndcg")}
             print(json.dumps({"data": name, **found, **figures}), flush=True)  # noqa: T201 - the answer
+    sys.exit(int(failed))
 
 
 def _fit(
@@ -68,8 +76,10 @@ def _fit(
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(  # noqa: S603 - our own script
-        [*command, f"--minutes={minutes}"], check=True, stdout=subprocess.PIPE, text=True, env=environment
+        [*command, f"--minutes={minutes}"], check=False, stdout=subprocess.PIPE, text=True, env=environment
     )
+    if done.returncode:
+        return {"model": model, "failed": f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -296,8 +296,8 @@ def make_query(
     cut: int,
     targets: np.ndarray,
 ) -> Query:
-    """The person in rows of the table; items that the table does not know are left out."""
-    session = [(n, state.weights[state.kinds[t]]) for n, t in reversed(person.session)]
+    """The person in rows of the table; what the table does not know or weighs nothing is left out."""
+    session = [(n, w) for n, t in reversed(person.session) if (w := state.weights[state.kinds[t]]) > 0]
     session_rows = table.rows(n for n, _ in session)
     known_session = session_rows >= 0
     rows = table.rows(past.number)
