@@ -19,6 +19,8 @@ WEIGHTS = {
     "image_session_most": 0.05,
     "image_history_most": 0.03,
     "sequence_next": 0.06,
+    "words_session_most": 0.10,
+    "words_history_most": 0.04,
 }
 _POPULARITY = 0.01
 
