@@ -24,7 +24,7 @@ import numpy as np
 from services.catalog import Attribute, Item
 from services.errors import FailedPrecondition
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 REPORT = "report"
 _ITEMS = "items.jsonl.gz"

@@ -4,9 +4,12 @@ Knows nothing of transport, storage or models. Limits are those that the field
 comments of `protos/vitrine/catalog/v1/item.proto` promise.
 """
 
+import functools
 import hashlib
+import itertools
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -22,9 +25,13 @@ MAX_ATTRIBUTE_TEXT_LENGTH = 256
 MAX_IMAGE_BYTES = 16 << 20
 
 _MOST_WORDS = 24
-# Scripts that set no spaces between words: kana and the unified ideographs.
-_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
-_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+_LONGEST_WORD = 64
+_READ = 2000
+# Scripts that set no spaces between words: Thai and Lao, Burmese, Khmer, kana, ideographs.
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff"
+    r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 _INT64 = 1 << 63
 
 
@@ -75,17 +82,27 @@ def item_text(item: Item) -> str:
 
 
 def title_words(title: str) -> tuple[str, ...]:
-    """The different words of a title, the first 24, without regard to case.
+    """The different words of a title, the first 24, without regard to case or form (NFKC).
 
-    Where words are not set apart, as in Chinese and Japanese, pairs of characters stand for them.
+    Letters, numbers and the marks on them make words. Where those are not set apart, as in Chinese and Thai,
+    pairs of characters stand for them. Nothing past 2,000 characters is read.
     """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", title[:_READ]).casefold())
     found: list[str] = []
-    for word in _WORD.findall(title.casefold()):
-        if _UNSPACED.match(word) and len(word) > 1:
+    for kind, run in itertools.groupby(text, _kind):
+        word = "".join(run)
+        if kind == "unspaced" and len(word) > 1:
             found += [word[at : at + 2] for at in range(len(word) - 1)]
-        else:
-            found.append(word)
+        elif kind:
+            found.append(word[:_LONGEST_WORD])
     return tuple(dict.fromkeys(found))[:_MOST_WORDS]
+
+
+@functools.cache
+def _kind(character: str) -> str:
+    if unicodedata.category(character)[0] not in "LNM":
+        return ""
+    return "unspaced" if _UNSPACED.match(character) else "spaced"
 
 
 def has_image(item: Item) -> bool:

@@ -70,7 +70,7 @@ def test_bad_weights_are_mended(weight: list[float]) -> None:
 
 
 def test_of_noise_nothing_moves_far() -> None:
-    """The likeliest of forty moves looks better by chance; none of them is worth anything on other lists."""
+    """The best of a few dozen moves looks better by chance: little is gained, so little is lost."""
     lists = shop(signal=0.0)
     even = ConditionalLogit(["a", "b"], Scales.of(lists.matrix), [1.0, 0.0])
     assert ndcg(ascend(even, lists), lists) < 1.25 * ndcg(even, lists)

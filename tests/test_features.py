@@ -1,10 +1,12 @@
 """A feature row sees the past and nothing else; moments and histories against counting by hand."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.catalog import Attribute, Item, item_number
+from services.errors import FailedPrecondition
 from services.item_table import Change, ItemTable
 from services.ranking.basis import Basis
 from services.ranking.features import CANDIDATE_COLUMNS, Features
@@ -166,6 +168,34 @@ def test_what_was_only_shown_is_no_interest() -> None:
     seen = ((int(NUMBERS[2]), "impression"), (int(NUMBERS[1]), "purchase"), (int(NUMBERS[3]), "impression"))
     shown, bought = (Person("1", session=session) for session in (seen, seen[1:2]))
     np.testing.assert_array_equal(rows_at([], NOW, shown), rows_at([], NOW, bought))
+
+
+def test_an_attribute_may_not_take_the_name_of_another_feature() -> None:
+    items = table()
+    graph = GraphView(
+        fit_item_graph(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), NUMBERS[:0]), items
+    )
+    with pytest.raises(FailedPrecondition, match="words_session"):
+        Features(Basis(items, graph, ["words"]))
+
+
+def test_values_written_after_the_moment_was_taken_are_of_the_next() -> None:
+    items, hour = table(), 39 * 24
+    state = state_of([(0, 0, 2, hour), (1, 1, 2, hour)])
+    graph = GraphView(
+        fit_item_graph(np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), NUMBERS[:0]), items
+    )
+    features, now = Features(Basis(items, graph, ["colour"], ["size"])), moment(state, items, NOW)
+    query = make_query(
+        state, items, Person(session=((int(NUMBERS[0]), "purchase"),)), columns([]), NOW, np.array([2])
+    )
+    before = features.matrix(query, np.arange(6), now)
+    for at in range(3):
+        item = Item(IDS[at], f"new {at}", attributes=(Attribute("colour", (f"c{at}",)),), family_id=f"n{at}")
+        items.apply([Change(int(NUMBERS[at]), 10 + at, item)])
+    after = features.matrix(query, np.arange(6), now)
+    plain = [at for at, name in enumerate(features.names) if not name.startswith("text_")]
+    np.testing.assert_array_equal(before[:, plain], after[:, plain])
 
 
 def test_a_source_gives_its_best_allowed_rows_in_order() -> None:

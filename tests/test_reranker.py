@@ -254,6 +254,12 @@ def test_noise_grows_few_trees(moments: int) -> None:
         assert trees is None or trees.num_trees() <= 40
 
 
+def test_of_one_list_no_tree_is_grown() -> None:
+    grade = (np.arange(10) == 3).astype(np.float32)
+    one = lists(np.random.default_rng(0).random((10, 2)).astype(np.float32), grade)
+    assert fit_reranker(one, TWO, 5).trees is None
+
+
 def liked_in_between(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of two columns, and a taste for what is neither low nor high in the first, which no sum knows."""
     generator = np.random.default_rng(0)
@@ -327,6 +333,16 @@ def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:
     assert served.score(matrix[:0]).shape == (0,)
     with pytest.raises(FailedPrecondition, match="popular_7d"):
         Reranker(tmp_path, ("age, in days", "price"))
+
+
+def test_a_model_without_trees_is_written_and_served(tmp_path: Path) -> None:
+    choice = ConditionalLogit(["a", "b"], Scales.plain(2), [1.0, -2.0])
+    write_reranker(tmp_path, RerankerModel(choice, None))
+    matrix = np.random.default_rng(0).random((20, 2)).astype(np.float32)
+    served = Reranker(tmp_path, ["a", "b"]).score(matrix)
+    np.testing.assert_allclose(served, np.log1p(matrix) @ [1.0, -2.0], rtol=1e-4, atol=1e-5)
+    contributed = RerankerModel(choice, None).contributions(matrix).sum(1)
+    np.testing.assert_allclose(contributed, served, rtol=1e-4, atol=1e-5)
 
 
 def small_shop() -> tuple[Features, ItemTable, Query]:

@@ -171,6 +171,20 @@ def test_a_second_run_takes_over_what_the_first_finished(
     assert done == behaviour  # fewer events, the same texts
 
 
+def test_the_report_takes_every_part_away_and_adds_it_again(bundles: Path) -> None:
+    report = json.loads((Bundle(bundles).directory / "report" / "report.json").read_text())
+    parts = ["graph", "words", "text", "sequence", "ctr", "trees"]
+    assert sorted(report["ablation"]) == sorted([*parts, "reranker"])
+    assert sorted(report["ladder"]) == sorted(["counts", *parts])
+    whole, last = report["ranking"]["whole bundle"], report["ladder"]["trees"]
+    assert last["recall"]["mean"] == whole["recall"]["mean"]
+    assert last["milliseconds"] >= report["ladder"]["counts"]["milliseconds"] > 0
+    lost = report["ablation"]["trees"]
+    assert lost["ndcg"]["mean"] + lost["ndcg_difference"]["mean"] == pytest.approx(
+        whole["ndcg"]["mean"], abs=2e-5
+    )
+
+
 def test_a_changed_file_is_found_out(bundles: Path) -> None:
     bundle = Bundle(bundles)
     victim = bundle.directory / "popular" / "numbers.npy"

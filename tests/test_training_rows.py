@@ -325,6 +325,22 @@ def test_items_that_the_catalogue_does_not_know_are_no_interests(tmp_path: Path)
         assert_alike(served, learned)
 
 
+def test_what_was_only_shown_is_neither_looked_for_nor_proposed(tmp_path: Path) -> None:
+    shop = shop_of(items_of(160), deeds_of(160, seed=0, strangers=False), settings_of("hour"))
+    late, none = (FIRST + DAYS) * DAY - 7, np.empty(0, np.int64)
+    shown = tuple((item_number(f"i{n}"), "impression") for n in range(10, 20))
+    bought = ((item_number("i30"), "purchase"),)
+    sessions = (bought, (*bought, *shown))
+    asked = [Question("nobody", late, session, none) for session in sessions]
+    (plain, _), (seen, _) = both(shop, asked, tmp_path)
+    out = {number for number, _ in shown}
+    assert plain.sources.keys() & out
+    assert not seen.sources.keys() & out
+    for number in plain.sources.keys() - out:  # those shown leave places to others at the end of a list
+        assert plain.sources[number] <= seen.sources[number]
+    np.testing.assert_array_equal(plain.matrix, seen.matrix)
+
+
 def test_a_past_longer_than_is_looked_at_is_cut_alike(tmp_path: Path) -> None:
     busy = [Deed("p0", f"i{n * 7 % 450}", "click", (FIRST + 4) * DAY + n * HOUR // 9) for n in range(260)]
     shop = shop_of(items_of(500), [*deeds_of(500, seed=1, strangers=False), *busy], settings_of("hour"))

@@ -27,6 +27,8 @@ from training.shop_settings import ShopSettings
 FILE = "judged.json"
 PAGE = 20
 _CLOCKED = 50
+# What items without a past are told by comes first among the curves: a chart has place for six.
+_OF_NEW_ITEMS = ("text", "image", "words", "reranker")
 _EXPLAINED = 100
 _EXPLAINED_ROWS = 20_000
 _NONE = -np.inf
@@ -102,7 +104,11 @@ def judge(
     few = rows.take(np.sort(np.random.default_rng(3).permutation(len(rows.size))[:_CLOCKED]))
     spent = milliseconds(past, few, whole, vectors, allowed)
     found["ladder"] = ladder(rungs, targets, spent, PAGE)
-    curves = {"whole bundle": pages["whole bundle"], **{f"without {n}": p for n, p in without.items()}}
+    for part, lacking in without.items():
+        found["ablation"][part] = _difference(pages["whole bundle"], lacking, targets)
+    curves = {"whole bundle": pages["whole bundle"]}
+    for part in sorted(without, key=lambda part: part not in _OF_NEW_ITEMS):
+        curves[f"without {part}"] = without[part]
     for name, curve in curves.items():
         found["cold_start"][name] = metrics.recall_by_count(curve, targets, counts, PAGE)
     (directory / FILE).write_text(json.dumps(found, indent=1) + "\n")

@@ -44,21 +44,22 @@ def ladder(
 def milliseconds(
     past: Replay, rows: Rows, whole: Fitted, vectors: Mapping[str, np.ndarray], allowed: np.ndarray
 ) -> dict[str, float]:
-    """What each rung costs a question of `rows`, on one thread: its source, its features and its model.
+    """What each rung costs a question of `rows`, here: its source, its features and its model.
 
     Sources and blocks of features that belong to no rung count for the first. Spaces are searched
-    exhaustively here; serving searches an index.
+    exhaustively; serving searches an index.
     """
     spent: dict[str, float] = defaultdict(float)
-    count = len(rows.size)
+    count, before = len(rows.size), None
     for at in range(count):
         question, query = rows.questions[at], rows.queries[at]
         now = past.at(question.as_of)
         mine = rows.take(np.array([at]))
         features = past.features(now)
-        if not at:  # what is made once for a moment is no question's
+        if now is not before:  # what is made once for a moment is no question's
             list(past.proposals(query, now, allowed))
             list(features.blocks(query, mine.items, now))
+            before = now
         _clocked(past.proposals(query, now, allowed), spent)
         _clocked(features.blocks(query, mine.items, now), spent)
         _clocked(_scored(mine, whole, vectors), spent)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from services import interests, item_table
+from services import catalog, interests, item_table
 from services.bundle import REPORT, Catalogue, Profile, created, publish, write_catalogue
 from services.catalog import Item, item_number
 from services.embedding import index
@@ -92,6 +92,7 @@ _RANKING_CODE = [
     reranker,
     blend,
     index,
+    catalog,
     interests,
     item_table,
     metrics,

@@ -276,7 +276,7 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "ladder",
         "Part by part",
         "What each part adds to those above it: candidates, features and a model fitted for just these. "
-        "The cost is that of candidates, features and scores on one thread, searched without an index.",
+        "The cost is that of candidates, features and scores where this was trained, without an index.",
         _ladder,
     ),
     (

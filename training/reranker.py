@@ -45,6 +45,8 @@ def fit_reranker(
 ) -> RerankerModel:
     """A model that puts lists in order: of past questions, or of pages that were `shown` if there are any.
 
+    The choice model is fitted by likelihood, then moved to where the first places are better (`ascent`).
+
     With pages the questions only help the choice model, a tenth of their grades: what a shop showed decides
     what could be chosen of everything, but not what was chosen of a page. Trees learn what
     a sum cannot say. The last fifth of the lists, cut between days, tells after how many of at most
@@ -59,6 +61,8 @@ def fit_reranker(
             asked_before = asked.take(asked.when < lists.when[late][0] // DAY * DAY)
         choice = _choice(asked_before if shown is not None else None, early, columns)
         trees = _enough(choice, early, lists.take(late), trees)
+    else:  # nothing tells whether trees help
+        trees = 0
     choice = _choice(asked if shown is not None else None, lists, columns)
     if not trees:
         return RerankerModel(choice, None)

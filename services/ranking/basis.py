@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from services.item_table import ItemTable
 from services.ranking.graph import GraphView
+from services.ranking.likeness import Likeness
 from services.ranking.sequence import SequenceView
 
 
@@ -20,3 +22,13 @@ class Basis:
     attributes: Sequence[str] = ()
     numbers: Sequence[str] = ()
     sequence: SequenceView | None = None
+
+    @cached_property
+    def alike(self) -> Likeness:
+        """Likeness by attributes."""
+        return Likeness.of_attributes(self.table, self.attributes)
+
+    @cached_property
+    def titles(self) -> Likeness:
+        """Likeness by the words of titles."""
+        return Likeness.of_titles(self.table)

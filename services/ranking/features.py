@@ -1,16 +1,17 @@
 """The one function that builds a feature row, for training and serving alike.
 
 A row describes a candidate for a person at a moment. It is made of the behaviour recorded
-before that moment, the request's own session, the item graph and the items' vectors.
-Missing stays NaN. Knows nothing of transport or models.
+before that moment, the request's own session, the item graph, the sequence model, and the items'
+vectors, titles, attributes and numbers. Missing stays NaN. Knows nothing of transport or models.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
+from services.errors import FailedPrecondition
 from services.ranking.basis import Basis
-from services.ranking.likeness import Likeness
 from services.ranking.moment import WINDOWS, Moment
 from services.ranking.order import ORDER_PARTS, Order
 from services.ranking.query import SEEDS, Query, recency
@@ -57,10 +58,9 @@ class Features:
     def __init__(self, basis: Basis) -> None:
         self._table, self._graph, self._sequence = basis.table, basis.graph, basis.sequence
         self._attributes, self._numbers = tuple(basis.attributes), tuple(basis.numbers)
-        self._alike = Likeness.of_attributes(basis.table, basis.attributes)
-        self._titles = Likeness.of_titles(basis.table)
+        self._alike, self._titles = basis.alike, basis.titles
         self._order = Order(basis.table, basis.numbers)
-        self._sums: tuple[Moment, dict[str, np.ndarray]] | None = None
+        self._counts: tuple[Moment, dict[str, tuple[np.ndarray, np.ndarray]]] | None = None
         self._relations = tuple(name for name in basis.graph.names if name not in _SPACES)
         self.names: tuple[str, ...] = (
             *CANDIDATE_COLUMNS,
@@ -72,6 +72,8 @@ class Features:
             *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
             *(f"{number}_{part}" for number in self._numbers for part in ORDER_PARTS),
         )
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise FailedPrecondition(f"an attribute's name makes {twice[0]!r}, which is another feature")
 
     def matrix(self, query: Query, rows: np.ndarray, moment: Moment) -> np.ndarray:
         """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`."""
@@ -127,9 +129,9 @@ class Features:
         for name in ("price_to_session", "price_to_history"):
             blank[:, column[name]] *= ratio
         for attribute in self._attributes:
-            codes, at = self._codes(attribute, moment), column[f"{attribute}_share_7d"]
-            if codes is not None:
-                total = float(self._popular_by(attribute, codes, moment).sum())
+            counted, at = self._counted(attribute, moment), column[f"{attribute}_share_7d"]
+            if counted is not None:
+                total = float(counted[1].sum())
                 blank[:, at] = (blank[:, at] * max(total, 1.0) - own) / np.maximum(total - own, 1.0)
         return blank
 
@@ -158,10 +160,10 @@ class Features:
         return [np.float32(len(query.session)), np.float32(len(query.history)), np.float32(last), bought]
 
     def _family(self, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
-        codes = self._codes("family_id", moment)
-        if codes is None:
+        counted = self._counted("family_id", moment)
+        if counted is None:
             return [np.float32(np.nan)] * 3
-        total = self._popular_by("family_id", codes, moment)
+        codes, total = counted
         mine, size = codes[rows], len(total)
         return [
             _share(mine, codes[query.session], size) * len(query.session),
@@ -234,10 +236,10 @@ class Features:
         return [self._alike.to(*part, rows, moment) for part in (*parts, query.latest())]
 
     def _attribute(self, name: str, query: Query, rows: np.ndarray, moment: Moment) -> list[Column]:
-        codes = self._codes(name, moment)
-        if codes is None:
+        counted = self._counted(name, moment)
+        if counted is None:
             return [np.float32(np.nan)] * 3
-        total = self._popular_by(name, codes, moment)
+        codes, total = counted
         mine, size = codes[rows], len(total)
         share = total / max(float(total.sum()), 1.0)
         return [
@@ -246,20 +248,22 @@ class Features:
             np.where(mine >= 0, np.append(share, np.nan)[mine], np.nan),
         ]
 
-    def _popular_by(self, attribute: str, codes: np.ndarray, moment: Moment) -> np.ndarray:
-        """Engagements of the last week by value of an attribute, float64 (V,): once per moment."""
-        sums = self._sums
-        if sums is None or sums[0] is not moment:
-            self._sums = sums = (moment, {})
-        if attribute not in sums[1]:
-            known, size = codes >= 0, int(codes.max(initial=-1)) + 1
-            sums[1][attribute] = np.bincount(codes[known], moment.popular[known, 2], size)
-        return sums[1][attribute]
+    def _counted(self, attribute: str, moment: Moment) -> tuple[np.ndarray, np.ndarray] | None:
+        """The first value of each row, int32 (N,), and last week's engagements by value, float64 (V,).
 
-    def _codes(self, attribute: str, moment: Moment) -> np.ndarray | None:
-        # The table may have grown since the moment was taken.
-        column = self._table.texts(attribute)
-        return None if column is None else column[0][: len(moment.age), 0]
+        Both as they were when the moment was first asked for: the feed may write other values since.
+        """
+        kept = self._counts
+        if kept is None or kept[0] is not moment:
+            self._counts = kept = (moment, {})
+        if attribute not in kept[1]:
+            column = self._table.texts(attribute)
+            if column is None:
+                return None
+            codes = column[0][: len(moment.age), 0].copy()
+            known, size = codes >= 0, int(codes.max(initial=-1)) + 1
+            kept[1][attribute] = codes, np.bincount(codes[known], moment.popular[known, 2], size)
+        return kept[1][attribute]
 
 
 def channel_fit(query: Query, rows: np.ndarray, moment: Moment) -> Column:

@@ -93,7 +93,8 @@ class Likeness:
         return kept[1]
 
 
-def _weighed(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _weighed(live: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    codes = live.copy()  # the feed may write new ones meanwhile
     used, count = np.unique(codes[codes >= 0], return_counts=True)
     rarity = np.zeros(int(used.max(initial=-1)) + 2)
     rarity[used] = np.log(max(len(codes), 1) / count) ** 2

@@ -40,14 +40,17 @@ class Order:
         """Of each attribute the rank of each row's number among the different ones, float32 (N,)."""
         kept = self._kept
         if kept is None or kept[0] is not moment:
-            self._kept = kept = moment, {name: self._rank(name, len(moment.age)) for name in self._names}
+            self._kept = kept = moment, {name: self._rank(name, moment) for name in self._names}
         return kept[1]
 
-    def _rank(self, name: str, count: int) -> np.ndarray:
+    def _rank(self, name: str, moment: Moment) -> np.ndarray:
+        """A number's place among those of items that were there at the moment."""
+        count = len(moment.age)
         rank = np.full(count, np.nan, np.float32)
         numbers = self._table.numbers(name)
         if numbers is not None:
-            value = numbers[:count, 0]
+            value = numbers[:count, 0].copy()
             known = ~np.isnan(value)
-            rank[known] = np.unique(value[known], return_inverse=True)[1]
+            there = np.unique(value[known & (self._table.created[:count] <= moment.tick)])
+            rank[known] = np.searchsorted(there, value[known])
         return rank

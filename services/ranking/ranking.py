@@ -237,7 +237,9 @@ class Ranking:
         if condition is not None:
             allowed = allowed & filters.evaluate(condition, table)[: len(allowed)]
         out = table.rows(excluded)
-        out = np.concatenate([out[(out >= 0) & (out < len(allowed))], query.session])
+        shown = table.rows(number for number, _ in person.session)
+        out = np.concatenate([out, shown])
+        out = out[(out >= 0) & (out < len(allowed))]
         if exclude_bought:
             out = np.concatenate([out, query.history[query.bought]])
         allowed[out] = False
@@ -257,8 +259,9 @@ class Ranking:
         kinds = np.concatenate([np.array([self.state.kinds[t] for _, t in session], np.int64), past.kind])
         ages = np.concatenate([np.zeros(len(session)), np.maximum((cut - past.occurred) / 1e6, 0)])
         weights = self.state.weights[kinds] * recency(ages / _SECONDS_A_DAY)
-        # What the catalogue does not know is nothing to search by.
-        kept = np.flatnonzero(self.view.table.rows(numbers) >= 0)[:MAX_HISTORY]
+        # What the catalogue does not know, or was only shown, is nothing to search by.
+        known = (self.view.table.rows(numbers) >= 0) & (self.state.weights[kinds] > 0)
+        kept = np.flatnonzero(known)[:MAX_HISTORY]
         return numbers[kept], kinds[kept], ages[kept], weights[kept].astype(np.float32)
 
     def _rank(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Ranked:

@@ -17,7 +17,7 @@ CHOICE_FILE = "choice.json"
 
 @dataclass(frozen=True)
 class ConditionalLogit:
-    """A choice model (McFadden, 1974): of a list an item is chosen with exp(score) for its odds.
+    """A choice model (McFadden, 1974): a weighted sum by which a list is put in order.
 
     `columns` names the F features; `weight` counts what `scales` make of them, where what is unknown
     counts as average.

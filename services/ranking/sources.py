@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 
 from services.ranking.basis import Basis
-from services.ranking.likeness import Likeness
 from services.ranking.moment import DAY, Moment
 from services.ranking.query import Query
 
@@ -19,8 +18,7 @@ class Sources:
 
     def __init__(self, basis: Basis) -> None:
         self._table, self._graph, self._sequence = basis.table, basis.graph, basis.sequence
-        self._likeness = Likeness.of_attributes(basis.table, basis.attributes)
-        self._titles = Likeness.of_titles(basis.table)
+        self._likeness, self._titles = basis.alike, basis.titles
         self.by_name: dict[str, Callable[[Query, Moment], np.ndarray]] = {
             "graph": self._near,
             "popular": self._popular,
@@ -78,7 +76,7 @@ class Sources:
         column = self._table.texts("family_id")
         if column is None:
             return np.zeros(self._table.length)
-        codes = column[0][: len(moment.age), 0]
+        codes = column[0][: len(moment.age), 0].copy()  # the feed may write new ones meanwhile
         seeds, weights = query.interests()
         weight = np.zeros(int(codes.max(initial=-1)) + 2)
         known = codes[seeds] >= 0
@@ -95,7 +93,7 @@ class Sources:
         return scores
 
     def _named(self, query: Query, moment: Moment) -> np.ndarray:
-        """What shares rare words of its title with the person's items."""
+        """What shares rare words of its title with the person's items, and of that what is popular."""
         alike = self._titles.to(*query.interests(), np.arange(len(moment.age)), moment)
         return np.asarray(np.nan_to_num(alike) * (1 + np.log1p(moment.popular[:, 2])))
 
