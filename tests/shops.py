@@ -19,13 +19,13 @@ PER_WORLD = 20
 
 def items() -> list[Item]:
     made = []
-    for world in WORLDS:
+    for first, world in enumerate(WORLDS):
         for n in range(PER_WORLD):
             colour = ("red", "blue")[n % 2]
             made.append(
                 Item(
                     id=f"{world}-{n:02}",
-                    title=f"{world} thing {n}",
+                    title=f"{world} thing {n + first * PER_WORLD}",  # no two have a rare word in common
                     attributes=(Attribute("world", (world,)), Attribute("colour", (colour,))),
                     family_id=f"{world}-family-{n // 2}",
                     price=float(n + 1),

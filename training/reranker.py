@@ -55,13 +55,13 @@ def fit_reranker(
     """
     lists = asked if shown is None else shown
     late, asked_before = _late(lists), asked
-    if late.any():
+    if trees and late.any():
         early = lists.take(~late)
         if early.when[-1] < lists.when[late][0]:
             asked_before = asked.take(asked.when < lists.when[late][0] // DAY * DAY)
         choice = _choice(asked_before if shown is not None else None, early, columns)
         trees = _enough(choice, early, lists.take(late), trees)
-    else:  # nothing tells whether trees help
+    else:  # none asked for, or nothing to tell whether they help
         trees = 0
     choice = _choice(asked if shown is not None else None, lists, columns)
     if not trees:
@@ -95,8 +95,6 @@ def _enough(choice: ConditionalLogit, early: Lists, late: Lists, most: int) -> i
     Which is one standard error of the difference in nDCG@20: as in pruning (Breiman et al., 1984), of
     what is as good the simpler is taken.
     """
-    if not most:
-        return 0
     grades = np.unique(np.concatenate([early.grade, late.grade]))
     learned, gain = _dataset(choice, early, grades)
     held, _ = _dataset(choice, late, grades, learned)
