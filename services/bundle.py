@@ -111,7 +111,7 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
     """Turn a directory of components into a bundle under `bundles`; its path.
 
     `staged` must be on the same file system and is moved. The version begins with the time
-    of `until`, or of publishing, and ends in a digest of the content.
+    of `until`, or of publishing, and ends in a digest of the content and its schema.
     """
     files = {
         path.relative_to(staged).as_posix(): _sha256(path)
@@ -120,7 +120,7 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
     }
     # The report tells of the run, how long it took among other things: it does not make a version.
     made = {name: digest for name, digest in files.items() if not name.startswith(REPORT + "/")}
-    content = json.dumps([made, asdict(profile)], sort_keys=True).encode()
+    content = json.dumps([SCHEMA, made, asdict(profile)], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=6).hexdigest()
     version = f"{(until or datetime.now(UTC)):%Y%m%dT%H%M%S}-{digest}"
     manifest: dict[str, Any] = {

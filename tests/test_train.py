@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from services.bundle import MANIFEST, Bundle
+from services.bundle import MANIFEST, SCHEMA, Bundle, publish
 from services.cli import main
 from services.errors import FailedPrecondition
 from services.replay import Page, alike
@@ -183,6 +184,24 @@ def test_the_report_takes_every_part_away_and_adds_it_again(bundles: Path) -> No
     assert lost["ndcg"]["mean"] + lost["ndcg_difference"]["mean"] == pytest.approx(
         whole["ndcg"]["mean"], abs=2e-5
     )
+
+
+def test_the_same_content_in_another_schema_is_another_bundle(
+    bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle(bundles)
+    found = []
+    for schema in (SCHEMA - 1, SCHEMA, SCHEMA):
+        monkeypatch.setattr("services.bundle.SCHEMA", schema)
+        shutil.copytree(bundle.directory, tmp_path / "staged")
+        (tmp_path / "staged" / MANIFEST).unlink()
+        found.append(publish(tmp_path / "staged", tmp_path / "bundles", bundle.profile, bundle.until))
+        shutil.rmtree(tmp_path / "staged", ignore_errors=True)
+    assert found[0] != found[1] == found[2]
+    assert found[1].name == bundle.directory.name
+    with pytest.raises(FailedPrecondition, match="schema"):
+        Bundle(found[0])
+    assert Bundle(found[1]).version == bundle.version
 
 
 def test_a_changed_file_is_found_out(bundles: Path) -> None:
