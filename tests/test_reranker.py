@@ -254,6 +254,19 @@ def test_noise_grows_few_trees(moments: int) -> None:
         assert trees is None or trees.num_trees() <= 40
 
 
+def test_what_pages_teach_must_not_spoil_what_is_asked_of_everything() -> None:
+    """On pages the taste is for what is in between, of everything for the rest."""
+    matrix, taken = liked_in_between(20_000)
+    pages = lists(matrix, taken)
+    pages = replace(pages, when=np.arange(len(pages.size)) // 400 * DAY)
+    other = (np.random.default_rng(1).random(len(matrix)) < 0.3 * (np.abs(matrix[:, 0]) > 0.7)).astype(
+        np.float32
+    )
+    for grade, grown in ((taken, True), (other, False)):
+        asked = replace(pages, grade=grade)
+        assert (fit_reranker(asked, TWO, 20, shown=pages).trees is not None) == grown
+
+
 def test_of_one_list_no_tree_is_grown() -> None:
     grade = (np.arange(10) == 3).astype(np.float32)
     one = lists(np.random.default_rng(0).random((10, 2)).astype(np.float32), grade)

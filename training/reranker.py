@@ -60,7 +60,10 @@ def fit_reranker(
         if early.when[-1] < lists.when[late][0]:
             asked_before = asked.take(asked.when < lists.when[late][0] // DAY * DAY)
         choice = _choice(asked_before if shown is not None else None, early, columns)
-        trees = _enough(choice, early, lists.take(late), trees)
+        held = [lists.take(late)]
+        if shown is not None:  # what pages taught must not spoil what is asked of everything
+            held.append(asked.take(asked.when >= lists.when[late][0] // DAY * DAY))
+        trees = _enough(choice, early, held, trees)
     else:  # none asked for, or nothing to tell whether they help
         trees = 0
     choice = _choice(asked if shown is not None else None, lists, columns)
@@ -89,25 +92,31 @@ def _choice(asked: Lists | None, lists: Lists, columns: Sequence[str]) -> Condit
     return ascend(fit_choice(learned, columns), lists)
 
 
-def _enough(choice: ConditionalLogit, early: Lists, late: Lists, most: int) -> int:
-    """How many trees are best for `late`; 0 when they gain less than chance may give.
+def _enough(choice: ConditionalLogit, early: Lists, held: Sequence[Lists], most: int) -> int:
+    """How many trees are best for the first lists of `held`; 0 when they gain less than chance may give.
 
     Which is one standard error of the difference in nDCG@20: as in pruning (Breiman et al., 1984), of
-    what is as good the simpler is taken.
+    what is as good the simpler is taken. 0 as well when other lists of `held` lose more than theirs.
     """
+    late = held[0]
     grades = np.unique(np.concatenate([early.grade, late.grade]))
     learned, gain = _dataset(choice, early, grades)
-    held, _ = _dataset(choice, late, grades, learned)
+    watched, _ = _dataset(choice, late, grades, learned)
     stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
-    tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[held], callbacks=[stop])
-    plain = choice.terms(late.matrix).sum(1, dtype=np.float64)
-    corrected = plain + np.asarray(tried.predict(late.matrix, num_iteration=tried.best_iteration))
-    gained = late.ndcg(corrected, DEPTH) - late.ndcg(plain, DEPTH)
-    if len(gained) < 2:  # noqa: PLR2004 - one says nothing of chance
-        return 0
-    error = float(gained.std(ddof=1)) / math.sqrt(len(gained))
-    _log.info("%d trees gain %.4f of nDCG, give or take %.4f", tried.best_iteration, gained.mean(), error)
-    return tried.best_iteration if gained.mean() > error else 0
+    tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[watched], callbacks=[stop])
+    for at, lists in enumerate(held):
+        plain = choice.terms(lists.matrix).sum(1, dtype=np.float64)
+        corrected = plain + np.asarray(tried.predict(lists.matrix, num_iteration=tried.best_iteration))
+        gained = lists.ndcg(corrected, DEPTH) - lists.ndcg(plain, DEPTH)
+        if len(gained) < 2:  # noqa: PLR2004 - one says nothing of chance
+            if at:
+                continue
+            return 0
+        mean, error = float(gained.mean()), float(gained.std(ddof=1)) / math.sqrt(len(gained))
+        _log.info("%d trees gain %.4f of nDCG, give or take %.4f", tried.best_iteration, mean, error)
+        if mean <= (-error if at else error):
+            return 0
+    return tried.best_iteration
 
 
 def _parameters(lists: Lists, gain: Sequence[float]) -> dict[str, object]:
