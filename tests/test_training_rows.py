@@ -79,7 +79,7 @@ def moment_of(micros: int) -> datetime:
 
 def settings_of(granularity: Granularity, **more: object) -> ShopSettings:
     made = ShopSettings(
-        items=ItemColumns(text_attributes=("colour",)),
+        items=ItemColumns(text_attributes=("colour",), number_attributes=("size",)),
         event_types=WEIGHTS,
         time=Time(granularity=granularity),
         ranking=RankingTraining(days=3, candidates=20),
@@ -100,7 +100,10 @@ def items_of(count: int, *, priced: bool = True, windows: bool = False) -> list[
             Item(
                 id=f"i{n}",
                 title=f"thing {n}",
-                attributes=(Attribute("colour", (("red", "blue", "green")[n % 3],)),),
+                attributes=(
+                    Attribute("colour", (("red", "blue", "green")[n % 3],)),
+                    *((Attribute("size", numbers=(n * 7 % 31 / 2,)),) if n % 6 else ()),
+                ),
                 family_id="" if n % 7 == 6 else f"f{n // 3}",
                 price=5.0 + n if priced else None,
                 available_from=start,

@@ -25,7 +25,9 @@ class ItemColumns(_Section):
     available_from: str = "available_from"
     available_until: str = "available_until"
     text_attributes: tuple[str, ...] = Field((), description="a value may be a list of texts, in csv as JSON")
-    number_attributes: tuple[str, ...] = ()
+    number_attributes: tuple[str, ...] = Field(
+        (), description="how high one is, and how near to a person's items, is read: a size, a running number"
+    )
     filter_only: tuple[str, ...] = Field(
         (), description="text attributes for filters alone, named with a leading underscore"
     )

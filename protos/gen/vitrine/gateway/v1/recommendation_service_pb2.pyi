@@ -204,7 +204,7 @@ class SourceScore(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """The source: "graph", "popular", "rising", "new", "family", "affinity", "sequence",
+    """The source: "graph", "popular", "rising", "new", "family", "affinity", "sequence", "words",
     "text", "image".
     """
     score: _builtins.float
