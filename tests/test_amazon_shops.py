@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from bench.amazon.__main__ import scored
 from bench.amazon.shops import BENCHMARKS, DAY, write_shop
+from bench.amazon.untrained import run_untrained
 from tests.conftest import skip_without
 from training.dataset import read_shop
 
@@ -81,6 +82,40 @@ def test_a_shop_is_read_as_it_is_written(source: Path, tmp_path: Path) -> None:
     assert shop.items[4].attributes[0].texts == ("1", "5")
     assert shop.settings.ranking.bare == 1
     assert shop.settings.task.exclude_bought
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_untrained_graph_sums_cosines_of_what_was_learned_from(
+    split: str, source: Path, tmp_path: Path
+) -> None:
+    shop, run = tmp_path / "shop", tmp_path / "run.jsonl"
+    write_shop(ORDERED, source, shop)
+    run_untrained(shop, split, datetime.combine(DAY, time(), UTC), run, limit=4)
+    # Nobody did the same thing twice: of items up to ten apart, how many people did both.
+    learned = {p: range(p, p + 18) for p in range(1, 11)}
+    degree = Counter(n for items in learned.values() for n in items)
+    together = Counter(
+        (i, j) for items in learned.values() for i in items for j in items if 0 < abs(i - j) <= 10
+    )
+    answers = rows(run)
+    assert len(answers) == 4
+    for answer in answers:
+        person = int(answer["user_id"])
+        mine = range(person, person + (19 if split == "test" else 18))
+        score = Counter(
+            {
+                j: sum(
+                    0.7 ** (mine[-1] - i) * together[i, j] / (degree[i] * degree[j]) ** 0.5
+                    for i in mine
+                    if together[i, j]
+                )
+                for j in degree
+                if j not in mine
+            }
+        )
+        found = [int(item) for item in answer["items"]]
+        assert set(found) == {j for j in score if score[j]}
+        assert [score[j] for j in found] == pytest.approx(sorted((score[j] for j in found), reverse=True))
 
 
 def test_a_run_is_scored_at_the_depth_of_its_protocol(tmp_path: Path) -> None:

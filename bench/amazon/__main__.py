@@ -3,21 +3,24 @@
     python -m bench.amazon sports_lattice --split val
     python -m bench.amazon sports_lattice --split test     # appends to docs/test-ledger.jsonl
 
-One bundle, made of what the protocol calls train, answers both splits. Recall@k and nDCG@k are means over
-people, ideal DCG over min(answers, k). Everything lands under --out: the shop directory, bundles, RUN.jsonl
-and SCORE.json of each split.
+One bundle, made of what the protocol calls train, answers both splits; beside it stands the item graph with
+nothing learned, made of the same (`untrained`). Recall@k and nDCG@k are means over people, ideal DCG over
+min(answers, k). Everything lands under --out: the shop directory, bundles, RUN.jsonl and SCORE.json of each
+split.
 """
 
 import argparse
 import json
 import os
 import sys
+from datetime import UTC, datetime, time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench.amazon.shops import BENCHMARKS, DAY, Benchmark, write_shop
+from bench.amazon.untrained import run_untrained
 from bench.runs import ROOT, record, vitrine
 from training import metrics
 
@@ -53,7 +56,10 @@ def main() -> None:
         f"--out={run}",
         f"--limit={options.limit}",
     )
-    found = scored(benchmark, shop / f"queries_{options.split}.jsonl", run)
+    questions = shop / f"queries_{options.split}.jsonl"
+    untrained, until = out / f"{options.split}-untrained.jsonl", datetime.combine(DAY, time(), UTC)
+    run_untrained(shop, options.split, until, untrained, limit=options.limit)
+    found = scored(benchmark, questions, run) | {"untrained": scored(benchmark, questions, untrained)}
     (out / f"{options.split}-score.json").write_text(json.dumps(found, indent=1) + "\n")
     print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
@@ -77,7 +83,8 @@ def scored(benchmark: Benchmark, queries: Path, run: Path) -> dict[str, Any]:
 
 
 def _means(score: dict[str, Any]) -> dict[str, float]:
-    return {name: score[name]["mean"] for name in ("recall", "ndcg")}
+    parts = (("", score), ("untrained_", score["untrained"]))
+    return {f"{of}{name}": part[name]["mean"] for of, part in parts for name in ("recall", "ndcg")}
 
 
 if __name__ == "__main__":
