@@ -34,7 +34,7 @@ _ASKED_TO_TUNE = 2000
 _AT_ONCE = 500
 _NONE = -np.inf
 
-Trial = optuna.trial.BaseTrial
+Trial = optuna.Trial
 Scores = Callable[[np.ndarray], np.ndarray]
 """Scores float (B, M) over all items for some questions, int64 (B,)."""
 
@@ -242,18 +242,35 @@ def _dataset(task: Task, frame: pd.DataFrame) -> Dataset:
 MODELS = {"item_knn": item_knn, "ials": ials, "bpr": bpr, "ease": ease, "sasrec": sasrec}
 
 
-def tuned(name: str, task: Task, minutes: float) -> optuna.Study:
+@dataclass(frozen=True)
+class Tuned:
+    """The best model of so many trials, what was chosen for it and the seconds its fit took."""
+
+    model: Callable[[Task], Scores]
+    chosen: dict[str, object]
+    trials: int
+    seconds: float
+
+
+def tuned(name: str, task: Task, minutes: float) -> Tuned:
     """What so many minutes of trials on a sample of the questions found; the last trial is finished."""
     some = np.sort(np.random.default_rng(0).permutation(len(task.targets))[:_ASKED_TO_TUNE])
     targets = [task.targets[at] for at in some]
+    best: list[tuple[float, Callable[[Task], Scores], float]] = []
 
     def objective(trial: optuna.Trial) -> float:
+        began = time.perf_counter()
         model = MODELS[name](trial, task)
-        return ndcg(answers(model(task), task, some), targets)
+        seconds = time.perf_counter() - began
+        value = ndcg(answers(model(task), task, some), targets)
+        if not best or value > best[0][0]:
+            best[:] = [(value, model, seconds)]
+        return value
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
     study.optimize(objective, timeout=60 * minutes)
-    return study
+    ((_, model, seconds),) = best
+    return Tuned(model, study.best_params, len(study.trials), seconds)
 
 
 def main() -> None:
@@ -271,14 +288,12 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     task = read_task(options.asked, seen=not options.exclude_seen)
     for name in options.models.split(","):
-        study = tuned(name, task, options.minutes)
+        best = tuned(name, task, options.minutes)
         began = time.perf_counter()
-        scores = MODELS[name](optuna.trial.FixedTrial(study.best_params), task)(task)
-        fitted = time.perf_counter()
-        pages = answers(scores, task, np.arange(len(task.targets)))
-        asked = 1e3 * (time.perf_counter() - fitted) / len(pages)
-        took = {"fit_seconds": round(fitted - began, 1), "ms_per_query": round(asked, 2)}
-        found = {"model": name, "trials": len(study.trials), **took, "chosen": study.best_params}
+        pages = answers(best.model(task), task, np.arange(len(task.targets)))
+        asked = 1e3 * (time.perf_counter() - began) / len(pages)
+        took = {"fit_seconds": round(best.seconds, 1), "ms_per_query": round(asked, 2)}
+        found = {"model": name, "trials": best.trials, **took, "chosen": best.chosen}
         with (options.out / f"{name}.jsonl").open("w") as file:
             for user, page in zip(task.asked_by, pages, strict=True):
                 user_id = int(user) if user.isdigit() else user
