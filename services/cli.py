@@ -69,6 +69,9 @@ def _add_train(commands: Any) -> None:
         "--text-base", help="a Hugging Face BERT, hub name or directory, in place of shop.toml's"
     )
     train.add_argument("--image-base", help="an open_clip model:tag or directory, in place of shop.toml's")
+    train.add_argument(
+        "--unjudged", action="store_true", help="a report without what each part is worth, in half the time"
+    )
     train.set_defaults(run=_train)
 
 

@@ -18,7 +18,7 @@ from training.lesson import Lesson
 from training.lists import Lists
 from training.metrics import classification_metrics
 from training.queries import Question
-from training.rankers import Fitted, fit_models
+from training.rankers import Fitted, Heads, fit_models
 from training.reranker import fit_reranker
 from training.rows import Rows
 from training.shop_settings import RankingTraining, ShopSettings
@@ -238,6 +238,21 @@ def test_a_lesson_before_the_first_question_holds_nothing() -> None:
     assert (len(nothing.rows.size), len(nothing.seen.items), len(nothing.labels)) == (0, 0, 0)
 
 
+def test_some_of_a_lesson_keeps_labels_with_their_rows() -> None:
+    vectors = catalogue()
+    rows, pages = taste_rows(9, vectors, seed=1), taste_rows(6, vectors, seed=2, size=4)
+    marks = np.arange(len(pages.items), dtype=np.float32)[:, None]
+    some = Lesson(rows, pages, marks, ["click"], shown=True).some(4)
+    assert (len(some.rows.size), len(some.seen.size)) == (4, 4)
+    kept = some.labels[:, 0].astype(int)
+    np.testing.assert_array_equal(pages.matrix[kept], some.seen.matrix)
+    assert (np.diff(kept) > 0).all()
+    alike = Lesson(rows, rows, rows.label[:, None], ["click"], shown=False).some(4)
+    np.testing.assert_array_equal(alike.rows.matrix, alike.seen.matrix)
+    np.testing.assert_array_equal(alike.labels[:, 0], alike.seen.label)
+    assert len(Lesson(rows, rows, rows.label[:, None], ["click"], shown=False).some(99).rows.size) == 9
+
+
 def plain_rows(days: list[int]) -> Rows:
     """A row for each question, one on each of `days`."""
     nobody = person(np.empty(0, np.int64), np.empty(0, np.int64))
@@ -320,6 +335,11 @@ def test_models_of_a_shop_that_logs_what_it_showed() -> None:
     assert whole.head.settings.slope[0] > 0
     assert np.isfinite([*whole.head.settings.slope, *whole.head.settings.offset]).all()
     assert (blind.head, blind.model.choice.columns) == (None, list(NAMES))
+    heads = Heads(lesson, 1)
+    fit_models(lesson, settings, vectors, ("text",), heads)
+    for _ in range(2):  # as fitted anew, and as it was kept
+        again = fit_models(lesson, settings, vectors, (), heads)
+        np.testing.assert_array_equal(again.score(asked, vectors), whole.score(asked, vectors))
     alone = replace(lesson, shown=False, seen=asked, labels=asked.label[:, None], types=["click"])
     unseen = fit_models(alone, settings, vectors)
     fresh = taste_rows(20, vectors, seed=3)

@@ -87,8 +87,9 @@ def bundles(shop: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) ->
     yield out
 
 
-def train(shop: Path, base: Path, out: Path, until: str) -> int:
-    return main(["train", f"--data={shop}", f"--out={out}", f"--until={until}", f"--text-base={base}"])
+def train(shop: Path, base: Path, out: Path, until: str, *more: str) -> int:
+    asked = [f"--data={shop}", f"--out={out}", f"--until={until}", f"--text-base={base}"]
+    return main(["train", *asked, *more])
 
 
 def evaluate(shop: Path, bundles: Path, out: Path, *more: str) -> int:
@@ -113,6 +114,19 @@ def test_queries_are_answered_alike_in_any_order_and_by_three_processes(
         assert len(answer["items"]) == 20
         assert all(item.startswith(world) for item in answer["items"][:9])
         assert not any(item.endswith("-11") for item in answer["items"])  # never sold: the filter holds
+
+
+def test_without_a_judgement_the_same_is_learned(
+    shop: Path, base: Path, bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / ".stages", tmp_path / ".stages")
+    assert train(shop, base, tmp_path, "2026-01-06", "--unjudged") == 0
+    judged, plain = (Bundle(directory).directory for directory in (bundles, tmp_path))
+    for part in ("ctr", "reranker", "sequence", "graph"):
+        mine, other = ({p.name: p.read_bytes() for p in (at / part).iterdir()} for at in (judged, plain))
+        assert mine == other, part
+    told = [json.loads((at / "report" / "report.json").read_text()) for at in (judged, plain)]
+    assert [("ablation" in report) for report in told] == [True, False]
 
 
 @pytest.mark.parametrize(

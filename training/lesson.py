@@ -34,6 +34,13 @@ class Lesson:
         rows = self.rows.take(early)
         return Lesson(rows, self.seen.take(seen), self.labels[kept], self.types, self.shown)
 
+    def some(self, most: int) -> "Lesson":
+        """At most so many of its questions and of its pages, drawn at random, in their order."""
+        mine = _drawn(len(self.rows.size), most)
+        theirs = _drawn(len(self.seen.size), most)  # the same where they are the same rows
+        kept = np.isin(self.seen.group(), theirs)
+        return Lesson(self.rows.take(mine), self.seen.take(theirs), self.labels[kept], self.types, self.shown)
+
 
 def first_day(events: Events, settings: ShopSettings) -> int:
     """The first of the ranking days, in days since 1970."""
@@ -59,6 +66,9 @@ def make_lesson(
     return Lesson(rows, rows, (rows.label[:, None] > 0).astype(np.float32), [target], shown=False)
 
 
-def _some(questions: list[Question], most: int, seed: int = 0) -> list[Question]:
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(questions))[:most])
-    return [questions[at] for at in chosen]
+def _some(questions: list[Question], most: int) -> list[Question]:
+    return [questions[at] for at in _drawn(len(questions), most)]
+
+
+def _drawn(count: int, most: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])

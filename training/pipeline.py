@@ -112,6 +112,7 @@ def train(
     until: datetime | None,
     text_base: str | None = None,
     image_base: str | None = None,
+    unjudged: bool = False,
 ) -> Path:
     """Train on a shop directory and publish; the bundle's directory.
 
@@ -122,6 +123,9 @@ def train(
     for report in shop.reports.values():
         _log.info("%s: %d rows read, %d kept %s", report.file, report.read, report.kept, dict(report.reasons))
     settings = _with_bases(shop.settings, text_base, image_base)
+    if unjudged:
+        judged = settings.ranking.model_copy(update={"judged": 0})
+        settings = settings.model_copy(update={"ranking": judged})
     stages = Stages(out / ".stages")
     learned_until = lesson.first_day(shop.events, settings) * DAY
     encoded = encoding.encode(stages, shop, settings, learned_until)

@@ -51,29 +51,50 @@ class Fitted:
         return matrix[:, self.columns]
 
 
+class Heads:
+    """The CTR heads that a lesson teaches, each fitted once: by the spaces it reads."""
+
+    def __init__(self, lesson: Lesson, epochs: int) -> None:
+        # Pages that were shown tell what was passed over from what was never on offer.
+        self.sources = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
+        self._lesson, self._epochs = lesson, epochs
+        self._kept: dict[frozenset[str], tuple[CtrModel, list[np.ndarray]]] = {}
+
+    def reading(self, spaces: Mapping[str, np.ndarray]) -> tuple[CtrModel, list[np.ndarray]]:
+        """A head that reads vectors (N, D) of these spaces, and what is foretold of each source: (N, T)."""
+        if (key := frozenset(spaces)) not in self._kept:
+            lesson = self._lesson
+            shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
+            logits = ctr.foretold(shape, lesson.seen, lesson.labels, self.sources, spaces, self._epochs)
+            if lesson.shown:
+                shape = ctr.calibrated(shape, lesson.seen, logits[1], lesson.labels)
+            head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, self._epochs)
+            self._kept[key] = head, logits
+        return self._kept[key]
+
+
 def fit_models(
     lesson: Lesson,
     settings: ShopSettings,
     vectors: Mapping[str, np.ndarray],
     without: Collection[str] = (),
+    heads: Heads | None = None,
 ) -> Fitted:
-    """Both models; `without` names parts that they must not know, as in `belongs`, or "trees"."""
+    """Both models; `without` names parts that they must not know, as in `belongs`, or "trees".
+
+    `heads` are those of the same lesson, if other models of it are fitted too.
+    """
+    heads = heads or Heads(lesson, settings.ranking.ctr_epochs)
     spaces = {space: values for space, values in vectors.items() if space not in without}
-    # Pages that were shown tell what was passed over from what was never on offer.
-    sources = [lesson.rows, lesson.seen] if lesson.shown else [lesson.rows]
-    matrices = [rows.matrix for rows in sources]
+    matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(lesson.rows.names), None
     if "ctr" not in without and spaces:  # without vectors there is nothing for the head to read
-        epochs = settings.ranking.ctr_epochs
-        shape = ctr.ctr_settings(lesson.seen, spaces, lesson.types, shown=lesson.shown)
-        logits = ctr.foretold(shape, lesson.seen, lesson.labels, sources, spaces, epochs)
-        if lesson.shown:
-            shape = ctr.calibrated(shape, lesson.seen, logits[1], lesson.labels)
-        head = ctr.fit_ctr(shape, lesson.seen, lesson.labels, spaces, epochs)
+        head, logits = heads.reading(spaces)
         names = (*names, *(ctr_column(t) for t in lesson.types))
         matrices = [np.concatenate(both, axis=1) for both in zip(matrices, logits, strict=True)]
     columns = np.array([at for at, name in enumerate(names) if not belongs(name, *without)], np.int64)
-    lists = [_lists(rows, matrix[:, columns]) for rows, matrix in zip(sources, matrices, strict=True)]
+    both = zip(heads.sources, matrices, strict=True)
+    lists = [_lists(rows, matrix[:, columns]) for rows, matrix in both]
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
     trees = 0 if "trees" in without else settings.ranking.trees

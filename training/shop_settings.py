@@ -137,7 +137,9 @@ class RankingTraining(_Section):
         lt=1,
         description="the share of rows shown without what people did with the item, for the sake of new ones",
     )
-    judged: int = Field(1500, ge=1, description="the most baskets that the report is judged on")
+    judged: int = Field(
+        1500, ge=0, description="the most baskets that the report is judged on; 0 for none, in half the time"
+    )
     trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)
 

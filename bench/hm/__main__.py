@@ -41,7 +41,10 @@ def main() -> None:
     day, _ = read_queries(options.data, SHOP, options.split)
     shop = [f"--data={options.data}", f"--shop={SHOP}"]
     bundles = options.out / "bundles"
-    bundle = vitrine("train", *shop, f"--out={bundles}", f"--until={day:%Y-%m-%d}").split()[-1]
+    # What each part is worth is asked before test is.
+    judged = ["--unjudged"] if options.split == "test" else []
+    until = f"--until={day:%Y-%m-%d}"
+    bundle = vitrine("train", *shop, *judged, f"--out={bundles}", until).split()[-1]
     name = _name(options.split, options.universe)
     run, score = options.out / f"{name}.jsonl", options.out / f"{name}-score.json"
     more = ["--unfiltered"] if options.universe == "all" else []
