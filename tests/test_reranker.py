@@ -241,17 +241,26 @@ def test_how_many_trees_are_enough_is_judged_by_days_that_nothing_learned_knows(
         np.testing.assert_allclose(scores, choice.terms(data).sum(1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("moments", [1, 2, 50, 200])
-def test_noise_grows_few_trees(moments: int) -> None:
-    """However the lists lie in time, some are held out: where there is nothing to learn that is seen."""
-    choice = np.random.default_rng(0)
+def noise(seed: int, moments: int) -> Lists:
+    """Two hundred lists of ten rows that nothing tells apart."""
+    choice = np.random.default_rng(seed)
     grade = np.zeros((200, 10), np.float32)
     grade[np.arange(200), choice.integers(0, 10, 200)] = 1
-    noise = lists(choice.random((2000, 2)).astype(np.float32), grade.ravel())
-    noise = replace(noise, when=np.arange(200) * moments // 200 * DAY)
-    for shown in (None, noise):
-        trees = fit_reranker(noise, TWO, 200, shown=shown).trees
-        assert trees is None or trees.num_trees() <= 40
+    made = lists(choice.random((2000, 2)).astype(np.float32), grade.ravel())
+    return replace(made, when=np.arange(200) * moments // 200 * DAY)
+
+
+def test_of_noise_the_best_number_of_trees_is_mostly_none() -> None:
+    """One in six gains a standard error by chance; of the best of forty numbers it would be half."""
+    grown = [fit_reranker(noise(seed, 50), TWO, 200).trees is not None for seed in range(24)]
+    assert sum(grown) <= 9
+
+
+@pytest.mark.parametrize("moments", [1, 2, 200])
+def test_however_lists_lie_in_time_some_are_held_out(moments: int) -> None:
+    for shown in (None, noise(0, moments)):
+        trees = fit_reranker(noise(0, moments), TWO, 200, shown=shown).trees
+        assert trees is None or trees.num_trees() < 100
 
 
 def test_what_pages_teach_must_not_spoil_what_is_asked_of_everything() -> None:

@@ -16,6 +16,7 @@ from training.queries import DAY
 
 _HELD = 0.2
 _PATIENCE = 50
+_TRIED = 40
 _ASKED_SHARE = 0.1
 _LEAVES = (7, 63)
 _ROWS_A_LEAF = 1000
@@ -95,8 +96,10 @@ def _choice(asked: Lists | None, lists: Lists, columns: Sequence[str]) -> Condit
 def _enough(choice: ConditionalLogit, early: Lists, held: Sequence[Lists], most: int) -> int:
     """How many trees are best for the first lists of `held`; 0 when they gain less than chance may give.
 
-    Which is one standard error of the difference in nDCG@20: as in pruning (Breiman et al., 1984), of
-    what is as good the simpler is taken. 0 as well when other lists of `held` lose more than theirs.
+    Which is one standard error of the gain in nDCG@20: as in pruning (Breiman et al., 1984), of what is
+    as good the simpler is taken. The gain is that of half of the lists by the number that is best for the
+    others, since the best of many numbers gains something of noise as well. 0 too when other lists of
+    `held` lose more than theirs.
     """
     late = held[0]
     grades = np.unique(np.concatenate([early.grade, late.grade]))
@@ -104,19 +107,40 @@ def _enough(choice: ConditionalLogit, early: Lists, held: Sequence[Lists], most:
     watched, _ = _dataset(choice, late, grades, learned)
     stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
     tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[watched], callbacks=[stop])
-    for at, lists in enumerate(held):
-        plain = choice.terms(lists.matrix).sum(1, dtype=np.float64)
-        corrected = plain + np.asarray(tried.predict(lists.matrix, num_iteration=tried.best_iteration))
-        gained = lists.ndcg(corrected, DEPTH) - lists.ndcg(plain, DEPTH)
-        if len(gained) < 2:  # noqa: PLR2004 - one says nothing of chance
-            if at:
-                continue
+    counts = np.unique(np.linspace(1, tried.current_iteration(), _TRIED).astype(int))
+    gained = _gains(choice, tried, late, counts)
+    enough = int(counts[gained.mean(1).argmax()])
+    half = np.random.default_rng(0).permutation(gained.shape[1]) % 2 == 0
+    if half.all():  # one list says nothing of chance
+        return 0
+    told = [gained[gained[:, ~mine].mean(1).argmax(), mine] for mine in (half, ~half)]
+    mean, error = _mean(np.concatenate(told))
+    _log.info("%d trees gain %.4f of nDCG, give or take %.4f", enough, mean, error)
+    if mean <= error:
+        return 0
+    for lists in held[1:]:
+        mean, error = _mean(_gains(choice, tried, lists, np.array([enough]))[0])
+        _log.info("on other lists %.4f, give or take %.4f", mean, error)
+        if mean < -error:
             return 0
-        mean, error = float(gained.mean()), float(gained.std(ddof=1)) / math.sqrt(len(gained))
-        _log.info("%d trees gain %.4f of nDCG, give or take %.4f", tried.best_iteration, mean, error)
-        if mean <= (-error if at else error):
-            return 0
-    return tried.best_iteration
+    return enough
+
+
+def _gains(choice: ConditionalLogit, trees: lightgbm.Booster, lists: Lists, counts: np.ndarray) -> np.ndarray:
+    """What the first so many trees, rising (K,), gain of each list's nDCG@20 over none: float64 (K, Q)."""
+    score = choice.terms(lists.matrix).sum(1, dtype=np.float64)
+    plain, found, done = lists.ndcg(score, DEPTH), [], 0
+    for count in counts.tolist():
+        score = score + trees.predict(lists.matrix, start_iteration=done, num_iteration=count - done)
+        found.append(lists.ndcg(score, DEPTH) - plain)
+        done = count
+    return np.stack(found)
+
+
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error, 0 of a single value."""
+    many = len(values)
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(many) if many > 1 else 0.0
 
 
 def _parameters(lists: Lists, gain: Sequence[float]) -> dict[str, object]:
