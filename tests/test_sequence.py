@@ -13,6 +13,7 @@ from services.catalog import Attribute, Item, item_number
 from services.item_table import Change, ItemTable
 from services.ranking.query import LONGEST_WALK, Query
 from services.ranking.sequence import SequenceNet, SequenceSettings, SequenceView, write_sequence
+from tests.pasts import DAYS, FIRST, WEIGHTS, deeds_of, items_of, moment_of, settings_of, shop_of, vectors_of
 from training.queries import DAY
 from training.sequence import Engagements, _batch, fit_sequence
 from training.shop_settings import SequenceTraining
@@ -130,6 +131,34 @@ def test_what_comes_later_and_padding_change_nothing(items: list[int], seed: int
         for length in range(1, len(items)):
             part = net(vectors[:, :length], gaps[:, :length], weights[:, :length])
             torch.testing.assert_close(part, whole[:, :length])
+
+
+def test_engagements_are_what_weighs_something_of_known_items_before_a_moment() -> None:
+    shop = shop_of(items_of(30), deeds_of(30, seed=5), settings_of("hour"))
+    vectors, present = vectors_of(30)
+    table, before = ItemTable.of(shop.items, vectors, present, [moment_of(0)] * 30), (FIRST + DAYS - 2) * DAY
+    found = Engagements.of(shop.events, WEIGHTS, table, before)
+    kinds, known = list(WEIGHTS), {item_number(item.id) for item in shop.items}
+    events = shop.events
+    expected = [
+        (user, number, time, WEIGHTS[kinds[kind]])
+        for user, number, time, kind in zip(
+            events.user.tolist(),
+            events.number.tolist(),
+            events.time.tolist(),
+            events.kind.tolist(),
+            strict=True,
+        )
+        if WEIGHTS[kinds[kind]] > 0 and number in known and time < before
+    ]
+    numbers = table.item_numbers[found.rows]
+    assert 0 < len(expected) < len(events)
+    assert (np.diff(numbers) > 0).all()
+    assert set(numbers.tolist()) == {number for _, number, _, _ in expected}
+    columns = (found.user, numbers[found.item], found.time, found.weight)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
+    same_day = found.user * (1 << 20) + found.time // DAY
+    assert len(set(zip(same_day.tolist(), found.basket.tolist(), strict=True))) == len(set(same_day.tolist()))
 
 
 def test_a_view_follows_what_is_written_to_its_table() -> None:
