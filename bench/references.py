@@ -1,13 +1,15 @@
-"""The simple references of basket completion, nothing trained: runs to score.
+"""The simple references of basket completion, nothing trained.
 
     python -m bench.references --data DIR --shop bench/hm/shop.toml --split val --out RUNS [--universe all]
 
-Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix. Text vectors are of MiniLM as it comes.
-With `--universe all` every item of the catalogue may be answered, otherwise those of the events file.
+Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix, or those that `--names` names, and prints
+what each scores and costs a query. Text vectors are of MiniLM as it comes. With `--universe all` every item
+of the catalogue may be answered, otherwise those of the events file.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from scipy import sparse
 
+from bench.hm.__main__ import scored, summary
 from services.catalog import item_text
 from services.embedding.encoders import TextSettings
 from services.replay import Query, read_queries
@@ -25,6 +28,7 @@ from training.queries import DAY, baskets
 
 _POPULAR_DAYS = 3
 _FAMILY, _TEXT, _POPULAR = 0.2, 0.1, 1e-3
+NAMES = ("popular", "item_item", "family", "text", "mix")
 
 
 class References:
@@ -110,7 +114,7 @@ def _cosine(groups: np.ndarray, items: np.ndarray, count: int) -> sparse.csr_mat
 
 
 def main() -> None:
-    """Write every reference's run."""
+    """Write and score every reference's run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,11 +122,17 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--split", choices=("val", "test"), required=True)
     parser.add_argument("--universe", choices=("sold", "all"), default="sold")
+    parser.add_argument("--names", default=",".join(NAMES))
     options = parser.parse_args()
     references = References(options.data, options.shop, options.split, options.universe)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in ("popular", "item_item", "family", "text", "mix"):
-        references.run(getattr(references, name), options.out / f"{name}.jsonl")
+    for name in options.names.split(","):
+        began, run = time.perf_counter(), options.out / f"{name}.jsonl"
+        references.run(getattr(references, name), run)
+        spent = 1000 * (time.perf_counter() - began) / len(references.queries)
+        score = scored(options.data, options.split, options.universe, run)
+        found = {"name": name, "milliseconds": round(spent, 2), **summary(score)}
+        print(json.dumps(found), flush=True)  # noqa: T201 - the answer
 
 
 if __name__ == "__main__":

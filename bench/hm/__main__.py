@@ -57,8 +57,8 @@ def main() -> None:
         record(
             _name("hm", options.universe),
             bundle,
-            _summary(json.loads(validated.read_text())),
-            _summary(found),
+            summary(json.loads(validated.read_text())),
+            summary(found),
         )
 
 
@@ -75,7 +75,8 @@ def scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
     return found
 
 
-def _summary(score: dict[str, Any]) -> dict[str, float]:
+def summary(score: dict[str, Any]) -> dict[str, float]:
+    """The means of a score."""
     bands = score["target_recall"]
     return {
         "recall": score["recall"]["mean"],
