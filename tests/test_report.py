@@ -81,6 +81,11 @@ def full() -> dict[str, Any]:
                 "examples": {"no time": [1234, 4]},
             }
         },
+        "made": {
+            "device": "2 cores",
+            "libraries": {"torch": "2.0"},
+            "settings": {"text.steps": 5, "items.id": "article|id", "targets": ["purchase"]},
+        },
         "split": {
             "learned_until": datetime(2026, 1, 1, tzinfo=UTC),
             "judged": ["2026-01-01", "2026-01-02"],

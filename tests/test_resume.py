@@ -105,7 +105,7 @@ def version(out: Path) -> list[str]:
 
 
 def finished(out: Path) -> set[str]:
-    return {path.name for path in (out / ".stages").iterdir() if path.suffix != ".part"}
+    return {path.name for path in (out / ".stages").iterdir() if path.is_dir() and path.suffix != ".part"}
 
 
 @pytest.fixture(autouse=True)

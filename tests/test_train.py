@@ -127,6 +127,11 @@ def test_without_a_judgement_the_same_is_learned(
         assert mine == other, part
     told = [json.loads((at / "report" / "report.json").read_text()) for at in (judged, plain)]
     assert [("ablation" in report) for report in told] == [True, False]
+    assert told[1]["stages"].keys() == told[0]["stages"].keys()
+    kept = told[0]["stages"].keys() - {"ranking"}
+    assert all(told[1]["stages"][name] == told[0]["stages"][name] for name in kept)
+    assert told[1]["made"]["settings"]["text.mode"] == "frozen"
+    assert [report["made"]["settings"]["ranking.judged"] for report in told] == [5, 0]
 
 
 @pytest.mark.parametrize(

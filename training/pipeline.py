@@ -7,12 +7,17 @@ is published is then fitted once more on everything.
 
 import json
 import logging
+import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from services import catalog, interests, item_table
 from services.bundle import REPORT, Catalogue, Profile, created, publish, write_catalogue
@@ -101,6 +106,7 @@ _RANKING_CODE = [
     query,
     sequence,
 ]
+_LIBRARIES = ("torch", "transformers", "open-clip-torch", "lightgbm")
 _log = logging.getLogger(__name__)
 
 
@@ -149,6 +155,7 @@ def train(
     np.save(staged / "popular" / "numbers.npy", popular(shop))
     found = json.loads((ranked / judging.FILE).read_text())
     found["graph"] = json.loads((graphs / _TUNED).read_text())
+    found["made"] = _made(settings)
     write_report(staged / REPORT, _report(shop, until, encoded, found, stages))
     bundle = publish(staged, out, profile(shop), until)
     shutil.rmtree(staged, ignore_errors=True)  # still there when the same bundle was
@@ -292,6 +299,26 @@ def _ranking_stage(
         settings.model_dump(mode="json", exclude={"text", "image"}),
     ]
     return stages.run("ranking", inputs, [*_RANKING_CODE, judging, ladder], build)
+
+
+def _made(settings: ShopSettings) -> dict[str, object]:
+    """On what, by which libraries and with which settings a bundle is made."""
+    device = f"{os.cpu_count()} {platform.machine()} cores, torch on {torch.get_num_threads()} of them"
+    if torch.cuda.is_available():
+        device = f"{torch.cuda.get_device_name()} and {device}"
+    return {
+        "device": device,
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "settings": dict(_flat(settings.model_dump(mode="json", exclude_defaults=True))),
+    }
+
+
+def _flat(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def _report(

@@ -37,6 +37,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         shop        {"items", "events", "users", "photographs": int, "until": time}
         input       {file: {"read", "kept": int, "reasons": {reason: rows},
                     "examples": {reason: [row numbers]}}}
+        made        {"device": str, "libraries": {name: version}, "settings": {key: value not the default}}
         split       {"learned_until": time, "judged": [time, time], "questions": int, "note": str}
         ranking     {method: `metrics.ranking_metrics`}, the bundle's own first
         ablation    {part: {"recall", "ndcg", "recall_difference", "ndcg_difference": interval}},
@@ -138,6 +139,16 @@ def _input(files: Section) -> list[str]:
     ]
     found = [_table(("file", "rows read", "rows kept"), kept)]
     return found + ([_table(("what was found", "rows", "for example rows"), reasons)] if reasons else [])
+
+
+def _made(made: Section) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
+    rows = [
+        (key, value if isinstance(value, str) else json.dumps(value))
+        for key, value in made["settings"].items()
+    ]
+    found = [f"On {_text(made['device'])}, by {_text(versions)}."]
+    return found + ([_table(("setting", "value"), rows)] if rows else [])
 
 
 def _split(split: Section) -> list[str]:
@@ -255,6 +266,12 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "Rows that could not be used were dropped, each with a reason; a note or a dropped value keeps its "
         "row.",
         _input,
+    ),
+    (
+        "made",
+        "How it was made",
+        "What was set otherwise than `training/shop_settings.py` has it; seeds are fixed.",
+        _made,
     ),
     ("split", "Split", "Nothing that is judged was seen while learning.", _split),
     (

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class Stages:
     """Stage directories under `root`, named after the stage and the key of its inputs.
 
-    `seconds` tells how long those took that were run.
+    `seconds` tells how long each took, one that was kept when it was run.
     """
 
     def __init__(self, root: Path) -> None:
@@ -41,8 +41,11 @@ class Stages:
         document = json.dumps([inputs, sources], sort_keys=True, default=str)
         key = hashlib.blake2b(document.encode(), digest_size=8).hexdigest()
         done = self._root / f"{name}-{key}"
+        took = self._root / f"{name}-{key}.seconds"
         if done.is_dir():
             _log.info("%s: nothing changed, kept from an earlier run", name)
+            if took.is_file():
+                self.seconds[name] = float(took.read_text())
             return done
         aside = self._root / f"{name}-{key}.part"
         shutil.rmtree(aside, ignore_errors=True)
@@ -54,6 +57,7 @@ class Stages:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         self.seconds[name] = round(time.perf_counter() - began, 1)
+        took.write_text(f"{self.seconds[name]}\n")
         aside.rename(done)
         _log.info("%s: done in %.1f s", name, self.seconds[name])
         return done
