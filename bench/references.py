@@ -3,8 +3,9 @@
     python -m bench.references --data DIR --shop bench/hm/shop.toml --split val --out RUNS [--universe all]
 
 Writes RUNS/NAME.jsonl for popular, item_item, family, text and mix, or those that `--names` names, and prints
-what each scores and costs a query. Text vectors are of MiniLM as it comes. With `--universe all` every item
-of the catalogue may be answered, otherwise those of the events file.
+what each scores and costs a query; what test says goes into docs/test-ledger.jsonl as well. Text vectors are
+of MiniLM as it comes. With `--universe all` every item of the catalogue may be answered, otherwise those
+of the events file.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import numpy as np
 from scipy import sparse
 
 from bench.hm.__main__ import scored, summary
+from bench.runs import record
 from services.catalog import item_text
 from services.embedding.encoders import TextSettings
 from services.replay import Query, read_queries
@@ -124,6 +126,8 @@ def main() -> None:
     parser.add_argument("--universe", choices=("sold", "all"), default="sold")
     parser.add_argument("--names", default=",".join(NAMES))
     options = parser.parse_args()
+    if unknown := set(options.names.split(",")) - set(NAMES):
+        parser.error(f"there is no {sorted(unknown)[0]!r} among {', '.join(NAMES)}")
     references = References(options.data, options.shop, options.split, options.universe)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.names.split(","):
@@ -133,6 +137,8 @@ def main() -> None:
         score = scored(options.data, options.split, options.universe, run)
         found = {"name": name, "milliseconds": round(spent, 2), **summary(score)}
         print(json.dumps(found), flush=True)  # noqa: T201 - the answer
+        if options.split == "test":  # nothing is chosen by it
+            record(f"hm-{options.universe}-{name}", "untrained", {}, summary(score))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ what the components mean.
 import gzip
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -107,20 +108,22 @@ def write_catalogue(directory: Path, catalogue: Catalogue) -> None:
         np.save(directory / f"{space}.present.npy", catalogue.present[space])
 
 
-def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | None) -> Path:
+def publish(
+    staged: Path, bundles: Path, profile: Profile, until: datetime | None, *, report: bool = True
+) -> Path:
     """Turn a directory of components into a bundle under `bundles`; its path.
 
     `staged` must be on the same file system and is moved. The version begins with the time
-    of `until`, or of publishing, and ends in a digest of the content and its schema.
+    of `until`, or of publishing, and ends in a digest of the content and its schema. A bundle of this
+    version that is there already gets the new `report`, or keeps its own.
     """
+    # The report tells of the run, how long it took among other things: it does not make a version.
     files = {
         path.relative_to(staged).as_posix(): _sha256(path)
         for path in sorted(staged.rglob("*"))
-        if path.is_file()
+        if path.is_file() and staged / REPORT not in path.parents
     }
-    # The report tells of the run, how long it took among other things: it does not make a version.
-    made = {name: digest for name, digest in files.items() if not name.startswith(REPORT + "/")}
-    content = json.dumps([SCHEMA, made, asdict(profile)], sort_keys=True).encode()
+    content = json.dumps([SCHEMA, files, asdict(profile)], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=6).hexdigest()
     version = f"{(until or datetime.now(UTC)):%Y%m%dT%H%M%S}-{digest}"
     manifest: dict[str, Any] = {
@@ -135,6 +138,9 @@ def publish(staged: Path, bundles: Path, profile: Profile, until: datetime | Non
     target = bundles / version
     if not target.exists():
         staged.rename(target)
+    elif report and (staged / REPORT).is_dir():
+        shutil.rmtree(target / REPORT, ignore_errors=True)
+        (staged / REPORT).rename(target / REPORT)
     return target
 
 

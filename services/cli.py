@@ -70,7 +70,9 @@ def _add_train(commands: Any) -> None:
     )
     train.add_argument("--image-base", help="an open_clip model:tag or directory, in place of shop.toml's")
     train.add_argument(
-        "--unjudged", action="store_true", help="a report without what each part is worth, in half the time"
+        "--unjudged",
+        action="store_true",
+        help="do not ask past baskets what the bundle and its parts are worth, a dozen fits",
     )
     train.set_defaults(run=_train)
 

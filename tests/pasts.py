@@ -191,7 +191,7 @@ class Served(NamedTuple):
 
 
 def trained(past: Replay, question: Question) -> Served:
-    """The same of training."""
+    """What training sees of a question."""
     now, query = past.at(question.as_of), past.query(question)
     rows, bits = past.candidates(query, now, past.live(question.as_of))
     names = past.source_names

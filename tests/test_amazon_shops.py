@@ -90,7 +90,7 @@ def test_the_untrained_graph_sums_cosines_of_what_was_learned_from(
 ) -> None:
     shop, run = tmp_path / "shop", tmp_path / "run.jsonl"
     write_shop(ORDERED, source, shop)
-    run_untrained(shop, split, datetime.combine(DAY, time(), UTC), run, limit=4)
+    run_untrained(shop, split, datetime.combine(DAY, time(), UTC), run, ordered=True, limit=4)
     # Nobody did the same thing twice: of items up to ten apart, how many people did both.
     learned = {p: range(p, p + 18) for p in range(1, 11)}
     degree = Counter(n for items in learned.values() for n in items)
@@ -113,6 +113,24 @@ def test_the_untrained_graph_sums_cosines_of_what_was_learned_from(
                 if j not in mine
             }
         )
+        found = [int(item) for item in answer["items"]]
+        assert set(found) == {j for j in score if score[j]}
+        assert [score[j] for j in found] == pytest.approx(sorted((score[j] for j in found), reverse=True))
+
+
+def test_the_untrained_graph_of_a_drawn_split_knows_no_order(source: Path, tmp_path: Path) -> None:
+    shop, run = tmp_path / "shop", tmp_path / "run.jsonl"
+    write_shop(DRAWN, source, shop)
+    run_untrained(shop, "val", datetime.combine(DAY, time(), UTC), run, ordered=False)
+    learned = {p: {n for n in range(p, p + 20) if n % 10 < 8} for p in range(1, 11)}
+    holders = {n: {p for p in learned if n in learned[p]} for n in range(1, 31)}
+    for answer in rows(run):
+        mine = learned[int(answer["user_id"])]
+        score = {
+            j: sum(len(holders[i] & holders[j]) / (len(holders[i]) * len(holders[j])) ** 0.5 for i in mine)
+            for j in holders
+            if holders[j] and j not in mine
+        }
         found = [int(item) for item in answer["items"]]
         assert set(found) == {j for j in score if score[j]}
         assert [score[j] for j in found] == pytest.approx(sorted((score[j] for j in found), reverse=True))

@@ -84,7 +84,7 @@ def full() -> dict[str, Any]:
         "made": {
             "device": "2 cores",
             "libraries": {"torch": "2.0"},
-            "settings": {"text.steps": 5, "items.id": "article|id", "targets": ["purchase"]},
+            "settings": {"text.steps": 5, "items.id": "article|id", "targets": ["Größe"]},
         },
         "split": {
             "learned_until": datetime(2026, 1, 1, tzinfo=UTC),
@@ -168,6 +168,8 @@ def test_the_page_reads_as_numbers_with_their_intervals(tmp_path: Path) -> None:
     assert "| events.csv: no time | 2 | 1234, 4 |" in page
     assert "| events | 34,567 |" in page
     assert "| text | 61.2 |" in page
+    assert "| items.id | article\\|id |" in page
+    assert '| targets | \\["Größe"\\] |' in page
     assert "| + graph | 0.400 [0.350, 0.456] | 0.100 [" in page
     assert "| counts | 0.400 [0.350, 0.456] | – |" in page
 

@@ -31,7 +31,7 @@ from tests import shops
 from training import reranker as reranker_fit
 from training.choice import fit_choice
 from training.lists import Lists
-from training.reranker import fit_reranker
+from training.reranker import _late, fit_reranker
 
 TWO = ("fame", "taste")
 TEXT, IMAGE = 6, 8
@@ -258,6 +258,8 @@ def test_of_noise_the_best_number_of_trees_is_mostly_none() -> None:
 
 @pytest.mark.parametrize("moments", [1, 2, 200])
 def test_however_lists_lie_in_time_some_are_held_out(moments: int) -> None:
+    late = _late(noise(0, moments))
+    assert 0 < late.sum() <= len(late) / 2
     for shown in (None, noise(0, moments)):
         trees = fit_reranker(noise(0, moments), TWO, 200, shown=shown).trees
         assert trees is None or trees.num_trees() < 100

@@ -158,7 +158,8 @@ def test_engagements_are_what_weighs_something_of_known_items_before_a_moment() 
     columns = (found.user, numbers[found.item], found.time, found.weight)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     same_day = found.user * (1 << 20) + found.time // DAY
-    assert len(set(zip(same_day.tolist(), found.basket.tolist(), strict=True))) == len(set(same_day.tolist()))
+    pairs = set(zip(same_day.tolist(), found.basket.tolist(), strict=True))
+    assert len(pairs) == len(set(same_day.tolist())) == len(set(found.basket.tolist()))
 
 
 def test_a_view_follows_what_is_written_to_its_table() -> None:

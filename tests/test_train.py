@@ -116,7 +116,7 @@ def test_queries_are_answered_alike_in_any_order_and_by_three_processes(
         assert not any(item.endswith("-11") for item in answer["items"])  # never sold: the filter holds
 
 
-def test_without_a_judgement_the_same_is_learned(
+def test_without_a_judgement_the_same_is_learned_and_one_may_follow(
     shop: Path, base: Path, bundles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundles / ".stages", tmp_path / ".stages")
@@ -132,6 +132,10 @@ def test_without_a_judgement_the_same_is_learned(
     assert all(told[1]["stages"][name] == told[0]["stages"][name] for name in kept)
     assert told[1]["made"]["settings"]["text.mode"] == "frozen"
     assert [report["made"]["settings"]["ranking.judged"] for report in told] == [5, 0]
+    for more, expected in (((), True), (("--unjudged",), True)):  # none takes a judgement back
+        assert train(shop, base, tmp_path, "2026-01-06", *more) == 0
+        assert Bundle(tmp_path).directory == plain
+        assert ("ablation" in json.loads((plain / "report" / "report.json").read_text())) is expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What a bundle's ranking is worth: the last days, unseen, in full and with each part taken away.
 
-Judged are models fitted on the ranking days before; what is published learns from all of them.
+Judged are models fitted on the ranking days before, on at most 3,000 of their baskets; what is published
+learns from all days and baskets.
 """
 
 import json
@@ -27,7 +28,7 @@ from training.shop_settings import ShopSettings
 FILE = "judged.json"
 PAGE = 20
 _CLOCKED = 50
-# A dozen models are fitted. With half of its questions the whole of H&M's lost .001 of recall.
+# A dozen models are fitted; with half of H&M's baskets the whole lost .001 of recall.
 _LEARNED = 3000
 # What items without a past are told by comes first among the curves: a chart has place for six.
 _OF_NEW_ITEMS = ("text", "image", "words", "reranker")
@@ -53,11 +54,11 @@ def judge(
     directory: Path,
 ) -> None:
     """Write the report's sections on questions from `since` on, microseconds since 1970."""
-    early = lesson.before(since).some(_LEARNED)
     asked = [q for q in questions if q.as_of >= since]
     chosen = np.sort(np.random.default_rng(1).permutation(len(asked))[: settings.ranking.judged])
     asked = [asked[at] for at in chosen]
-    if not asked or not len(early.rows.size) or not len(early.seen.size):
+    early = lesson.before(since).some(_LEARNED if asked else 0)
+    if not len(early.rows.size) or not len(early.seen.size):
         write_nothing(directory)
         return
     allowed = filters.evaluate(_condition(settings), past.table)
@@ -179,7 +180,8 @@ def _split(early: Lesson, asked: Sequence[Question], since: int) -> dict[str, An
         "learned_until": _iso(since),
         "judged": [_iso(since), _iso(asked[-1].as_of)],
         "questions": len(asked),
-        "note": f"rankers learned from {len(early.rows.size)} earlier baskets",
+        "note": f"The rankers judged learned from {len(early.rows.size)} earlier baskets, what is published "
+        "from all.",
     }
 
 

@@ -157,7 +157,7 @@ def train(
     found["graph"] = json.loads((graphs / _TUNED).read_text())
     found["made"] = _made(settings)
     write_report(staged / REPORT, _report(shop, until, encoded, found, stages))
-    bundle = publish(staged, out, profile(shop), until)
+    bundle = publish(staged, out, profile(shop), until, report=not unjudged)
     shutil.rmtree(staged, ignore_errors=True)  # still there when the same bundle was
     return bundle
 

@@ -144,7 +144,7 @@ def _input(files: Section) -> list[str]:
 def _made(made: Section) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in made["libraries"].items())
     rows = [
-        (key, value if isinstance(value, str) else json.dumps(value))
+        (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
         for key, value in made["settings"].items()
     ]
     found = [f"On {_text(made['device'])}, by {_text(versions)}."]
@@ -236,7 +236,8 @@ def _ctr(types: Section) -> list[str]:
 
 def _reranker(reranker: Section) -> list[str]:
     best = top_features(reranker.get("importance", {}))
-    note = f"{_text(reranker.get('trees'))} trees; the {len(best)} features that move scores most:"
+    grown = f"{_text(reranker.get('trees'))} trees in the one judged"
+    note = f"{grown}; the {len(best)} features that move its scores most:"
     return [note, _table(("feature", "share of absolute SHAP values"), best.items())]
 
 
@@ -270,7 +271,8 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
     (
         "made",
         "How it was made",
-        "What was set otherwise than `training/shop_settings.py` has it; seeds are fixed.",
+        "The run that published this, and what was set otherwise than `training/shop_settings.py` has it. "
+        "Seeds are fixed. A stage kept from an earlier run may have been made elsewhere.",
         _made,
     ),
     ("split", "Split", "Nothing that is judged was seen while learning.", _split),

@@ -17,6 +17,7 @@ from training.queries import DAY
 _HELD = 0.2
 _PATIENCE = 50
 _TRIED = 40
+_TELLING = 2
 _ASKED_SHARE = 0.1
 _LEAVES = (7, 63)
 _ROWS_A_LEAF = 1000
@@ -97,9 +98,10 @@ def _enough(choice: ConditionalLogit, early: Lists, held: Sequence[Lists], most:
     """How many trees are best for the first lists of `held`; 0 when they gain less than chance may give.
 
     Which is one standard error of the gain in nDCG@20: as in pruning (Breiman et al., 1984), of what is
-    as good the simpler is taken. The gain is that of half of the lists by the number that is best for the
-    others, since the best of many numbers gains something of noise as well. 0 too when other lists of
-    `held` lose more than theirs.
+    as good the simpler is taken. Forty numbers are tried, up to where early stopping ended. The gain is
+    that of half of the lists by the number that is best for the others, since the best of many numbers
+    gains something of noise as well. 0 too when other lists of `held` lose more than theirs; a single list
+    says nothing of chance.
     """
     late = held[0]
     grades = np.unique(np.concatenate([early.grade, late.grade]))
@@ -109,17 +111,20 @@ def _enough(choice: ConditionalLogit, early: Lists, held: Sequence[Lists], most:
     tried = lightgbm.train(_parameters(early, gain), learned, most, valid_sets=[watched], callbacks=[stop])
     counts = np.unique(np.linspace(1, tried.current_iteration(), _TRIED).astype(int))
     gained = _gains(choice, tried, late, counts)
+    if gained.shape[1] < _TELLING:
+        return 0
     enough = int(counts[gained.mean(1).argmax()])
     half = np.random.default_rng(0).permutation(gained.shape[1]) % 2 == 0
-    if half.all():  # one list says nothing of chance
-        return 0
     told = [gained[gained[:, ~mine].mean(1).argmax(), mine] for mine in (half, ~half)]
     mean, error = _mean(np.concatenate(told))
-    _log.info("%d trees gain %.4f of nDCG, give or take %.4f", enough, mean, error)
+    _log.info("trees gain %.4f of nDCG, give or take %.4f; %d would be best", mean, error, enough)
     if mean <= error:
         return 0
     for lists in held[1:]:
-        mean, error = _mean(_gains(choice, tried, lists, np.array([enough]))[0])
+        (gain_there,) = _gains(choice, tried, lists, np.array([enough]))
+        if len(gain_there) < _TELLING:
+            continue
+        mean, error = _mean(gain_there)
         _log.info("on other lists %.4f, give or take %.4f", mean, error)
         if mean < -error:
             return 0
@@ -138,9 +143,8 @@ def _gains(choice: ConditionalLogit, trees: lightgbm.Booster, lists: Lists, coun
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:
-    """The mean and its standard error, 0 of a single value."""
-    many = len(values)
-    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(many) if many > 1 else 0.0
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def _parameters(lists: Lists, gain: Sequence[float]) -> dict[str, object]:

@@ -138,7 +138,7 @@ class RankingTraining(_Section):
         description="the share of rows shown without what people did with the item, for the sake of new ones",
     )
     judged: int = Field(
-        1500, ge=0, description="the most baskets that the report is judged on; 0 for none, in half the time"
+        1500, ge=0, description="the most baskets that the report is judged on; 0 for no judgement"
     )
     trees: int = Field(250, ge=1, description="the most trees of the reranker")
     ctr_epochs: int = Field(3, ge=1)

@@ -44,6 +44,8 @@ def main() -> None:
     validated = out / "val-score.json"
     if options.split == "test" and (options.limit or not validated.is_file()):
         sys.exit("a configuration is chosen on val, then all of test is asked once: run --split val first")
+    if options.split == "test" and "untrained" not in json.loads(validated.read_text()):
+        sys.exit(f"{validated} is of an older version: run --split val again")
     shop = out / "shop"
     write_shop(benchmark, options.data / benchmark.name, shop)
     bundle = vitrine("train", f"--data={shop}", f"--out={out / 'bundles'}", f"--until={DAY}").split()[-1]
@@ -58,7 +60,7 @@ def main() -> None:
     )
     questions = shop / f"queries_{options.split}.jsonl"
     untrained, until = out / f"{options.split}-untrained.jsonl", datetime.combine(DAY, time(), UTC)
-    run_untrained(shop, options.split, until, untrained, limit=options.limit)
+    run_untrained(shop, options.split, until, untrained, ordered=benchmark.ordered, limit=options.limit)
     found = scored(benchmark, questions, run) | {"untrained": scored(benchmark, questions, untrained)}
     (out / f"{options.split}-score.json").write_text(json.dumps(found, indent=1) + "\n")
     print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer

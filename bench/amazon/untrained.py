@@ -1,8 +1,8 @@
 """The item graph with nothing learned: what a bundle must be worth more than, fitted on the same events.
 
 Cosines of co-engagement (Linden et al., 2003), in one basket and from one to the next, summed over what
-the person did before the question, the latest the most. No exponent, weight or number of neighbours is
-chosen by any answer.
+the person did before the question, the latest the most where order is known. No exponent, weight or number
+of neighbours is chosen by any answer.
 """
 
 import json
@@ -22,7 +22,9 @@ PAGE = 20
 _FADING = 0.7
 
 
-def run_untrained(shop: Path, split: str, until: datetime, out: Path, limit: int = 0) -> None:
+def run_untrained(
+    shop: Path, split: str, until: datetime, out: Path, *, ordered: bool, limit: int = 0
+) -> None:
     """Write the best 20 items of each question of a split, or of the first `limit`.
 
     None of them is its person's already. The graph is of the events before `until`, what a person did
@@ -42,7 +44,7 @@ def run_untrained(shop: Path, split: str, until: datetime, out: Path, limit: int
     with out.open("w") as file:
         for question in questions[: limit or None]:
             at = history.get(question.user_id, np.empty(0, np.int64))
-            page = _page(weights, known.item[at], known.time[at])
+            page = _page(weights, known.item[at], known.time[at] if ordered else np.zeros(len(at)))
             items = [known.item_ids[item] for item in page]
             file.write(json.dumps({"user_id": question.user_id, "items": items}) + "\n")
 
