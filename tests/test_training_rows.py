@@ -40,9 +40,7 @@ from training.lesson import first_day
 from training.queries import DAY, Question, make_questions
 from training.replay import Replay
 from training.rows import judging_rows, learning_rows, shown_rows
-from training.shop_settings import (
-    TextTraining,
-)
+from training.shop_settings import TextTraining
 from training.stages import Stages
 
 
