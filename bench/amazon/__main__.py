@@ -4,8 +4,9 @@
     python -m bench.amazon sports_lattice --split test     # appends to docs/test-ledger.jsonl
 
 One bundle, made of what the protocol calls train, answers both splits; with --untrained the item graph of the
-same events answers, nothing learned. Recall@k and nDCG@k are means over people, ideal DCG over min(answers, k).
-Everything lands under --out: the shop directory, bundles, RUN.jsonl and SCORE.json of each split.
+same events answers, nothing learned. Recall@k and nDCG@k are means over people, ideal DCG over
+min(answers, k). Everything lands under --out: the shop directory, bundles, RUN.jsonl and SCORE.json of each
+split.
 """
 
 import argparse
