@@ -6,8 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -256,8 +258,48 @@ def test_a_stage_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         stages.run("s", [1], [], broken)
-    assert list(tmp_path.iterdir()) == []
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
     whole = stages.run("s", [1], [], lambda d: None)
     assert list(whole.iterdir()) == []
     assert stages.run("s", [1], [], broken) == whole
     assert not (whole / MANIFEST).exists()
+
+
+def test_of_two_runs_that_need_a_stage_one_makes_it(tmp_path: Path) -> None:
+    made, begun = [], threading.Event()
+
+    def build(directory: Path) -> None:
+        begun.set()
+        time.sleep(0.2)  # the other has come to the lock meanwhile
+        (directory / "whole").write_text("x")
+        made.append(directory)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(Stages(tmp_path).run, "s", [1], [], build)
+        begun.wait()
+        other = pool.submit(Stages(tmp_path).run, "s", [1], [], build)
+        assert one.result() == other.result()
+    assert len(made) == 1
+    shutil.rmtree(one.result())
+    for again in (Stages(tmp_path), Stages(tmp_path)):  # made once more, and kept
+        again.run("s", [1], [], build)
+        assert again.seconds["s"] >= 0.2
+    assert len(made) == 2
+    assert (one.result() / "whole").read_text() == "x"
+
+
+def test_two_trainings_into_one_directory_both_publish(shop: Path, base: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "services.cli", "train", f"--data={shop}", f"--out={tmp_path}"]
+    days = ("2026-01-05", "2026-01-06", "2026-01-06")
+    running = [
+        subprocess.Popen(
+            [*command, f"--text-base={base}", f"--until={day}"], stdout=subprocess.PIPE, text=True
+        )
+        for day in days
+    ]
+    answers = [process.communicate()[0].strip() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert answers[1] == answers[2] != answers[0]
+    for answer, day in zip(answers, days, strict=True):
+        assert str(Bundle(Path(answer)).until).startswith(day)
+    assert not list((tmp_path / ".stages").glob("*.part"))

@@ -68,7 +68,7 @@ from training.queries import DAY, baskets
 from training.replay import Replay
 from training.report import write_report
 from training.shop_settings import ShopSettings
-from training.stages import Stages, digest_of
+from training.stages import Stages, alone, digest_of
 
 _TUNED = "tuned.json"
 _POPULAR = 2000
@@ -138,6 +138,26 @@ def train(
     graphs = _graph_stage(stages, shop, encoded, learned_until)
     walks = _sequence_stage(stages, shop, settings, encoded, learned_until)
     ranked = _ranking_stage(stages, shop, settings, encoded, graphs, walks)
+    found = json.loads((ranked / judging.FILE).read_text())
+    found["graph"] = json.loads((graphs / _TUNED).read_text())
+    found["made"] = _made(settings)
+    told = _report(shop, until, encoded, found, stages)
+    with alone(out / ".staged.lock"):
+        return _publish(out, shop, until, encoded, (graphs, walks, ranked), told, unjudged=unjudged)
+
+
+def _publish(
+    out: Path,
+    shop: Shop,
+    until: datetime | None,
+    encoded: Encoded,
+    parts: tuple[Path, Path, Path],
+    report: Mapping[str, object],
+    *,
+    unjudged: bool,
+) -> Path:
+    """A bundle under `out` of the encoders and of the stages `parts`: graphs, sequence models and rankers."""
+    graphs, walks, ranked = parts
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -153,10 +173,7 @@ def train(
     write_catalogue(staged / "catalogue", Catalogue(items, encoded.final, encoded.present))
     (staged / "popular").mkdir()
     np.save(staged / "popular" / "numbers.npy", popular(shop))
-    found = json.loads((ranked / judging.FILE).read_text())
-    found["graph"] = json.loads((graphs / _TUNED).read_text())
-    found["made"] = _made(settings)
-    write_report(staged / REPORT, _report(shop, until, encoded, found, stages))
+    write_report(staged / REPORT, report)
     bundle = publish(staged, out, profile(shop), until, report=not unjudged)
     shutil.rmtree(staged, ignore_errors=True)  # still there when the same bundle was
     return bundle

@@ -1,8 +1,10 @@
 """Stages of a training run, each kept under a key of its inputs so that it is not run twice.
 
-A stage's directory is written aside and renamed: one that exists is whole.
+A stage's directory is written aside and renamed: one that exists is whole. Of two runs at once that need the
+same stage one makes it and the other waits.
 """
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -10,10 +12,11 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 _log = logging.getLogger(__name__)
 
@@ -41,26 +44,41 @@ class Stages:
         document = json.dumps([inputs, sources], sort_keys=True, default=str)
         key = hashlib.blake2b(document.encode(), digest_size=8).hexdigest()
         done = self._root / f"{name}-{key}"
-        took = self._root / f"{name}-{key}.seconds"
-        if done.is_dir():
-            _log.info("%s: nothing changed, kept from an earlier run", name)
-            if took.is_file():
-                self.seconds[name] = float(took.read_text())
-            return done
-        aside = self._root / f"{name}-{key}.part"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        began = time.perf_counter()
-        try:
-            build(aside)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        self.seconds[name] = round(time.perf_counter() - began, 1)
-        took.write_text(f"{self.seconds[name]}\n")
-        aside.rename(done)
+        with alone(self._root / f"{name}-{key}.seconds") as took:
+            if done.is_dir():
+                _log.info("%s: nothing changed, kept from an earlier run", name)
+                if seconds := took.read():
+                    self.seconds[name] = float(seconds)
+                return done
+            self.seconds[name] = _build(done, build)
+            took.truncate(0)  # of a stage that somebody took away
+            took.write(f"{self.seconds[name]}\n")
         _log.info("%s: done in %.1f s", name, self.seconds[name])
         return done
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[IO[str]]:
+    """A file that no other run has open so at the time: it is waited for. A run that ends lets go of it."""
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        yield file
+
+
+def _build(done: Path, build: Callable[[Path], None]) -> float:
+    """Build a directory aside and put it in its place; the seconds it took."""
+    aside = done.with_name(f"{done.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    began = time.perf_counter()
+    try:
+        build(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    aside.rename(done)
+    return round(time.perf_counter() - began, 1)
 
 
 def digest_of(*parts: bytes) -> str:
