@@ -139,6 +139,8 @@ def publish(
     if not target.exists():
         staged.rename(target)
     elif report and (staged / REPORT).is_dir():
+        # First what lists the files: earlier ones listed the report's too, and would not know the new one.
+        (staged / MANIFEST).replace(target / MANIFEST)
         shutil.rmtree(target / REPORT, ignore_errors=True)
         (staged / REPORT).rename(target / REPORT)
     return target

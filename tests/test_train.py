@@ -1,5 +1,6 @@
 """From a shop directory to answered queries: train, import, evaluate, as a user runs them."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -227,6 +228,25 @@ def test_the_same_content_in_another_schema_is_another_bundle(
     with pytest.raises(FailedPrecondition, match="schema"):
         Bundle(found[0])
     assert Bundle(found[1]).version == bundle.version
+
+
+def test_a_later_report_replaces_one_that_an_older_manifest_lists(bundles: Path, tmp_path: Path) -> None:
+    bundle = Bundle(bundles)
+    target = tmp_path / "bundles" / bundle.version
+    shutil.copytree(bundle.directory, target)
+    manifest = json.loads((target / MANIFEST).read_text())
+    page = target / "report" / "report.md"
+    manifest["files"]["report/report.md"] = hashlib.sha256(page.read_bytes()).hexdigest()
+    (target / MANIFEST).write_text(json.dumps(manifest))
+    for report, expected in ((False, page.read_text()), (True, "later")):
+        staged = tmp_path / "staged"
+        shutil.copytree(bundle.directory, staged)
+        (staged / MANIFEST).unlink()
+        (staged / "report" / "report.md").write_text("later")
+        assert publish(staged, target.parent, bundle.profile, bundle.until, report=report) == target
+        assert Bundle(target).version == bundle.version
+        assert page.read_text() == expected
+        shutil.rmtree(staged)
 
 
 def test_a_changed_file_is_found_out(bundles: Path) -> None:

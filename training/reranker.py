@@ -17,6 +17,7 @@ from training.queries import DAY
 _HELD = 0.2
 _PATIENCE = 50
 _TRIED = 40
+# So many lists at least say something of chance.
 _TELLING = 2
 _ASKED_SHARE = 0.1
 _LEAVES = (7, 63)
