@@ -1,10 +1,16 @@
 """What an operator can set: by flags of `vitrine serve`, or by VITRINE_ environment variables."""
 
 from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def _split(value: object) -> object:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -24,4 +30,7 @@ class Settings(BaseSettings):
     )
     grace: float = Field(10.0, ge=0, le=600, description="seconds that running calls get at a stop")
     device: str = Field("cpu", description="the encoders' torch device")
+    fetch_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)] = (
+        Field((), description="private networks that photographs may be fetched from: 10.1.0.0/16,fd00::/8")
+    )
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

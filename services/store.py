@@ -51,8 +51,19 @@ def _begin_sqlite(connection: sa.Connection) -> None:
 
 
 def create(engine: sa.Engine, tables: list[sa.Table], sequence: str) -> None:
-    """Make `tables` and the counter `sequence`, if they are not there yet."""
+    """Make `tables` and the counter `sequence`, if they are not there yet.
+
+    Raises:
+        FailedPrecondition: another version of Vitrine made a table that is there.
+    """
     metadata.create_all(engine, tables=[_sequences, *tables])
+    for table in tables:
+        there = {column["name"] for column in sa.inspect(engine).get_columns(table.name)}
+        if missing := {column.name for column in table.columns} - there:
+            raise FailedPrecondition(
+                f"the state in {engine.url!r} is of another version: table {table.name} has no "
+                f"{', '.join(sorted(missing))}; start from an empty state and import again"
+            )
     with engine.begin() as connection:
         known = connection.scalar(sa.select(_sequences.c.value).where(_sequences.c.name == sequence))
         if known is None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class App:
         self.clock: Callable[[], datetime] = _clock(settings.clock)
         self._closing: list[Callable[[], None]] = []
         self._followers: list[Follower] = []
+        self._background: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._services: list[Service] = []
         self._server: Server | None = None
@@ -58,7 +59,8 @@ class App:
         """Accept calls; a service is SERVING once it has what it needs."""
         if EMBEDDING in self._hosted:
             await self._view.reencode()
-        self._tasks = [asyncio.ensure_future(follower.run()) for follower in self._followers]
+        running = [follower.run for follower in self._followers] + self._background
+        self._tasks = [asyncio.ensure_future(run()) for run in running]
         self._server = Server(self._services, self.settings.address)
         await self._server.start()
         self.port = self._server.port
@@ -93,7 +95,7 @@ class App:
     def _embedding(self) -> None:
         from vitrine.embedding.v1 import embedding_service_pb2_grpc as grpc_stubs
 
-        from services.embedding import catalogue, encoders, items, servicer
+        from services.embedding import catalogue, encoders, encoding, fetching, items, pending, servicer
 
         kept = items.ItemStore(self._database(self.settings.embedding_database, EMBEDDING), self.clock)
         text = encoders.TextEncoder(self.bundle.directory / "text", self.settings.device)
@@ -108,8 +110,11 @@ class App:
             ]
             since = [created(item) for item in brought.items]
             kept.load(self.bundle.version, brought.items, blocks, since).result()
-        self._view = catalogue.Catalogue(kept, text, image)
+        self._view = catalogue.Catalogue(kept, encoding.Encoding(text, image))
         self._closing.append(self._view.close)
+        if image:
+            fetcher = fetching.Fetcher(allowed=self.settings.fetch_networks)
+            self._background.append(pending.PendingPhotographs(self._view, fetcher).run)
         hosted = servicer.EmbeddingServicer(self._view, self.bundle.version)
         self._local[EMBEDDING] = hosted
         self._services.append(

@@ -42,7 +42,7 @@ def make_text_encoder(directory: Path, *, max_tokens: int = 16, seed: int = 0) -
         max_position_embeddings=64,
     )
     BertModel(config).save_pretrained(directory)
-    write_settings(directory, TextSettings(max_tokens=max_tokens, batch_tokens=64))
+    write_settings(directory, TextSettings(max_tokens))
     return directory
 
 
@@ -59,5 +59,5 @@ def make_image_encoder(directory: Path, *, seed: int = 0) -> Path:
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic"}
     document = {"model_cfg": config, "preprocess_cfg": preprocess}
     (directory / "open_clip_config.json").write_text(json.dumps(document))
-    write_settings(directory, ImageSettings(batch=3))
+    write_settings(directory, ImageSettings())
     return directory

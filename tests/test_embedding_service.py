@@ -1,106 +1,29 @@
 """The embedding service over real gRPC: what is acknowledged is searchable, bad input is named."""
 
 import asyncio
-import io
 import json
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
-from PIL import Image
 from vitrine.catalog.v1 import filter_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
-from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
-from services import store
+from services.catalog import Item
 from services.embedding.catalogue import Catalogue
-from services.embedding.encoders import ImageEncoder, TextEncoder
-from services.embedding.items import ItemStore
-from services.embedding.servicer import EmbeddingServicer
+from services.embedding.items import Block
 from services.follower import Follower
 from services.item_table import ItemTable
-from services.server import CHANNEL_OPTIONS, Server, Service
-from tests.conftest import Clock, skip_without
-from tests.models import make_image_encoder, make_text_encoder
+from tests.catalogues import NAME, Run, encoders, found, item, picture, run, upsert, violations
+from tests.conftest import skip_without
 
-NAME = "vitrine.embedding.v1.EmbeddingService"
-Body = Callable[[Any, Catalogue, int], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[TextEncoder, ImageEncoder]:
-    root = tmp_path_factory.mktemp("encoders")
-    return TextEncoder(make_text_encoder(root / "text")), ImageEncoder(make_image_encoder(root / "image"))
-
-
-Run = Callable[[Body], None]
-
-
-@pytest.fixture
-def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]) -> Run:
-    """Runs a body against a served catalogue; a second run starts again from the same state."""
-
-    def run(body: Body) -> None:
-        async def main() -> None:
-            engine = store.open_engine(f"sqlite:///{tmp_path / 'items.sqlite'}")
-            catalogue = Catalogue(ItemStore(engine, clock), *encoders)
-            add = pb_grpc.add_EmbeddingServiceServicer_to_server
-            server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1"), add)], "127.0.0.1:0")
-            await server.start()
-            await server.set_ready(NAME)
-            target = f"127.0.0.1:{server.port}"
-            try:
-                async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
-                    await body(pb_grpc.EmbeddingServiceStub(channel), catalogue, server.port)
-            finally:
-                await server.stop(1)
-                catalogue.close()
-                engine.dispose()
-
-        asyncio.run(main())
-
-    return run
-
-
-def picture(colour: str) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (40, 40), colour).save(out, "PNG")
-    return out.getvalue()
-
-
-def item(item_id: str, title: str = "", **fields: Any) -> item_pb2.Item:
-    return item_pb2.Item(id=item_id, title=title, **fields)
-
-
-async def upsert(stub: Any, *items: item_pb2.Item, mask: tuple[str, ...] = ()) -> list[item_pb2.ItemOutcome]:
-    async def chunks() -> AsyncIterator[pb.UpsertItemsRequest]:
-        request = pb.UpsertItemsRequest(items=items)
-        request.update_mask.paths.extend(mask)
-        yield request
-
-    return [outcome async for response in stub.UpsertItems(chunks()) for outcome in response.outcomes]
-
-
-async def found(stub: Any, **fields: Any) -> list[str]:
-    request = pb.SearchRequest(limit=10, view=item_pb2.VIEW_READABLE, **fields)
-    response = await stub.Search(request)
-    return [hit.item_id for result in response.results for hit in result.hits]
-
-
-async def violations(call: Awaitable[Any]) -> tuple[grpc.StatusCode, list[str]]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    status = rpc_status.from_call(caught.value)
-    bad = error_details_pb2.BadRequest()
-    fields = [v.field for d in status.details if d.Unpack(bad) for v in bad.field_violations]
-    return caught.value.code(), fields
+__all__ = ["encoders", "run"]  # fixtures
 
 
 def test_what_is_acknowledged_is_found_by_text_photograph_and_item(run: Run) -> None:
@@ -132,7 +55,7 @@ def test_a_bad_item_never_stops_the_rest_and_is_named(run: Run) -> None:
             item("bare"),
             item("torn", image=broken),
             item("last", "b"),
-            item("fetched", image=item_pb2.Image(uri="http://example.org/a.png")),
+            item("elsewhere", image=item_pb2.Image(uri="ftp://example.org/a.png")),
             item("dear", "x", price=-1),
         )
         failed = item_pb2.ITEM_OUTCOME_CODE_FAILED
@@ -150,22 +73,84 @@ def test_an_id_twice_in_a_chunk_keeps_the_order_and_a_mask_encodes_nothing(run: 
         codes = [o.code for o in await upsert(stub, item("a", "one"), item("a", "two"), item("a", "two"))]
         created, updated = item_pb2.ITEM_OUTCOME_CODE_CREATED, item_pb2.ITEM_OUTCOME_CODE_UPDATED
         assert codes == [created, updated, item_pb2.ITEM_OUTCOME_CODE_UNCHANGED]
-        encode = catalogue.text.encode
-
-        def refuse(texts: Any) -> Any:
-            assert not texts, "a price change must not encode"
-            return encode(texts)
-
-        catalogue.text.encode = refuse  # type: ignore[method-assign]
-        try:
-            outcomes = await upsert(stub, item("a", price=3), item("nobody", price=3), mask=("price",))
-        finally:
-            catalogue.text.encode = encode  # type: ignore[method-assign]
+        before = catalogue.encoding.finished
+        assert before["text"] == 2
+        outcomes = await upsert(stub, item("a", price=3), item("nobody", price=3), mask=("price",))
+        assert catalogue.encoding.finished == before
         assert [o.code for o in outcomes] == [updated, item_pb2.ITEM_OUTCOME_CODE_FAILED]
         assert outcomes[1].error.code == 5
         got = await stub.GetItems(pb.GetItemsRequest(item_ids=["a", "nobody"]))
         assert (got.items[0].item.title, got.items[0].item.price) == ("two", 3)
         assert list(got.missing_item_ids) == ["nobody"]
+
+    run(body)
+
+
+def test_what_is_the_same_is_encoded_once(run: Run) -> None:
+    async def body(stub: Any, catalogue: Catalogue, port: int) -> None:
+        red, blue = item_pb2.Image(data=picture("red")), item_pb2.Image(data=picture("blue"))
+        await upsert(stub, *(item(f"i{n}", "same words", image=red) for n in range(5)))
+        await upsert(stub, item("later", "same words", image=red), item("other", "same words", image=blue))
+        assert catalogue.encoding.finished == {"text": 1, "image": 2, "caption": 0}
+        await stub.EmbedTexts(pb.EmbedTextsRequest(texts=["a", "b", "a", "a"]))
+        assert catalogue.encoding.finished["text"] == 3
+        await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=[f"i{n}" for n in range(5)]))
+        assert sorted(await found(stub, image=picture("red"))) == ["later", "other"]
+
+    run(body)
+
+
+def test_chunks_of_a_stream_are_answered_in_turn_and_the_last_write_wins(run: Run) -> None:
+    async def body(stub: Any, catalogue: Catalogue, port: int) -> None:
+        async def chunks() -> AsyncIterator[pb.UpsertItemsRequest]:
+            for n in range(12):
+                many = [item(f"only-{n}-{k}", f"words {n} {k}") for k in range(20 if n % 3 == 0 else 1)]
+                yield pb.UpsertItemsRequest(items=[item("shared", f"version {n}"), *many])
+
+        answers = [response async for response in stub.UpsertItems(chunks())]
+        assert [answer.outcomes[1].item_id for answer in answers] == [f"only-{n}-0" for n in range(12)]
+        assert (await stub.GetItems(pb.GetItemsRequest(item_ids=["shared"]))).items[
+            0
+        ].item.title == "version 11"
+        shared = [answer.outcomes[0].sequence for answer in answers]
+        assert shared == sorted(set(shared))
+
+        call = stub.UpsertItems()  # each answer is waited for before the next chunk is sent
+        for n in range(3):
+            await call.write(pb.UpsertItemsRequest(items=[item(f"turn-{n}", "a")]))
+            assert (await call.read()).outcomes[0].item_id == f"turn-{n}"
+        await call.write(pb.UpsertItemsRequest())
+        assert await violations(call.read()) == (grpc.StatusCode.INVALID_ARGUMENT, ["items"])
+        assert len(await upsert(stub, item("after", "a"))) == 1
+
+    run(body)
+
+
+def test_a_stream_that_its_caller_leaves_leaves_nothing_behind(run: Run) -> None:
+    async def body(stub: Any, catalogue: Catalogue, port: int) -> None:
+        call = stub.UpsertItems()
+        for n in range(3):
+            await call.write(pb.UpsertItemsRequest(items=[item(f"{n}-{k}", f"w {k}") for k in range(1000)]))
+        call.cancel()
+        outcome = (await upsert(stub, item("next", "words")))[0]
+        assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_CREATED
+        while any(catalogue.encoding.waiting.values()):
+            await asyncio.sleep(0.01)
+        assert [t for t in asyncio.all_tasks() if "_begin" in repr(t.get_coro())] == []
+
+    run(body)
+
+
+def test_a_photograph_that_came_without_its_file_does_not_stand_in_a_change_s_way(run: Run) -> None:
+    async def body(stub: Any, catalogue: Catalogue, port: int) -> None:
+        brought = Item(id="b", title="brought", image_hash=b"h" * 32)
+        present, text = np.ones(1, bool), np.eye(1, 32, dtype=np.float32)
+        blocks = [Block("text", catalogue.encoding.digests["text"], text, present)]
+        blocks.append(Block("image", "an encoder of before", text, present))
+        await asyncio.wrap_future(catalogue.items.load("v0", [brought], blocks, [datetime.now(UTC)]))
+        [outcome] = await upsert(stub, item("b", price=3), mask=("price",))
+        assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_UPDATED, outcome
+        assert outcome.image_state == item_pb2.MODALITY_STATE_PENDING
 
     run(body)
 

@@ -24,12 +24,12 @@ def text_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
-    return ImageEncoder(make_image_encoder(tmp_path_factory.mktemp("image")))
+    return ImageEncoder(make_image_encoder(tmp_path_factory.mktemp("image")), budget=3)
 
 
 def test_texts_in_batches_equal_each_alone_by_plain_transformers(text_directory: Path) -> None:
     texts = ["red scarf", "", "a much longer text of wool and silk", "赤い", "x"]
-    encoded = TextEncoder(text_directory).encode(texts)
+    encoded = TextEncoder(text_directory, budget=64).encode(texts)
     tokenizer = AutoTokenizer.from_pretrained(text_directory)
     model = AutoModel.from_pretrained(text_directory).eval()
     for text, vector, cut in zip(texts, encoded.vectors, encoded.truncated, strict=True):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from services import catalog
 from services.catalog import Attribute, Item, item_number
-from services.embedding.items import Conflict, ItemStore, Outcome, State, Vector, photograph_hash
+from services.embedding.contents import Vector, photograph_hash
+from services.embedding.items import Conflict, ItemStore, Outcome, State, hashes_of
 from services.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
 from tests.conftest import Clock
 
@@ -107,6 +108,27 @@ def test_a_shared_photograph_stays_while_one_item_has_it(items: ItemStore) -> No
     items.write(replace(SCARF, id="twin")).result()
     items.delete("scarf").result()
     assert items.image(items.get(["twin"])["twin"].item.image_hash) == SCARF.image
+
+
+def test_items_with_one_content_share_its_vectors_until_the_last_has_gone(
+    items: ItemStore, engine: sa.Engine
+) -> None:
+    def stored() -> int:
+        with engine.connect() as connection:
+            return connection.scalar(sa.text("SELECT count(*) FROM content_vectors")) or 0
+
+    items.write(SCARF, [TEXT, IMAGE]).result()
+    items.write(replace(SCARF, id="twin"), [TEXT, replace(IMAGE, values=_UNIT)]).result()
+    assert stored() == 2
+    twin, hashes = item_number("twin"), hashes_of(SCARF)
+    np.testing.assert_allclose(items.vectors([twin], "image", "clip1")[twin], _UNIT[::-1], atol=1e-3)
+    assert set(items.known([*hashes.values(), b"x"], "image", "clip1")) == {hashes["image"]}
+    items.delete("scarf").result()
+    assert stored() == 2
+    items.write(replace(SCARF, id="twin", title="Blue"), [TEXT, IMAGE]).result()
+    assert stored() == 2
+    items.delete("twin").result()
+    assert stored() == 0
 
 
 def test_a_position_older_than_the_kept_tombstones_is_out_of_range(items: ItemStore) -> None:

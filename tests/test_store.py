@@ -98,6 +98,14 @@ def test_a_full_queue_refuses(tmp_path: Path) -> None:
     writer.close()
 
 
+def test_a_state_of_another_version_says_so(engine: sa.Engine) -> None:
+    store.create(engine, [_notes], "notes")
+    store.create(engine, [_notes], "notes")
+    later = sa.Table("test_notes", sa.MetaData(), sa.Column("n", sa.Integer), sa.Column("colour", sa.Text))
+    with pytest.raises(FailedPrecondition, match="test_notes has no colour"):
+        store.create(engine, [later], "notes")
+
+
 def test_a_state_directory_has_one_owner(tmp_path: Path) -> None:
     lock = store.StateLock(tmp_path)
     with pytest.raises(FailedPrecondition, match=r"in use by process \d+"):

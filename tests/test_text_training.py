@@ -15,7 +15,7 @@ from training.pairs import Pairs, make_pairs
 from training.shop_settings import TextTraining
 from training.text_encoder import fine_tune, save_frozen
 
-SHAPE = TextSettings(max_tokens=16, batch_tokens=256)
+SHAPE = TextSettings(max_tokens=16)
 WORDS = ("ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew")
 TEXTS = [f"{word} {kind}" for word in WORDS for kind in ("lamp 1", "rug 22", "vase 333")]
 NONE = make_pairs(np.empty(0, np.int64), np.empty(0, np.int64), len(TEXTS))

@@ -253,6 +253,4 @@ def _save(base: _Base, directory: Path) -> None:
     (directory / _CONFIG_FILE).write_text(json.dumps(base.config, indent=2) + "\n")
     if hasattr(base.tokenize, "save_pretrained"):
         base.tokenize.save_pretrained(directory)
-    write_settings(
-        directory, ImageSettings(batch=_ENCODED_AT_ONCE, precision="bf16" if has_bf16() else "fp32")
-    )
+    write_settings(directory, ImageSettings("bf16" if has_bf16() else "fp32"))

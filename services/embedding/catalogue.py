@@ -6,21 +6,22 @@ Knows domain values alone, no messages.
 """
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image
 
 from services import catalog, deadline, filters
 from services.catalog import Item, item_number, item_text
-from services.embedding import images
-from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
+from services.embedding.batching import Lane
+from services.embedding.contents import Vector
+from services.embedding.encoding import Encoding
 from services.embedding.index import Neighbours, SpaceIndex
 from services.embedding.items import (
     Conflict,
@@ -28,11 +29,10 @@ from services.embedding.items import (
     Outcome,
     Record,
     State,
-    Vector,
     Written,
-    photograph_hash,
+    hashes_of,
 )
-from services.errors import FailedPrecondition, InvalidArgument, NotFound, Unavailable, VitrineError
+from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
 from services.item_table import Change, ItemTable
 
 T = TypeVar("T")
@@ -56,55 +56,44 @@ class Upserted:
 
 @dataclass(frozen=True)
 class _Draft:
-    """An item on its way in: what is stored, what it shall be, and the vectors it keeps."""
+    """An item on its way in: what is stored, what it shall be, and the hashes of its contents by space."""
 
     at: int
     item: Item
     stored: Record | None
-    kept: tuple[Vector, ...]
+    hashes: Mapping[str, bytes]
 
-    @property
-    def lacks_text(self) -> bool:
-        return bool(item_text(self.item).strip()) and not any(v.space == "text" for v in self.kept)
 
-    @property
-    def lacks_image(self) -> bool:
-        return catalog.has_image(self.item) and not any(v.space == "image" for v in self.kept)
+@dataclass
+class _Made:
+    """Vectors by content, why others have none, and of which texts only the beginning was read."""
+
+    vectors: dict[bytes, np.ndarray]
+    refused: dict[bytes, InvalidArgument] = field(default_factory=dict)
+    truncated: set[bytes] = field(default_factory=set)
 
 
 class Catalogue:
-    """Items, their vectors by two encoders, and search over them.
+    """Items, their vectors by a bundle's encoders, and search over them.
 
-    An encoder runs on one thread; SQL, decoding and search run on a few others. A shop
-    without photographs has no image encoder: its catalogue has the text space alone.
+    SQL and search run on a few threads. A shop without photographs has no image encoder: its catalogue
+    has the text space alone.
     """
 
-    def __init__(self, items: ItemStore, text: TextEncoder, image: ImageEncoder | None) -> None:
-        self.items, self.text, self._image = items, text, image
-        encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
-        if image is not None:
-            encoders["image"] = image
-        self.digests = {space: encoder.digest for space, encoder in encoders.items()}
-        self.spaces = {space: SpaceIndex(encoder.dimension) for space, encoder in encoders.items()}
+    def __init__(self, items: ItemStore, encoding: Encoding) -> None:
+        self.items, self.encoding = items, encoding
+        self.spaces = {space: SpaceIndex(dimension) for space, dimension in encoding.dimensions.items()}
         self.table = ItemTable()
         self._advancing = threading.Lock()
-        self._encoding = ThreadPoolExecutor(1, "encoder")
         self._pool = ThreadPoolExecutor(4, "catalogue")
         self._moved = asyncio.Event()
         self._follow_from_the_beginning()
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
-        self._encoding.shutdown()
+        self.encoding.close()
         self._pool.shutdown()
         self.items.close()
-
-    @property
-    def image(self) -> ImageEncoder:
-        """The image encoder; FailedPrecondition when the bundle has none."""
-        if self._image is None:
-            raise FailedPrecondition("this bundle has no image encoder")
-        return self._image
 
     @property
     def sequence(self) -> int:
@@ -113,22 +102,19 @@ class Catalogue:
 
     async def wait_for(self, sequence: int) -> None:
         """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
-
-        async def follow() -> None:
-            while self.sequence < sequence:
-                moved = self._moved
-                if self.sequence < sequence:
-                    await moved.wait()
-
         if self.sequence < sequence:
-            await deadline.wait(follow(), _LONGEST_WAIT)
+            await deadline.wait(self.moved(sequence - 1), _LONGEST_WAIT)
 
     async def upsert(
-        self, items: Sequence[Item | VitrineError], mask: frozenset[str] = frozenset()
+        self,
+        items: Sequence[Item | VitrineError],
+        mask: frozenset[str] = frozenset(),
+        lane: Lane | None = None,
     ) -> list[Upserted]:
         """Write items in their order; one that is an error already stays one.
 
-        `mask` names the fields to change, none means the whole item. An outcome's error is
+        `mask` names the fields to change, none means the whole item; `lane` whose turn their
+        contents take at the encoders, none means by their number. An outcome's error is
         relative to the item: InvalidArgument, NotFound, AlreadyExists or ResourceExhausted.
         """
         outcomes: list[Upserted | None] = [
@@ -141,12 +127,30 @@ class Catalogue:
             for at, item in waiting:
                 (later if item.id in seen else wave).append((at, item))
                 seen.add(item.id)
-            for at, outcome in await self._write(wave, mask):
+            for at, outcome in await self._write(wave, mask, lane):
                 outcomes[at] = outcome
             waiting = later
-        await self._on(self._pool, self._advance)
-        self._announce()
+        await self._follow()
         return [outcome for outcome in outcomes if outcome is not None]
+
+    async def attach(self, record: Record, photograph: bytes, error: str = "") -> None:
+        """Give an item the photograph that was fetched for it, or the reason why there is none.
+
+        Nothing happens when the item was changed since `record` was read.
+        """
+        item = replace(record.item, image=photograph)
+        draft = _Draft(0, item, record, hashes_of(item))
+        texts, pictures = await asyncio.gather(
+            self._texts_of([draft], Lane.BULK), self._photographs_of([draft], Lane.BULK, "image.uri")
+        )
+        if refused := pictures.refused.get(draft.hashes["image"]):
+            draft, error = replace(draft, item=record.item), str(refused)
+        written = self._submit(draft, self._vectors_of(draft, texts, pictures), error)
+        if isinstance(written, VitrineError):
+            raise written
+        with contextlib.suppress(Conflict):
+            await asyncio.wrap_future(written)
+            await self._follow()
 
     async def delete(self, item_ids: Sequence[str]) -> list[Upserted]:
         """Delete items; the outcome of an unknown one is NotFound."""
@@ -158,32 +162,12 @@ class Catalogue:
                 outcomes.append(Upserted(item_id, outcome=written.outcome, sequence=written.sequence))
             except VitrineError as error:
                 outcomes.append(Upserted(item_id, error=error))
-        await self._on(self._pool, self._advance)
-        self._announce()
+        await self._follow()
         return outcomes
 
     async def read(self, function: Callable[[], T]) -> T:
         """Run a read of the store off the event loop."""
         return await self._on(self._pool, function)
-
-    async def encode_texts(self, texts: Sequence[str]) -> EncodedTexts:
-        """Vectors of texts in the text space."""
-        return await self._on(self._encoding, lambda: self.text.encode(texts))
-
-    async def encode_texts_for_images(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors float32 (B, D) of texts in the image space."""
-        return await self._on(self._encoding, lambda: self.image.encode_texts(texts))
-
-    async def encode_images(self, files: Sequence[bytes], field: str) -> list[np.ndarray | InvalidArgument]:
-        """A vector (D,) in the image space per file, or why there is none; `{}` in `field` is the row."""
-        pictures = await asyncio.gather(
-            *(self._on(self._pool, partial(self._picture, d, field.format(n))) for n, d in enumerate(files))
-        )
-        good = [p for p in pictures if not isinstance(p, InvalidArgument)]
-        if not good:
-            return [p for p in pictures if isinstance(p, InvalidArgument)]
-        vectors = iter(await self._on(self._encoding, lambda: self.image.encode(good)))
-        return [p if isinstance(p, InvalidArgument) else next(vectors) for p in pictures]
 
     async def search(
         self,
@@ -231,15 +215,24 @@ class Catalogue:
                 return
             await moved.wait()
 
+    async def moved(self, sequence: int) -> None:
+        """Wait until something was committed after a position."""
+        while self.sequence <= sequence:
+            moved = self._moved
+            if self.sequence <= sequence:
+                await moved.wait()
+
     async def reencode(self) -> int:
         """Make the vectors that the loaded encoders lack; how many items had any missing."""
-        ids = await self.read(lambda: sorted(set(self.items.lacking(self.digests))))
+        ids = await self.read(lambda: sorted(set(self.items.lacking(self.encoding.digests))))
         for start in range(0, len(ids), _BATCH):
             records = await self.read(partial(self.items.get, ids[start : start + _BATCH]))
-            await self.upsert([record.item for record in records.values()])
+            await self.upsert([record.item for record in records.values()], lane=Lane.BACKGROUND)
         return len(ids)
 
-    def _announce(self) -> None:
+    async def _follow(self) -> None:
+        """Let search and table follow what was committed, and wake who waits for that."""
+        await self._on(self._pool, self._advance)
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
@@ -253,12 +246,12 @@ class Catalogue:
             raise
 
     async def _write(
-        self, wave: Sequence[tuple[int, Item]], mask: frozenset[str]
+        self, wave: Sequence[tuple[int, Item]], mask: frozenset[str], lane: Lane | None
     ) -> list[tuple[int, Upserted]]:
         done: list[tuple[int, Upserted]] = []
         for _ in range(_ATTEMPTS):
             drafts, refused = await self.read(partial(self._draft, wave, mask))
-            written, wave = await self._encode_and_commit(drafts)
+            written, wave = await self._encode_and_commit(drafts, lane)
             done += refused + written
             if not wave:
                 return done
@@ -269,74 +262,80 @@ class Catalogue:
         self, wave: Sequence[tuple[int, Item]], mask: frozenset[str]
     ) -> tuple[list[_Draft], list[tuple[int, Upserted]]]:
         stored = self.items.get(item.id for _, item in wave if not catalog.identifier_problem(item.id))
-        numbers = [record.number for record in stored.values()]
-        known = {s: self.items.vectors(numbers, s, digest) for s, digest in self.digests.items()}
         drafts, refused = [], []
         for at, sent in wave:
             record = stored.get(sent.id)
             try:
                 item = _merged(sent, record, mask)
-                if item.image_uri:
-                    raise InvalidArgument.of("image.uri", "this server fetches no photographs; send the file")
                 catalog.validate(item)
-                drafts.append(_Draft(at, item, record, self._kept(item, record, known)))
+                item = _as_fetched(item, record)
+                drafts.append(_Draft(at, item, record, hashes_of(item)))
             except VitrineError as error:
                 refused.append((at, Upserted(sent.id, error=error)))
         return drafts, refused
 
-    def _kept(
-        self, item: Item, record: Record | None, known: Mapping[str, Mapping[int, np.ndarray]]
-    ) -> tuple[Vector, ...]:
-        if record is None:
-            return ()
-        image = photograph_hash(item.image) if item.image else item.image_hash
-        same = {
-            "text": item_text(item) == item_text(record.item),
-            "image": bool(image) and image == record.item.image_hash,
-        }
-        return tuple(
-            Vector(space, self.digests[space], known[space][record.number])
-            for space, unchanged in same.items()
-            if unchanged and record.number in known.get(space, {})
-        )
-
     async def _encode_and_commit(
-        self, drafts: Sequence[_Draft]
+        self, drafts: Sequence[_Draft], lane: Lane | None
     ) -> tuple[list[tuple[int, Upserted]], list[tuple[int, Item]]]:
-        texts = [draft for draft in drafts if draft.lacks_text]
-        encoded = await self.encode_texts([item_text(draft.item) for draft in texts])
-        vectors = {
-            d.at: Vector("text", self.digests["text"], v) for d, v in zip(texts, encoded.vectors, strict=True)
-        }
-        truncated = {d.at for d, cut in zip(texts, encoded.truncated, strict=True) if cut}
-        photographs = [draft for draft in drafts if draft.lacks_image and self._image]
-        files = await self.read(lambda: [self._file(draft.item) for draft in photographs])
-        pictures = dict(
-            zip((d.at for d in photographs), await self.encode_images(files, "image.data"), strict=True)
+        texts, pictures = await asyncio.gather(
+            self._texts_of(drafts, lane), self._photographs_of(drafts, lane)
         )
         futures: list[tuple[_Draft, list[Vector], Future[Written] | VitrineError]] = []
         for draft in drafts:
-            made = [*draft.kept, *([vectors[draft.at]] if draft.at in vectors else [])]
-            picture = pictures.get(draft.at)
-            if isinstance(picture, InvalidArgument):
-                futures.append((draft, made, picture))
-                continue
-            if picture is not None:
-                made.append(Vector("image", self.digests["image"], picture))
-            futures.append((draft, made, self._submit(draft, made)))
-        return await self._settle(futures, truncated)
+            made = self._vectors_of(draft, texts, pictures)
+            refused = pictures.refused.get(draft.hashes["image"])
+            futures.append((draft, made, refused or self._submit(draft, made)))
+        return await self._settle(futures, texts.truncated)
 
-    def _submit(self, draft: _Draft, made: Sequence[Vector]) -> "Future[Written] | VitrineError":
+    def _vectors_of(self, draft: _Draft, texts: _Made, pictures: _Made) -> list[Vector]:
+        return [
+            Vector(space, self.encoding.digests[space], found[content])
+            for space, found in (("text", texts.vectors), ("image", pictures.vectors))
+            if (content := draft.hashes[space]) in found
+        ]
+
+    async def _texts_of(self, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:
+        wanted = {d.hashes["text"]: item_text(d.item) for d in drafts if d.hashes["text"]}
+        made = _Made(await self._known("text", wanted))
+        missing = [content for content in wanted if content not in made.vectors]
+        encoded = await self.encoding.texts([wanted[content] for content in missing], lane)
+        made.vectors |= zip(missing, encoded.vectors, strict=True)
+        made.truncated |= {c for c, cut in zip(missing, encoded.truncated, strict=True) if cut}
+        return made
+
+    async def _photographs_of(
+        self, drafts: Sequence[_Draft], lane: Lane | None, field: str = "image.data"
+    ) -> _Made:
+        if "image" not in self.encoding.digests:
+            return _Made({})
+        wanted = {d.hashes["image"]: d.item for d in drafts if d.hashes["image"]}
+        made = _Made(await self._known("image", wanted))
+        missing = [content for content in wanted if content not in made.vectors]
+        files = await self.read(lambda: {c: file for c in missing if (file := self._file(wanted[c]))})
+        found = await self.encoding.photographs(list(files.values()), field, lane)
+        for content, vector in zip(files, found, strict=True):
+            if isinstance(vector, InvalidArgument):
+                made.refused[content] = vector
+            else:
+                made.vectors[content] = vector
+        return made
+
+    async def _known(self, space: str, hashes: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+        return await self.read(lambda: self.items.known(hashes, space, self.encoding.digests[space]))
+
+    def _submit(
+        self, draft: _Draft, made: Sequence[Vector], image_error: str = ""
+    ) -> "Future[Written] | VitrineError":
         try:
             expected = draft.stored.sequence if draft.stored else 0
-            return self.items.write(draft.item, made, expected_sequence=expected)
+            return self.items.write(draft.item, made, image_error=image_error, expected_sequence=expected)
         except VitrineError as error:
             return error
 
     async def _settle(
         self,
         futures: Sequence[tuple[_Draft, list[Vector], "Future[Written] | VitrineError"]],
-        truncated: set[int],
+        truncated: set[bytes],
     ) -> tuple[list[tuple[int, Upserted]], list[tuple[int, Item]]]:
         done, again = [], []
         for draft, made, future in futures:
@@ -357,7 +356,7 @@ class Catalogue:
                 sequence=written.sequence,
                 text_state=State.READY if "text" in spaces else State.ABSENT,
                 image_state=_image_state(draft.item, spaces),
-                truncated=draft.at in truncated,
+                truncated=draft.hashes["text"] in truncated,
             )
             done.append((draft.at, outcome))
         return done, again
@@ -368,16 +367,12 @@ class Catalogue:
         except NotFound:  # it came with a bundle, which carries vectors and no files
             return b""
 
-    def _picture(self, data: bytes, field: str) -> Image.Image | InvalidArgument:
-        try:
-            return images.load(data, self.image.side, field)
-        except InvalidArgument as error:
-            return error
-
     def _batch(self, after: int) -> tuple[list[Record], dict[str, dict[int, np.ndarray]]]:
         records = self.items.changes(after, _BATCH)
         numbers = [record.number for record in records if not record.deleted]
-        return records, {s: self.items.vectors(numbers, s, digest) for s, digest in self.digests.items()}
+        return records, {
+            s: self.items.vectors(numbers, s, digest) for s, digest in self.encoding.digests.items()
+        }
 
     def _advance(self) -> None:
         """Let index and table follow what was committed."""
@@ -423,6 +418,13 @@ def _merged(sent: Item, record: Record | None, mask: frozenset[str]) -> Item:
     if "image" in fields:
         fields = (fields - {"image"}) | {"image", "image_uri", "image_hash"}
     return replace(record.item, **{name: getattr(sent, name) for name in fields})
+
+
+def _as_fetched(item: Item, record: Record | None) -> Item:
+    """The item with the photograph that was fetched from the same address before."""
+    if record is None or not item.image_uri or item.image_uri != record.item.image_uri:
+        return item
+    return replace(item, image_hash=record.item.image_hash)
 
 
 def _change(record: Record, vectors: Mapping[str, Mapping[int, np.ndarray]]) -> Change:

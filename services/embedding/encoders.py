@@ -4,42 +4,56 @@ An encoder is a directory: the text encoder as `save_pretrained` writes it, the 
 encoder as open_clip's `local-dir:` reads it, each with an `encoder.json` beside and, where
 one was fitted, a `head.npy`: a projection (D, D) of what the model gives. Its digest covers
 every file, the precision included, because vectors belong to a digest.
-Knows nothing of items, storage or transport; one thread at a time may call an encoder.
+Knows nothing of items, storage or transport.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import open_clip
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, ToTensor  # type: ignore[import-untyped]
 from transformers import AutoModel, AutoTokenizer
 
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
+S = TypeVar("S", "TextSettings", "ImageSettings")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+# Small enough for a CPU's caches, which large batches leave; large enough to fill a GPU.
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
+_BATCH_PICTURES = {"cpu": 16, "cuda": 256}
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How a text encoder reads: at most `max_tokens` tokens a text, `batch_tokens` padded ones a batch."""
+    """How a text encoder reads: at most `max_tokens` tokens a text."""
 
     max_tokens: int = 96
-    batch_tokens: int = 8192
     precision: str = "fp32"
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How an image encoder reads: `batch` pictures at a time."""
+    """How an image encoder computes."""
 
-    batch: int = 64
     precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """`ids` of each text, special ones included; `truncated` bool (B,): only the beginning is there."""
+
+    ids: list[list[int]]
+    truncated: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -73,9 +87,10 @@ def _read_head(directory: Path, device: str) -> torch.Tensor | None:
     return torch.from_numpy(np.load(path)).to(device) if path.is_file() else None
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((directory / _SETTINGS_FILE).read_text())
-    return settings
+def _read_settings(directory: Path, kind: type[S]) -> S:
+    document: dict[str, Any] = json.loads((directory / _SETTINGS_FILE).read_text())
+    # Older bundles also have the size of a batch, which is the server's to choose.
+    return kind(**{field.name: document[field.name] for field in fields(kind) if field.name in document})
 
 
 def digest(directory: Path) -> str:
@@ -90,13 +105,22 @@ def digest(directory: Path) -> str:
 
 
 class TextEncoder:
-    """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019)."""
+    """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019).
 
-    def __init__(self, directory: Path, device: str = "cpu") -> None:
-        self.settings = TextSettings(**_read_settings(directory))
+    `tokenise` may be called by any thread, `run` by one. A batch is best at `budget` padded tokens.
+    """
+
+    def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
+        self.settings = _read_settings(directory, TextSettings)
         self.digest = digest(directory)
+        self.budget = budget or _BATCH_TOKENS[torch.device(device).type]
         self._device = device
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._pad = int(tokenizer.pad_token_id)
+        # transformers' own calls change the tokenizer's settings back and forth: no two threads could.
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         precision = _PRECISIONS[self.settings.precision]
         model = AutoModel.from_pretrained(directory, dtype=precision, attn_implementation=attention(device))
         self._model = model.to(device).eval()
@@ -105,42 +129,49 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Vectors of `texts`, in their order."""
-        if not texts:
-            return EncodedTexts(np.empty((0, self.dimension), np.float32), np.empty(0, bool))
-        # A token is a character at least, so nothing past this can be read: no megabytes are tokenised.
-        reach = self.settings.max_tokens * 32
-        rows = self._tokenizer([text[:reach] for text in texts], add_special_tokens=True, truncation=False)
-        limit = self.settings.max_tokens
-        lengths = np.array([len(ids) for ids in rows["input_ids"]])
-        cut = np.array([len(text) > reach for text in texts]) | (lengths > limit)
-        kept = [self._cut(ids, limit) for ids in rows["input_ids"]]
+        tokens = self.tokenise(texts)
         vectors = np.empty((len(texts), self.dimension), np.float32)
-        for batch in _batches(np.minimum(lengths, limit), self.settings.batch_tokens):
-            vectors[batch] = self._forward([kept[row] for row in batch])
-        return EncodedTexts(vectors, cut)
+        for batch in _batches(np.array([len(ids) for ids in tokens.ids], np.int64), self.budget):
+            vectors[batch] = self.run([tokens.ids[row] for row in batch])
+        return EncodedTexts(vectors, tokens.truncated)
 
-    @staticmethod
-    def _cut(ids: list[int], limit: int) -> list[int]:
+    def tokenise(self, texts: Sequence[str]) -> Tokens:
+        """What `run` reads of each text."""
+        limit = self.settings.max_tokens
+        # A token is a character at least, so nothing past this can be read: no megabytes are tokenised.
+        reach = limit * 32
+        rows = [e.ids for e in self._tokenizer.encode_batch_fast([text[:reach] for text in texts])]
+        cut = [len(ids) > limit or len(text) > reach for ids, text in zip(rows, texts, strict=True)]
         # The closing special token stays.
-        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+        ids = [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in rows]
+        return Tokens(ids, np.array(cut, bool))
 
     @torch.inference_mode()
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
-        batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self._device)
-        hidden = self._model(**batch).last_hidden_state.float()
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        return _unit((hidden * mask).sum(1) / mask.sum(1), self._head)
+    def run(self, ids: Sequence[list[int]]) -> np.ndarray:
+        """Vectors float32 (B, D) of one batch."""
+        lengths = np.array([len(row) for row in ids])
+        padded = np.full((len(ids), lengths.max()), self._pad, np.int64)
+        real = np.arange(padded.shape[1]) < lengths[:, None]
+        padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
+        mask = torch.from_numpy(real.astype(np.int64)).to(self._device)
+        tokens = torch.from_numpy(padded).to(self._device)
+        hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        weights = mask.unsqueeze(-1).float()
+        return _unit((hidden * weights).sum(1) / weights.sum(1), self._head)
 
 
 class ImageEncoder:
     """An open_clip model: pictures and texts in one space, scaled to unit length (CLIP, 2021).
 
     `preprocess` makes a picture what the model reads; `side` is the side it looks at, in pixels.
+    `pixels` and `tokenise` may be called by any thread, the others by one; a batch is best at
+    `budget` pictures.
     """
 
-    def __init__(self, directory: Path, device: str = "cpu") -> None:
-        self.settings = ImageSettings(**_read_settings(directory))
+    def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
+        self.settings = _read_settings(directory, ImageSettings)
         self.digest = digest(directory)
+        self.budget = budget or _BATCH_PICTURES[torch.device(device).type]
         self._device = device
         name = f"local-dir:{directory}"
         self._model, _, self.preprocess = open_clip.create_model_and_transforms(
@@ -151,24 +182,43 @@ class ImageEncoder:
         self._tokenize = open_clip.get_tokenizer(name)
         size = self._model.visual.image_size
         self.side = int(size if isinstance(size, int) else size[0])  # open_clip's ResNets have one number
-        self.dimension = int(self._model.encode_text(self._tokenize([""]).to(device)).shape[-1])
+        *fit, normalize = self.preprocess.transforms
+        self._fit = Compose([step for step in fit if not isinstance(step, ToTensor)])
+        self._mean, self._deviation = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (normalize.mean, normalize.std)
+        )
+        self.dimension = int(self.run_texts(self.tokenise([""])).shape[-1])
 
-    @torch.inference_mode()
     def encode(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors float32 (B, D) of RGB pictures, in their order."""
-        dtype = _PRECISIONS[self.settings.precision]
         vectors = [np.empty((0, self.dimension), np.float32)]
-        for start in range(0, len(pictures), self.settings.batch):
-            pixels = torch.stack([self.preprocess(p) for p in pictures[start : start + self.settings.batch]])
-            vectors.append(_unit(self._model.encode_image(pixels.to(self._device, dtype)), self._head))
+        for start in range(0, len(pictures), self.budget):
+            vectors.append(self.run([self.pixels(p) for p in pictures[start : start + self.budget]]))
         return np.concatenate(vectors)
 
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """What `run` reads of an RGB picture: uint8 (S, S, 3)."""
+        return np.asarray(self._fit(picture))
+
     @torch.inference_mode()
+    def run(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+        """Vectors float32 (B, D) of one batch."""
+        raw = torch.from_numpy(np.stack(pixels)).to(self._device).permute(0, 3, 1, 2)
+        seen = (raw.float() / 255 - self._mean) / self._deviation
+        return _unit(self._model.encode_image(seen.to(_PRECISIONS[self.settings.precision])), self._head)
+
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors float32 (B, D) of texts in the space of pictures; the model reads its context length."""
-        if not texts:
-            return np.empty((0, self.dimension), np.float32)
-        return _unit(self._model.encode_text(self._tokenize(list(texts)).to(self._device)), self._head)
+        return self.run_texts(self.tokenise(texts)) if texts else np.empty((0, self.dimension), np.float32)
+
+    def tokenise(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `run_texts` reads of each text: int64 (context length,)."""
+        return list(self._tokenize(list(texts)).numpy())
+
+    @torch.inference_mode()
+    def run_texts(self, tokens: Sequence[np.ndarray]) -> np.ndarray:
+        """Vectors float32 (B, D) of one batch of texts."""
+        return _unit(self._model.encode_text(torch.from_numpy(np.stack(tokens)).to(self._device)), self._head)
 
 
 def _unit(vectors: torch.Tensor, head: torch.Tensor | None) -> np.ndarray:
@@ -187,4 +237,4 @@ def _batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
             batches.append(np.array(batch))
             batch = []
         batch.append(int(row))
-    return [*batches, np.array(batch)]
+    return [*batches, np.array(batch)] if batch else batches

@@ -1,4 +1,4 @@
-"""The catalogue's truth: items, their image files and their vectors, in SQL.
+"""The catalogue's truth: items in SQL, and what is made of them.
 
 Every change takes the next sequence number; deletions stay as tombstones so that a
 follower learns of them. Knows nothing of encoders, indexes or transport.
@@ -6,17 +6,20 @@ follower learns of them. Knows nothing of encoders, indexes or transport.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import sqlalchemy as sa
 
 from services import store
-from services.catalog import Attribute, Item, has_image, item_number
+from services.catalog import Attribute, Item, has_image, item_number, item_text
+from services.embedding import contents
+from services.embedding.contents import Vector, photograph_hash, text_hash
 from services.errors import AlreadyExists, NotFound, OutOfRange
 
 _SEQUENCE = "items"
@@ -41,18 +44,6 @@ class Outcome(IntEnum):
     UNCHANGED = 3
     STALE = 4
     DELETED = 5
-
-
-@dataclass(frozen=True)
-class Vector:
-    """One vector of an item: `values` float32 (D,), of unit length, by the encoder of `digest`.
-
-    `space` is "text" or "image".
-    """
-
-    space: str
-    digest: str
-    values: np.ndarray = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,8 @@ _items = sa.Table(
     sa.Column("family_id", sa.Text, nullable=False),
     sa.Column("price", sa.Double),
     sa.Column("image_uri", sa.Text, nullable=False),
-    sa.Column("image_hash", sa.LargeBinary, nullable=False),
+    sa.Column("text_hash", sa.LargeBinary, nullable=False, index=True),
+    sa.Column("image_hash", sa.LargeBinary, nullable=False, index=True),
     sa.Column("available_from", sa.BigInteger),
     sa.Column("available_until", sa.BigInteger),
     sa.Column("source_version", sa.BigInteger),
@@ -116,20 +108,9 @@ _items = sa.Table(
     sa.Column("deleted", sa.Boolean, nullable=False),
     sa.Column("sequence", sa.BigInteger, nullable=False, index=True),
 )
-_images = sa.Table(
-    "images",
-    store.metadata,
-    sa.Column("hash", sa.LargeBinary, primary_key=True),
-    sa.Column("data", sa.LargeBinary, nullable=False),
-)
-_vectors = sa.Table(
-    "vectors",
-    store.metadata,
-    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("space", sa.String(16), primary_key=True),
-    sa.Column("digest", sa.String(64), primary_key=True),
-    sa.Column("value", sa.LargeBinary, nullable=False),  # little-endian float16
-)
+_CONTENT = {"text": _items.c.text_hash, "image": _items.c.image_hash}
+"""What each space's vectors are made of."""
+
 _imports = sa.Table("item_imports", store.metadata, sa.Column("version", sa.String(64), primary_key=True))
 _trims = sa.Table(
     "item_trims",
@@ -147,7 +128,7 @@ class ItemStore:
 
     def __init__(self, engine: sa.Engine, clock: Callable[[], datetime]) -> None:
         self._engine, self._clock = engine, clock
-        store.create(engine, [_items, _images, _vectors, _imports, _trims], _SEQUENCE)
+        store.create(engine, [_items, contents.files, contents.vectors, _imports, _trims], _SEQUENCE)
         self._writer = store.Writer(engine)
 
     def close(self) -> None:
@@ -170,7 +151,7 @@ class ItemStore:
     ) -> Future[Written]:
         """Commit a valid item whole, with the vectors made of it.
 
-        Vectors of other digests are dropped when their modality's content changed.
+        What no item refers to any more, a text's vectors or a photograph with its own, is dropped.
         An item whose source_version is older than the stored one is STALE.
 
         The future raises:
@@ -207,6 +188,19 @@ class ItemStore:
                 i for space, digest in digests.items() for i in connection.scalars(_lacking(space, digest))
             ]
 
+    def pending(self, after_sequence: int, limit: int) -> list[Record]:
+        """Up to `limit` live items whose photograph is to be fetched, changed after a position, in order."""
+        query = _items.select().where(
+            _items.c.sequence > after_sequence,
+            _items.c.image_state == State.PENDING,
+            _items.c.image_uri != "",
+            ~_items.c.deleted,
+        )
+        with self._engine.connect() as connection:
+            return [
+                _record(row) for row in connection.execute(query.order_by(_items.c.sequence).limit(limit))
+            ]
+
     def delete(self, item_id: str) -> Future[Written]:
         """Commit a deletion; the future raises NotFound for an unknown or deleted id."""
         stamp = _micros(self._clock())
@@ -222,10 +216,12 @@ class ItemStore:
     def image(self, image_hash: bytes) -> bytes:
         """The image file of a record; NotFound when there is none."""
         with self._engine.connect() as connection:
-            data = connection.scalar(sa.select(_images.c.data).where(_images.c.hash == image_hash))
-        if data is None:
-            raise NotFound("image", image_hash.hex())
-        return bytes(data)
+            return contents.file_of(connection, image_hash)
+
+    def known(self, hashes: Iterable[bytes], space: str, digest: str) -> dict[bytes, np.ndarray]:
+        """The vectors float32 (D,) that are stored of these contents, whichever items have them."""
+        with self._engine.connect() as connection:
+            return contents.known(connection, hashes, space, digest)
 
     def page(self, after_number: int, limit: int) -> list[Record]:
         """Up to `limit` live items after a number (-1: from the first), in the order of numbers."""
@@ -256,11 +252,15 @@ class ItemStore:
 
     def vectors(self, numbers: Sequence[int], space: str, digest: str) -> dict[int, np.ndarray]:
         """The stored vectors of these items: number to float32 (D,); items without one are left out."""
-        query = sa.select(_vectors.c.number, _vectors.c.value).where(
-            _vectors.c.number.in_(numbers), _vectors.c.space == space, _vectors.c.digest == digest
+        stored = contents.vectors.c
+        query = sa.select(_items.c.number, stored.value).where(
+            _items.c.number.in_(numbers),
+            stored.content == _CONTENT[space],
+            stored.space == space,
+            stored.digest == digest,
         )
         with self._engine.connect() as connection:
-            return {row.number: _floats(row.value) for row in connection.execute(query)}
+            return {row.number: contents.floats(row.value) for row in connection.execute(query)}
 
     def trim(self, before_sequence: int) -> Future[None]:
         """Forget tombstones up to a position; followers behind it start again from 0."""
@@ -285,9 +285,8 @@ def _write(
         raise Conflict(item.id)
     if live and _older(item.source_version, live.source_version):
         return Written(Outcome.STALE, live.sequence)
-    columns = _columns(item, vectors, image_error)
-    known_vectors = _known_vectors(connection, number)
-    fresh = [v for v in vectors if known_vectors.get((v.space, v.digest)) != _bytes(v.values)]
+    columns = _columns(item, {vector.space for vector in vectors}, image_error)
+    fresh = contents.keep(connection, _contents_of(columns), vectors)
     if live and live.content_hash == columns["content_hash"] and not fresh:
         return Written(Outcome.UNCHANGED, live.sequence)
     sequence = store.take_sequence(connection, _SEQUENCE)
@@ -297,8 +296,10 @@ def _write(
     else:
         created = live.created if live else stamp
         connection.execute(_items.update().where(_items.c.number == number).values(created=created, **values))
-    _replace_vectors(connection, number, item, live, columns, vectors)
-    _keep_image(connection, item, columns["image_hash"], live)
+    if item.image:
+        contents.keep_file(connection, columns["image_hash"], item.image)
+    if live:
+        _drop_unused(connection, live, columns)
     return Written(Outcome.UPDATED if live else Outcome.CREATED, sequence)
 
 
@@ -315,40 +316,35 @@ def _load(
 ) -> int:
     known = {row.number: row for row in connection.execute(sa.select(_items.c.number, _items.c.content_hash))}
     rows: list[dict[str, object]] = []
-    values: list[dict[str, object]] = []
+    made = [(list[bytes](), list[np.ndarray]()) for _ in blocks]
     for at, (item, since) in enumerate(zip(items, created, strict=True)):
         number = item_number(item.id)
-        vectors = [Vector(b.space, b.digest, b.values[at]) for b in blocks if b.present[at]]
-        columns = _columns(item, vectors, "")
+        spaces = {block.space for block in blocks if block.present[at]}
+        columns = _columns(item, spaces, "")
         old = known.get(number)
         if old is not None and bytes(old.content_hash) != columns["content_hash"]:
             continue
-        values += [_vector_row(number, v) for v in vectors if old is None or not _has(connection, number, v)]
+        for block, (hashes, values) in zip(blocks, made, strict=True):
+            if block.present[at]:
+                hashes.append(_contents_of(columns)[block.space])
+                values.append(block.values[at])
         if old is None:
             rows.append(columns | {"number": number, "created": _micros(since), "updated": stamp})
     if rows:
         first = store.take_sequence(connection, _SEQUENCE, len(rows)) - len(rows) + 1
         rows = [row | {"sequence": first + at, "deleted": False} for at, row in enumerate(rows)]
-    for table, entries in ((_items, rows), (_vectors, values)):
-        for start in range(0, len(entries), _CHUNK):
-            connection.execute(table.insert(), entries[start : start + _CHUNK])
+    for start in range(0, len(rows), _CHUNK):
+        connection.execute(_items.insert(), rows[start : start + _CHUNK])
+    for block, (hashes, values) in zip(blocks, made, strict=True):
+        contents.keep_many(connection, hashes, block.space, block.digest, values)
     connection.execute(_imports.insert().values(version=version))
     return len(rows)
 
 
-def _has(connection: sa.Connection, number: int, vector: Vector) -> bool:
-    return (vector.space, vector.digest) in _known_vectors(connection, number)
-
-
-def _vector_row(number: int, vector: Vector) -> dict[str, object]:
-    return {"number": number, "space": vector.space, "digest": vector.digest, "value": _bytes(vector.values)}
-
-
 def _lacking(space: str, digest: str) -> sa.Select[str]:
     state = {"text": _items.c.text_state, "image": _items.c.image_state}[space]
-    has = sa.exists().where(
-        _vectors.c.number == _items.c.number, _vectors.c.space == space, _vectors.c.digest == digest
-    )
+    stored = contents.vectors.c
+    has = sa.exists().where(stored.content == _CONTENT[space], stored.space == space, stored.digest == digest)
     return sa.select(_items.c.id).where(~_items.c.deleted, state == State.READY, ~has)
 
 
@@ -356,15 +352,16 @@ def _older(version: int | None, than: int | None) -> bool:
     return version is not None and than is not None and version < than
 
 
-def photograph_hash(data: bytes) -> bytes:
-    """What identifies an image file: 32 bytes of BLAKE2b."""
-    return hashlib.blake2b(data, digest_size=32).digest()
+def hashes_of(item: Item) -> dict[str, bytes]:
+    """What identifies an item's content in each space; empty where it has none."""
+    photograph = photograph_hash(item.image) if item.image else item.image_hash
+    return {"text": text_hash(item_text(item)), "image": photograph}
 
 
-def _columns(item: Item, vectors: Sequence[Vector], image_error: str) -> dict[str, object]:
-    spaces = {vector.space for vector in vectors}
-    image_hash = photograph_hash(item.image) if item.image else item.image_hash
-    columns: dict[str, object] = {
+def _columns(item: Item, spaces: Set[str], image_error: str) -> dict[str, Any]:
+    """The row of an item of which there are vectors in `spaces`."""
+    hashes = hashes_of(item)
+    columns: dict[str, Any] = {
         "id": item.id,
         "title": item.title,
         "description": item.description,
@@ -372,7 +369,8 @@ def _columns(item: Item, vectors: Sequence[Vector], image_error: str) -> dict[st
         "family_id": item.family_id,
         "price": item.price,
         "image_uri": item.image_uri,
-        "image_hash": image_hash,
+        "text_hash": hashes["text"],
+        "image_hash": hashes["image"],
         "available_from": _micros(item.available_from) if item.available_from else None,
         "available_until": _micros(item.available_until) if item.available_until else None,
         "source_version": item.source_version,
@@ -392,46 +390,16 @@ def _image_state(present: bool, encoded: bool, error: str) -> State:
     return State.PENDING if present else State.ABSENT
 
 
-def _known_vectors(connection: sa.Connection, number: int) -> dict[tuple[str, str], bytes]:
-    rows = connection.execute(_vectors.select().where(_vectors.c.number == number))
-    return {(row.space, row.digest): bytes(row.value) for row in rows}
+def _contents_of(row: Mapping[str, Any]) -> dict[str, bytes]:
+    return {space: row[column.name] for space, column in _CONTENT.items()}
 
 
-def _replace_vectors(
-    connection: sa.Connection,
-    number: int,
-    item: Item,
-    old: sa.Row[tuple[object, ...]] | None,
-    columns: Mapping[str, object],
-    vectors: Sequence[Vector],
-) -> None:
-    same = {
-        "text": old is not None
-        and all(getattr(old, c) == columns[c] for c in ("title", "description", "attributes")),
-        "image": old is not None and all(getattr(old, c) == columns[c] for c in ("image_hash", "image_uri")),
-    }
-    stale = [space for space, unchanged in same.items() if not unchanged]
-    gone = sa.or_(
-        _vectors.c.space.in_(stale),
-        *((_vectors.c.space == v.space) & (_vectors.c.digest == v.digest) for v in vectors),
-    )
-    connection.execute(_vectors.delete().where(_vectors.c.number == number, gone))
-    if vectors:
-        connection.execute(_vectors.insert(), [_vector_row(number, v) for v in vectors])
-
-
-def _keep_image(
-    connection: sa.Connection, item: Item, image_hash: object, old: sa.Row[tuple[object, ...]] | None
-) -> None:
-    if item.image and not connection.scalar(sa.select(sa.exists().where(_images.c.hash == image_hash))):
-        connection.execute(_images.insert().values(hash=image_hash, data=item.image))
-    if old is not None and old.image_hash not in (b"", image_hash):
-        _drop_image_unless_used(connection, old.image_hash)
-
-
-def _drop_image_unless_used(connection: sa.Connection, image_hash: bytes) -> None:
-    if not connection.scalar(sa.select(sa.exists().where(_items.c.image_hash == image_hash))):
-        connection.execute(_images.delete().where(_images.c.hash == image_hash))
+def _drop_unused(connection: sa.Connection, old: sa.Row[Any], new: Mapping[str, Any]) -> None:
+    """Forget the contents that a row had and has no more, unless another item has them."""
+    for space, column in _CONTENT.items():
+        before = bytes(getattr(old, column.name))
+        if before != new[column.name]:
+            contents.drop_unused(connection, before, space, column)
 
 
 def _delete(connection: sa.Connection, item_id: str, stamp: int) -> Written:
@@ -443,11 +411,13 @@ def _delete(connection: sa.Connection, item_id: str, stamp: int) -> Written:
         raise NotFound("item", item_id)
     sequence = store.take_sequence(connection, _SEQUENCE)
     # The row stays as a tombstone with its id; everything else of the item goes.
-    empty = _columns(Item(id=item_id), (), "") | {"updated": stamp, "deleted": True, "sequence": sequence}
+    empty = _columns(Item(id=item_id), frozenset(), "") | {
+        "updated": stamp,
+        "deleted": True,
+        "sequence": sequence,
+    }
     connection.execute(_items.update().where(_items.c.number == number).values(**empty))
-    connection.execute(_vectors.delete().where(_vectors.c.number == number))
-    if old.image_hash:
-        _drop_image_unless_used(connection, old.image_hash)
+    _drop_unused(connection, old, empty)
     return Written(Outcome.DELETED, sequence)
 
 
@@ -490,11 +460,3 @@ def _micros(time: datetime) -> int:
 
 def _time(micros: int | None) -> datetime | None:
     return None if micros is None else _EPOCH + micros * _MICROSECOND
-
-
-def _bytes(values: np.ndarray) -> bytes:
-    return values.astype("<f2").tobytes()
-
-
-def _floats(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<f2").astype(np.float32)

@@ -1,7 +1,10 @@
 """`EmbeddingService` over a catalogue: decodes, calls, encodes. Raises the domain's errors."""
 
+import asyncio
 import base64
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,8 +30,17 @@ MAX_EXCLUDED = 100_000
 MAX_CHUNK_BYTES = 32 << 20
 MAX_TEXT_BYTES = 2 << 20
 _TOKEN_BYTES = 8
+_CHUNKS = 3
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
 _NUMBER_OF_SPACE = {name: number for number, name in _SPACES.items()}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A chunk of items on its way: their ids, and what it will be answered with."""
+
+    ids: set[str]
+    answer: asyncio.Future[pb.UpsertItemsResponse]
 
 
 class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
@@ -43,37 +55,71 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         _check_count(len(request.texts), MAX_TEXTS, "texts")
         problems = [_text_problem(text, f"texts[{row}]") for row, text in enumerate(request.texts)]
         good = [row for row, problem in enumerate(problems) if problem is None]
-        encoded = await self._catalogue.encode_texts([request.texts[row] for row in good])
-        vectors = np.zeros((len(problems), self._catalogue.text.dimension), np.float32)
+        encoded = await self._catalogue.encoding.texts([request.texts[row] for row in good])
+        vectors = np.zeros((len(problems), self._catalogue.encoding.text.dimension), np.float32)
         vectors[good] = encoded.vectors
         return pb.EmbedTextsResponse(
             vectors=_block(vectors),
             truncated_rows=[good[n] for n in np.flatnonzero(encoded.truncated)],
             errors=_row_errors(problems),
-            encoder_digest=self._catalogue.text.digest,
+            encoder_digest=self._catalogue.encoding.text.digest,
         )
 
     async def EmbedImages(self, request: pb.EmbedImagesRequest, context: Any) -> pb.EmbedImagesResponse:
         """Encode photographs; one that cannot be read has an error in its row."""
         self._check_bundle(request.bundle)
         _check_count(len(request.images), MAX_IMAGES, "images")
-        rows = await self._catalogue.encode_images(request.images, "images[{}]")
-        vectors = np.zeros((len(rows), self._catalogue.image.dimension), np.float32)
+        rows = await self._catalogue.encoding.photographs(request.images, "images[{}]")
+        vectors = np.zeros((len(rows), self._catalogue.encoding.image.dimension), np.float32)
         for row, vector in enumerate(rows):
             if not isinstance(vector, InvalidArgument):
                 vectors[row] = vector
         return pb.EmbedImagesResponse(
             vectors=_block(vectors),
             errors=_row_errors([row if isinstance(row, InvalidArgument) else None for row in rows]),
-            encoder_digest=self._catalogue.image.digest,
+            encoder_digest=self._catalogue.encoding.image.digest,
         )
 
     async def UpsertItems(
         self, requests: AsyncIterator[pb.UpsertItemsRequest], context: Any
     ) -> AsyncIterator[pb.UpsertItemsResponse]:
-        """Write chunks of items, each answered once committed and searchable."""
-        async for request in requests:
-            yield await self.upsert_chunk(request)
+        """Write chunks of items, each answered in its turn once committed and searchable.
+
+        A few chunks are on their way at once, so that encoders do not wait for commits.
+        """
+        chunks: deque[_Chunk] = deque()
+        incoming: asyncio.Future[pb.UpsertItemsRequest | None] | None = asyncio.ensure_future(
+            anext(requests, None)
+        )
+        try:
+            while chunks or incoming:
+                awaited: list[asyncio.Future[Any]] = [chunks[0].answer] if chunks else []
+                if incoming and len(chunks) < _CHUNKS:
+                    awaited.append(incoming)
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if incoming in awaited and incoming.done():
+                    request = incoming.result()
+                    incoming = None if request is None else asyncio.ensure_future(anext(requests, None))
+                    if request is not None:
+                        chunks.append(self._begin(request, chunks))
+                if chunks and chunks[0].answer.done():
+                    yield chunks.popleft().answer.result()
+        finally:
+            for left in (incoming, *(chunk.answer for chunk in chunks)):
+                if left is not None:
+                    left.cancel()
+
+    def _begin(self, request: pb.UpsertItemsRequest, others: Iterable["_Chunk"]) -> "_Chunk":
+        """Write a chunk after those of `others` that share an id with it, so that its last write wins."""
+        ids = {message.id for message in request.items}
+        before = [other.answer for other in others if ids & other.ids]
+
+        async def write() -> pb.UpsertItemsResponse:
+            if before:
+                await asyncio.wait(before)
+            return await self.upsert_chunk(request)
+
+        return _Chunk(ids, asyncio.ensure_future(write()))
 
     async def upsert_chunk(self, request: pb.UpsertItemsRequest) -> pb.UpsertItemsResponse:
         """Write one chunk."""
@@ -148,15 +194,17 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
             if problem := _text_problem(request.text, "text"):
                 raise problem
             if "text" in queries:
-                queries["text"].append((at, (await self._catalogue.encode_texts([request.text])).vectors[0]))
+                queries["text"].append(
+                    (at, (await self._catalogue.encoding.texts([request.text])).vectors[0])
+                )
             if "image" in queries:
-                vectors = await self._catalogue.encode_texts_for_images([request.text])
+                vectors = await self._catalogue.encoding.captions([request.text])
                 queries["image"].append((at, vectors[0]))
             at += 1
         if request.image and not request.spaces:
-            _ = self._catalogue.image  # a photograph cannot be searched for without its encoder
+            _ = self._catalogue.encoding.image  # a photograph cannot be searched for without its encoder
         if request.image and "image" in queries:
-            vector = (await self._catalogue.encode_images([request.image], "image"))[0]
+            vector = (await self._catalogue.encoding.photographs([request.image], "image"))[0]
             if isinstance(vector, InvalidArgument):
                 raise vector
             queries["image"].append((at, vector))

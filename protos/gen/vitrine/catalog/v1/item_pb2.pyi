@@ -275,8 +275,11 @@ class Image(_message.Message):
     data: _builtins.bytes
     """The file itself: JPEG, PNG, WebP or GIF, at most 16 MiB and 100 megapixels."""
     uri: _builtins.str
-    """An http or https address. The item is acknowledged with its image PENDING
-    and the picture follows as a later change.
+    """An http or https address, at most 2048 characters. The item is acknowledged with
+    its image PENDING, and the picture, or why there is none, follows as a later
+    change. An address is fetched once: another one, or sending an item whose image
+    is FAILED again, fetches again. Private networks are out of reach unless the
+    server's --fetch-networks names them.
     """
     def __init__(
         self,

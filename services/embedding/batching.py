@@ -1,0 +1,254 @@
+"""One thread that runs models, fed in batches by bounded queues.
+
+Rows of many calls share a batch, rows of like length first. The thread takes what waits as soon as it
+is free: a lone call is not delayed, and while one batch runs the next one fills. Small calls overtake
+large ones. A call that was cancelled or whose deadline passed is dropped before it costs a batch.
+Knows nothing of what rows and models are.
+"""
+
+import bisect
+import contextlib
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+
+Rows = Sequence[Any]
+_OVERTAKES = 8
+_PADDING = 8
+
+
+class Lane(IntEnum):
+    """Whose turn comes first: someone waits, a batch job waits, nobody waits."""
+
+    INTERACTIVE = 0
+    BULK = 1
+    BACKGROUND = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    """`run` turns rows into float32 (B, D); a batch has at most `budget` units of padded length.
+
+    A single row may exceed the budget. `capacity` units may wait in each lane.
+    """
+
+    name: str
+    run: Callable[[Rows], np.ndarray]
+    budget: int
+    capacity: int
+
+
+class _Call:
+    """Rows that came together, and where their results gather. Its future is a caller's to cancel."""
+
+    def __init__(self, rows: Rows, lengths: np.ndarray, ends: float | None) -> None:
+        self.rows, self.lengths, self.ends = rows, lengths, ends
+        self.future: Future[np.ndarray] = Future()
+        self.taken = bytearray(len(rows))
+        self.longest_first = np.argsort(-lengths, kind="stable").tolist()
+        self.next = 0
+        self.left = len(rows)
+        self.out: np.ndarray | None = None
+
+    def alive(self, now: float) -> bool:
+        """Whether someone still waits for it."""
+        if self.ends is not None and now > self.ends:
+            self.fail(DeadlineExceeded("the deadline passed while the model was busy"))
+        return not self.future.done()
+
+    def longest(self) -> int | None:
+        """Its longest row that is in no batch yet."""
+        while self.next < len(self.rows) and self.taken[self.longest_first[self.next]]:
+            self.next += 1
+        return self.longest_first[self.next] if self.next < len(self.rows) else None
+
+    def put(self, row: int, vector: np.ndarray) -> None:
+        """Keep a row's vector; the last one completes the call."""
+        if self.out is None:
+            self.out = np.empty((len(self.rows), len(vector)), np.float32)
+        self.out[row] = vector
+        self.left -= 1
+        if not self.left:
+            with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
+                self.future.set_result(self.out)
+
+    def fail(self, error: BaseException) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+Batch = list[tuple[_Call, int]]
+
+
+class _Queue:
+    """The rows that wait for one model in one lane, by length."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._calls: deque[_Call] = deque()
+        self._by_length: defaultdict[int, deque[tuple[_Call, int]]] = defaultdict(deque)
+        self.waiting = 0
+        self.count = 0
+
+    def add(self, call: _Call) -> None:
+        cost = int(call.lengths.sum())
+        if self.waiting and self.waiting + cost > self.model.capacity:
+            raise ResourceExhausted(f"too much waits for the {self.model.name} encoder; try again later")
+        self._calls.append(call)
+        for row, length in enumerate(call.lengths.tolist()):
+            self._by_length[length].append((call, row))
+        self.waiting += cost
+        self.count += len(call.rows)
+
+    def take(self, now: float) -> Batch:
+        """The next batch, empty when nobody waits: the oldest call's longest row, then shorter ones.
+
+        Shorter rows join while padding them stays below a share of the budget. Where all
+        that waits fits that way, all of it is taken.
+        """
+        anchor = self._oldest(now)
+        if anchor is None:
+            return []
+        lengths = sorted(self._by_length)
+        longest, budget = lengths[-1], self.model.budget
+        padded = longest * self.count
+        if padded <= budget and padded - self.waiting <= budget // _PADDING:
+            return self._fill([], lengths[::-1], longest, now)
+        call, row = anchor
+        length = int(call.lengths[row])
+        batch = [(call, row)]
+        self._remove(call, row, length)
+        return self._fill(batch, lengths[: bisect.bisect_right(lengths, length)][::-1], length, now)
+
+    def _oldest(self, now: float) -> tuple[_Call, int] | None:
+        while self._calls:
+            call = self._calls[0]
+            row = call.longest()
+            if row is not None and call.alive(now):
+                return call, row
+            self._calls.popleft()
+        if self._by_length:  # what is left belongs to calls that nobody waits for
+            self._by_length.clear()
+            self.waiting = self.count = 0
+        return None
+
+    def _fill(self, batch: Batch, lengths: Sequence[int], padded: int, now: float) -> Batch:
+        padding = 0
+        for length in lengths:
+            rows = self._by_length[length]
+            while rows and padded * (len(batch) + 1) <= self.model.budget:
+                call, row = rows[0]
+                if not call.taken[row] and call.alive(now):
+                    padding += padded - length
+                    if padding > self.model.budget // _PADDING:
+                        return batch
+                    batch.append((call, row))
+                rows.popleft()
+                self._remove(call, row, length)
+            if not rows:
+                del self._by_length[length]
+        return batch
+
+    def _remove(self, call: _Call, row: int, length: int) -> None:
+        if not call.taken[row]:
+            call.taken[row] = True
+            self.waiting -= length
+            self.count -= 1
+
+
+class Batcher:
+    """A thread that runs `models`; the only one that does."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._queues = {(m.name, lane): _Queue(m) for lane in Lane for m in models}
+        self._changed = threading.Condition()
+        self._closed = False
+        self.finished = dict.fromkeys((model.name for model in models), 0)
+        """How many rows each model has run."""
+        self._passed_over = dict.fromkeys(Lane, 0)
+        self._thread = threading.Thread(target=self._work, name="encoder", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, model: str, rows: Rows, lengths: np.ndarray, lane: Lane, seconds: float | None = None
+    ) -> Future[np.ndarray]:
+        """Queue rows of a call, `lengths` int (B,) each; its future holds float32 (B, D), in their order.
+
+        Cancelling the future, or `seconds` passing, drops what has not begun.
+
+        Raises:
+            ResourceExhausted: too much waits already.
+            Unavailable: the batcher was closed.
+        """
+        ends = None if seconds is None else time.monotonic() + seconds
+        call = _Call(rows, lengths, ends)
+        if not len(rows):
+            raise ValueError("a call needs a row")
+        with self._changed:
+            if self._closed:
+                raise Unavailable("the service is shutting down")
+            self._queues[model, lane].add(call)
+            self._changed.notify()
+        return call.future
+
+    def waiting(self) -> dict[str, int]:
+        """How many rows wait for each model."""
+        counts: dict[str, int] = defaultdict(int)
+        with self._changed:
+            for (model, _), rows in self._queues.items():
+                counts[model] += rows.count
+        return dict(counts)
+
+    def close(self) -> None:
+        """Run what was accepted, then stop."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (taken := self._next()):
+                    if self._closed:
+                        return
+                    self._changed.wait()
+            self._run(*taken)
+
+    def _next(self) -> tuple[Model, Batch] | None:
+        """The next batch: of the first lane where someone waits, though no lane is passed over for ever."""
+        now = time.monotonic()
+        waiting = [lane for lane in Lane if any(self._queues[key].count for key in self._keys(lane))]
+        for lane in sorted(waiting, key=lambda lane: (self._passed_over[lane] < _OVERTAKES, lane)):
+            for key in self._keys(lane):
+                if batch := self._queues[key].take(now):
+                    for other in waiting:
+                        self._passed_over[other] += 1
+                    self._passed_over[lane] = 0
+                    # Next time another model's rows come first.
+                    self._queues[key] = self._queues.pop(key)
+                    return self._queues[key].model, batch
+        return None
+
+    def _keys(self, lane: Lane) -> list[tuple[str, Lane]]:
+        return [key for key in self._queues if key[1] is lane]
+
+    def _run(self, model: Model, batch: Batch) -> None:
+        try:
+            vectors = model.run([call.rows[row] for call, row in batch])
+        except BaseException as error:  # its callers get it; the thread goes on
+            for call, _ in batch:
+                call.fail(error)
+            return
+        self.finished[model.name] += len(batch)
+        for (call, row), vector in zip(batch, vectors, strict=True):
+            call.put(row, vector)

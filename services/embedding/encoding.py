@@ -1,0 +1,165 @@
+"""Texts and photographs into vectors beside each other: prepared in threads, run in shared batches.
+
+Tokenising and decoding have threads of their own; the models have one, behind the batcher. Large calls are
+cut into pieces, of which a few are in memory at a time. Knows nothing of items or storage.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from services import deadline
+from services.embedding import images
+from services.embedding.batching import Batcher, Lane, Model, Rows
+from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
+from services.errors import FailedPrecondition, InvalidArgument, Unavailable
+
+T = TypeVar("T")
+V = TypeVar("V")
+_SMALL = 32
+_PIECE_TEXTS = 1024
+_PIECE_PICTURES = 64
+_PIECES = 4
+_TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
+
+
+class Encoding:
+    """The encoders of a bundle at work; a shop without photographs has no image encoder.
+
+    A call of up to 32 rows overtakes larger ones, unless `lane` says otherwise.
+    """
+
+    def __init__(self, text: TextEncoder, image: ImageEncoder | None) -> None:
+        self.text, self._image = text, image
+        encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
+        most = _PIECES * _PIECE_TEXTS * text.settings.max_tokens
+        models = [Model(_TEXT, text.run, text.budget, most)]
+        if image is not None:
+            encoders["image"] = image
+            models += [
+                Model(name, run, image.budget, _PIECES * _PIECE_PICTURES)
+                for name, run in ((_PICTURE, image.run), (_CAPTION, image.run_texts))
+            ]
+        self.digests = {space: encoder.digest for space, encoder in encoders.items()}
+        self.dimensions = {space: encoder.dimension for space, encoder in encoders.items()}
+        self._batcher = Batcher(models)
+        # A pool for each lane: what is small does not stand behind a thousand photographs.
+        self._pools = {lane: ThreadPoolExecutor(os.cpu_count() or 1, f"prepare-{lane.name}") for lane in Lane}
+        self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
+
+    @property
+    def image(self) -> ImageEncoder:
+        """The image encoder; FailedPrecondition when the bundle has none."""
+        if self._image is None:
+            raise FailedPrecondition("this bundle has no image encoder")
+        return self._image
+
+    @property
+    def finished(self) -> dict[str, int]:
+        """How many texts, photographs ("image") and captions were encoded so far."""
+        return dict(self._batcher.finished)
+
+    @property
+    def waiting(self) -> dict[str, int]:
+        """How many of them wait for their encoder."""
+        return self._batcher.waiting()
+
+    def close(self) -> None:
+        """Finish what was accepted and stop."""
+        for pool in self._pools.values():
+            pool.shutdown()
+        self._batcher.close()
+
+    async def texts(self, texts: Sequence[str], lane: Lane | None = None) -> EncodedTexts:
+        """Vectors in the text space; equal texts are encoded once."""
+        if not texts:
+            return EncodedTexts(np.empty((0, self.text.dimension), np.float32), np.empty(0, bool))
+        different = sorted(set(texts), key=len)
+        lane = _lane(len(different), lane)
+
+        async def encode(piece: Sequence[str]) -> EncodedTexts:
+            tokens = await self._prepare(lane, partial(self.text.tokenise, piece))
+            lengths = np.array([len(ids) for ids in tokens.ids])
+            return EncodedTexts(await self._run(_TEXT, tokens.ids, lengths, lane), tokens.truncated)
+
+        done = await self._in_pieces(different, _PIECE_TEXTS, lane, encode)
+        place = {text: at for at, text in enumerate(different)}
+        rows = [place[text] for text in texts]
+        vectors = np.concatenate([part.vectors for part in done])
+        return EncodedTexts(vectors[rows], np.concatenate([part.truncated for part in done])[rows])
+
+    async def captions(self, texts: Sequence[str], lane: Lane | None = None) -> np.ndarray:
+        """Vectors float32 (B, D) of texts in the image space."""
+        encoder, lane = self.image, _lane(len(texts), lane)
+
+        async def encode(piece: Sequence[str]) -> np.ndarray:
+            tokens = await self._prepare(lane, partial(encoder.tokenise, piece))
+            return await self._run(_CAPTION, tokens, np.ones(len(piece), np.int64), lane)
+
+        done = await self._in_pieces(texts, _PIECE_PICTURES, lane, encode)
+        return np.concatenate([np.empty((0, encoder.dimension), np.float32), *done])
+
+    async def photographs(
+        self, files: Sequence[bytes], field: str, lane: Lane | None = None
+    ) -> list[np.ndarray | InvalidArgument]:
+        """A vector (D,) in the image space per file, or why there is none; `{}` in `field` is the row."""
+        encoder, lane = self.image, _lane(len(files), lane)
+
+        def pixels(row: int) -> np.ndarray | InvalidArgument:
+            try:
+                return encoder.pixels(images.load(files[row], encoder.side, field.format(row)))
+            except InvalidArgument as error:
+                return error
+
+        async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+            seen = await asyncio.gather(*(self._prepare(lane, partial(pixels, row)) for row in piece))
+            good = [row for row in seen if not isinstance(row, InvalidArgument)]
+            if not good:
+                return seen
+            vectors = iter(await self._run(_PICTURE, good, np.ones(len(good), np.int64), lane))
+            return [row if isinstance(row, InvalidArgument) else next(vectors) for row in seen]
+
+        pieces = await self._in_pieces(range(len(files)), _PIECE_PICTURES, lane, encode)
+        return [row for piece in pieces for row in piece]
+
+    async def _in_pieces(
+        self, rows: Sequence[T], size: int, lane: Lane, encode: Callable[[Sequence[T]], Awaitable[V]]
+    ) -> list[V]:
+        room = contextlib.nullcontext() if lane is Lane.INTERACTIVE else self._pieces[lane]
+
+        async def one(start: int) -> V:
+            async with room:
+                return await encode(rows[start : start + size])
+
+        tasks = [asyncio.ensure_future(one(start)) for start in range(0, len(rows), size)]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:  # nobody waits for the other pieces
+                task.cancel()
+            raise
+
+    async def _run(self, model: str, rows: Rows, lengths: np.ndarray, lane: Lane) -> np.ndarray:
+        return await asyncio.wrap_future(
+            self._batcher.submit(model, rows, lengths, lane, deadline.remaining())
+        )
+
+    async def _prepare(self, lane: Lane, function: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                raise Unavailable("the service is shutting down") from None
+            raise
+
+
+def _lane(rows: int, asked: Lane | None) -> Lane:
+    if asked is not None:
+        return asked
+    return Lane.INTERACTIVE if rows <= _SMALL else Lane.BULK

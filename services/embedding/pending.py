@@ -1,0 +1,68 @@
+"""Photographs that items name by their address: fetched behind the scenes, a few at a time.
+
+What is to be fetched is in SQL, so that a restart goes on where it was. An item gets its photograph, or the
+reason why it has none, as a later change.
+"""
+
+import asyncio
+import logging
+from functools import partial
+
+from services.embedding.catalogue import Catalogue
+from services.embedding.fetching import Fetcher, FetchFailed
+from services.embedding.items import Record
+
+_AT_ONCE = 32
+_PAUSE = 5.0
+_log = logging.getLogger(__name__)
+
+
+class PendingPhotographs:
+    """Fetches for one catalogue, by `run` until that is cancelled."""
+
+    def __init__(self, catalogue: Catalogue, fetcher: Fetcher) -> None:
+        self._catalogue, self._fetcher = catalogue, fetcher
+        self._room = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(self) -> None:
+        """Fetch what waits, then what comes."""
+        running: set[asyncio.Task[None]] = set()
+        seen = 0
+        try:
+            while True:
+                reached = self._catalogue.sequence
+                records = await self._catalogue.read(partial(self._catalogue.items.pending, seen, _AT_ONCE))
+                for record in records:
+                    await self._room.acquire()
+                    task = asyncio.ensure_future(self._fetch(record))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+                    seen = record.sequence
+                if not records:
+                    seen = max(seen, reached)
+                    await self._catalogue.moved(seen)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._fetcher.close()
+
+    async def _fetch(self, record: Record) -> None:
+        try:
+            photograph, error = b"", ""
+            try:
+                photograph = await self._fetcher.fetch(record.item.image_uri)
+            except FetchFailed as failed:
+                error = f"image.uri: {failed}"
+            await self._attach(record, photograph, error)
+        finally:
+            self._room.release()
+
+    async def _attach(self, record: Record, photograph: bytes, error: str) -> None:
+        while True:
+            try:
+                await self._catalogue.attach(record, photograph, error)
+                return
+            except Exception:  # the store is away or full: what was fetched is kept until it is back
+                _log.exception("the photograph of %r waits", record.item.id)
+                await asyncio.sleep(_PAUSE)

@@ -1,0 +1,164 @@
+"""The batcher with models that say what they were given, held still while calls gather."""
+
+import threading
+from concurrent.futures import Future
+from random import Random
+from types import TracebackType
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.embedding.batching import Batcher, Lane, Model, Rows
+from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+
+BUDGET = 100
+POISON = -13
+
+
+class Desk:
+    """A batcher of one model whose rows are (name, length); `open` lets the model answer.
+
+    A vector is twice its row's name, and its length.
+    """
+
+    def __init__(self, *, capacity: int = 10_000) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+        self._gate = threading.Event()
+        self._busy = threading.Event()
+        self.batcher = Batcher([Model("text", self._run, BUDGET, capacity)])
+        self.plug = self.submit([(-1, 1)], Lane.INTERACTIVE)
+        self._busy.wait(10)
+        self.batches.clear()
+
+    def _run(self, rows: Rows) -> np.ndarray:
+        self.batches.append(list(rows))
+        self._busy.set()
+        self._gate.wait(10)
+        if any(name == POISON for name, _ in rows):
+            raise ArithmeticError("poison")
+        return np.array([(2 * name, length) for name, length in rows], np.float32)
+
+    def submit(
+        self, rows: list[tuple[int, int]], lane: Lane = Lane.BULK, seconds: float | None = None
+    ) -> Future[np.ndarray]:
+        return self.batcher.submit("text", rows, np.array([length for _, length in rows]), lane, seconds)
+
+    def open(self) -> None:
+        self._gate.set()
+
+    def __enter__(self) -> "Desk":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.open()
+        self.batcher.close()
+
+
+calls = st.lists(st.lists(st.integers(1, 130), min_size=1, max_size=30), min_size=1, max_size=12)
+
+
+@given(calls=calls, lanes=st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_every_row_runs_once_and_no_batch_exceeds_budget_or_pads_much(
+    calls: list[list[int]], lanes: Random
+) -> None:
+    with Desk() as desk:
+        futures = [
+            desk.submit(
+                [(1000 * n + row, length) for row, length in enumerate(lengths)], lanes.choice(list(Lane))
+            )
+            for n, lengths in enumerate(calls)
+        ]
+        desk.open()
+        for n, (lengths, future) in enumerate(zip(calls, futures, strict=True)):
+            expected = [(2 * (1000 * n + row), length) for row, length in enumerate(lengths)]
+            np.testing.assert_array_equal(future.result(10), expected)
+    for batch in desk.batches:
+        padded = max(length for _, length in batch) * len(batch)
+        assert len(batch) == 1 or padded <= BUDGET
+        assert padded - sum(length for _, length in batch) <= BUDGET // 8
+
+
+def test_a_flood_of_small_calls_fills_batches() -> None:
+    with Desk() as desk:
+        futures = [desk.submit([(n, 10)]) for n in range(40)]
+        desk.open()
+        assert [future.result(10)[0, 0] for future in futures] == [2 * n for n in range(40)]
+    assert [len(batch) for batch in desk.batches] == [10] * 4
+
+
+def test_small_calls_overtake_and_large_ones_are_not_starved() -> None:
+    with Desk() as desk:
+        bulk = [desk.submit([(n, 100)], Lane.BULK) for n in (1, 2)]
+        idle = desk.submit([(3, 100)], Lane.BACKGROUND)
+        small = [desk.submit([(n, 100)], Lane.INTERACTIVE) for n in range(20, 40)]
+        desk.open()
+        for future in (*bulk, idle, *small):
+            future.result(10)
+    order = [name for ((name, _),) in desk.batches]
+    assert order[0] == 20
+    assert order.index(1) < order.index(39)
+    assert order.index(3) < order.index(39)
+    assert sorted(order) == sorted([1, 2, 3, *range(20, 40)])
+
+
+def test_what_nobody_waits_for_is_not_run() -> None:
+    with Desk() as desk:
+        given_up, late, wanted = (
+            desk.submit([(1, 100)]),
+            desk.submit([(2, 100)], seconds=0),
+            desk.submit([(3, 100)], seconds=60),
+        )
+        given_up.cancel()
+        desk.open()
+        assert wanted.result(10)[0, 0] == 6
+        with pytest.raises(DeadlineExceeded):
+            late.result(10)
+    assert desk.batches == [[(3, 100)]]
+
+
+def test_a_full_queue_says_so_and_one_call_larger_than_it_still_runs() -> None:
+    with Desk(capacity=300) as desk:
+        large = desk.submit([(n, 100) for n in range(5)])
+        with pytest.raises(ResourceExhausted, match="text encoder"):
+            desk.submit([(9, 100)])
+        other_lane = desk.submit([(9, 100)], Lane.INTERACTIVE)
+        desk.open()
+        assert len(large.result(10)) == 5
+        assert other_lane.result(10)[0, 0] == 18
+        assert desk.submit([(9, 100)]).result(10)[0, 0] == 18
+
+
+def test_a_cancelled_flood_leaves_room() -> None:
+    with Desk(capacity=300) as desk:
+        desk.submit([(n, 100) for n in range(3)]).cancel()
+        desk.open()
+        assert desk.plug.result(10)[0, 0] == -2
+        # The thread drops it when it next looks, which a call of another lane makes sure of.
+        desk.submit([(1, 1)], Lane.BACKGROUND).result(10)
+        assert desk.submit([(9, 100)]).result(10)[0, 0] == 18
+    assert [(9, 100)] in desk.batches
+    assert desk.batcher.waiting() == {"text": 0}
+
+
+def test_a_failing_batch_fails_its_callers_alone() -> None:
+    with Desk() as desk:
+        bad, good = desk.submit([(POISON, 100), (1, 100)]), desk.submit([(2, 100)])
+        desk.open()
+        with pytest.raises(ArithmeticError):
+            bad.result(10)
+        assert good.result(10)[0, 0] == 4
+
+
+def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:
+    desk = Desk()
+    future = desk.submit([(1, 100), (2, 100)])
+    desk.open()
+    desk.batcher.close()
+    assert len(future.result(0)) == 2
+    with pytest.raises(Unavailable):
+        desk.submit([(1, 1)])
