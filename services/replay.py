@@ -96,7 +96,11 @@ def evaluate(
     shop = read_shop(data, shop_file, until=day)
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
-            bundle=bundle.directory, state=Path(folder), address="127.0.0.1:0", clock=day + _NOON
+            bundle=bundle.directory,
+            state=Path(folder),
+            address="127.0.0.1:0",
+            clock=day + _NOON,
+            graph_rows=0,  # exact, and the same in every process
         )
         import_events(settings, bundle, shop)
         task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
@@ -323,7 +327,8 @@ async def _spawn(
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     command = [sys.executable, "-m", "services.cli", "serve", service, f"--address={address}"]
     clock = settings.clock.isoformat() if settings.clock else ""
-    command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}", *flags]
+    command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}"]
+    command += [f"--graph-rows={settings.graph_rows}", *flags]
     processes.append(subprocess.Popen(command))  # noqa: S603 - our own command
     await _serving(address)
     return address

@@ -33,4 +33,7 @@ class Settings(BaseSettings):
     fetch_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)] = (
         Field((), description="private networks that photographs may be fetched from: 10.1.0.0/16,fd00::/8")
     )
+    graph_rows: int = Field(
+        20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
+    )
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

@@ -110,7 +110,10 @@ class App:
             ]
             since = [created(item) for item in brought.items]
             kept.load(self.bundle.version, brought.items, blocks, since).result()
-        self._view = catalogue.Catalogue(kept, encoding.Encoding(text, image))
+        encoders_at_work = encoding.Encoding(text, image)
+        folder = self.settings.state / "index"
+        self._view = catalogue.Catalogue(kept, encoders_at_work, folder, self.settings.graph_rows)
+        self._background.append(self._view.maintain)
         self._closing.append(self._view.close)
         if image:
             fetcher = fetching.Fetcher(allowed=self.settings.fetch_networks)

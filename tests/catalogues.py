@@ -45,7 +45,7 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
     def run(body: Body) -> None:
         async def main() -> None:
             engine = store.open_engine(f"sqlite:///{tmp_path / 'items.sqlite'}")
-            catalogue = Catalogue(ItemStore(engine, clock), Encoding(*encoders))
+            catalogue = Catalogue(ItemStore(engine, clock), Encoding(*encoders), tmp_path / "index", 50)
             add = pb_grpc.add_EmbeddingServiceServicer_to_server
             server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1"), add)], "127.0.0.1:0")
             await server.start()

@@ -16,6 +16,7 @@ from vitrine.catalog.v1 import filter_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
 from services.catalog import Item
+from services.embedding import index as index_module
 from services.embedding.catalogue import Catalogue
 from services.embedding.items import Block
 from services.follower import Follower
@@ -166,7 +167,7 @@ def test_filters_deletions_and_restarts_keep_the_answer_exact(run: Run) -> None:
         assert [o.error.code for o in deleted.outcomes] == [0, 5]
         await check(stub, catalogue, port)
 
-    answers = []
+    answers: list[list[tuple[str, float]]] = []
 
     async def check(stub: Any, catalogue: Catalogue, port: int) -> None:
         odd = filter_pb2.Filter(equals=filter_pb2.Equals(attribute="parity", text="odd"))
@@ -179,7 +180,45 @@ def test_filters_deletions_and_restarts_keep_the_answer_exact(run: Run) -> None:
 
     run(write)
     run(check)
-    assert answers[0] == answers[1]
+    before, after = (dict(answer) for answer in answers)
+    assert list(after) == list(before)
+    assert after == pytest.approx(before, abs=1e-5)
+
+
+def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_FRESH_ROWS", 8)
+    words = [f"{a}{b}-{b}{a}" for a in "abcdefgh" for b in "stuvwxyz"]
+
+    async def title(stub: Any, text: str) -> list[str]:
+        request = pb.SearchRequest(text=text, limit=8, view=item_pb2.VIEW_READABLE)
+        request.spaces.append(item_pb2.SPACE_TEXT)
+        return [hit.item_id for hit in (await stub.Search(request)).results[0].hits]
+
+    async def first(stub: Any, catalogue: Catalogue, port: int) -> None:
+        task = asyncio.ensure_future(catalogue.maintain())
+        for start in range(0, len(words), 16):
+            outcomes = await upsert(stub, *(item(word, word) for word in words[start : start + 16]))
+            assert {o.code for o in outcomes} == {item_pb2.ITEM_OUTCOME_CODE_CREATED}
+        while not (task.done() or list((tmp_path / "index").glob("text-*/segment.json"))):
+            await asyncio.sleep(0.05)
+        await upsert(stub, item(words[0], "something else"))
+        await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=[words[1]]))
+        task.cancel()
+
+    async def second(stub: Any, catalogue: Catalogue, port: int) -> None:
+        kept, *_ = catalogue.spaces["text"]._snapshot.parts
+        assert kept.segment.has_graph
+        assert len(catalogue.spaces["text"]) == len(words) - 1
+        assert catalogue.encoding.finished["text"] == 0
+        for word in words[2:]:
+            assert (await title(stub, word))[0] == word
+        assert (await title(stub, "something else"))[0] == words[0]
+        assert words[1] not in await title(stub, words[1])
+
+    run(first)
+    run(second)
 
 
 def test_a_page_follows_a_page_through_the_whole_catalogue(run: Run) -> None:

@@ -1,6 +1,8 @@
-"""The index against brute force, through any series of changes."""
+"""The index against brute force through any changes and compactions, its graphs against a scan."""
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,66 +10,234 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.embedding import index as index_module
-from services.embedding.index import SpaceIndex
+from services.embedding.index import Places, Selection, SpaceIndex
+from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
 
 D = 8
 
 
 def _vector(seed: int) -> np.ndarray:
+    """Of unit length, in steps that float16 holds."""
     vector = np.random.default_rng(seed).standard_normal(D).astype(np.float32)
-    return vector / np.float32(np.linalg.norm(vector))
+    unit: np.ndarray = (vector / np.float32(np.linalg.norm(vector))).astype(np.float16).astype(np.float32)
+    return unit
+
+
+def _segment(known: dict[int, np.ndarray]) -> Segment:
+    return scanned(np.array(list(known), np.int64), np.array(list(known.values())).reshape(-1, D))
+
+
+def _select(allowed: set[int], known: Sequence[int], places: Places) -> Selection:
+    """Of a table whose rows are all numbers that were ever known, in the order they came."""
+    numbers = np.array(known, np.int64)
+    return Selection(numbers, np.isin(numbers, list(allowed)), places)
 
 
 def _brute(known: dict[int, np.ndarray], query: np.ndarray, limit: int) -> list[int]:
-    return sorted(known, key=lambda n: (-float(known[n] @ query), n))[:limit]
+    return sorted(known, key=lambda n: (-round(float(known[n] @ query), 6), n))[:limit]
 
 
 _steps = st.lists(
     st.tuples(
-        st.lists(st.tuples(st.integers(1, 30), st.integers(0, 10_000)), max_size=6),
+        st.lists(st.tuples(st.integers(1, 30), st.integers(0, 10_000)), max_size=8),
         st.lists(st.integers(1, 30)),
+        st.booleans(),
     ),
     max_size=12,
 )
 
 
-@pytest.mark.parametrize("exact_rows", [0, 20_000])
 @given(
     steps=_steps,
     start=st.integers(0, 20),
     query=st.integers(0, 99),
     allowed=st.none() | st.sets(st.integers(1, 40)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_search_equals_brute_force_after_any_changes(
-    exact_rows: int,
-    steps: Sequence[tuple[list[tuple[int, int]], list[int]]],
+    steps: Sequence[tuple[list[tuple[int, int]], list[int], bool]],
     start: int,
     query: int,
     allowed: set[int] | None,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "_EXACT_ROWS", exact_rows)
         patch.setattr(index_module, "_FRESH_ROWS", 5)
         known = {n: _vector(n) for n in range(1, start + 1)}
-        index = SpaceIndex(D)
-        stacked = np.array(list(known.values()), np.float32).reshape(-1, D)
-        index.replace_all(np.array(list(known), np.int64), stacked)
-        for upserts, deletions in steps:
+        index, places, seen = SpaceIndex(D), Places(), list(known)
+        index.replace_all(_segment(known))
+        for upserts, deletions, compacts in steps:
             changed = {n: _vector(seed) for n, seed in upserts}
             gone = [n for n in deletions if n not in changed]
             index.change(changed, gone)
+            seen += [n for n in changed if n not in seen]
             known = {n: v for n, v in (known | changed).items() if n not in gone}
-        qualified = known if allowed is None else {n: v for n, v in known.items() if n in allowed}
-        permitted = None if allowed is None else np.array(sorted(allowed), np.int64)
-        [found] = index.search(_vector(query)[None], 7, permitted)
+            if compacts:
+                index.compact()
+            selection = None if allowed is None else _select(allowed, seen, places)
+            [found] = index.search(_vector(query)[None], 7, selection)
+            qualified = {n: v for n, v in known.items() if allowed is None or n in allowed}
+            assert found.numbers.tolist() == _brute(qualified, _vector(query), 7)
+            assert len(index) == len(known)
+            at, vectors = index.vectors([999, *known])
+            assert at.tolist() == list(range(1, len(known) + 1))
+            np.testing.assert_array_equal(vectors, np.array(list(known.values())).reshape(-1, D))
+
+
+def test_what_changes_while_it_is_compacted_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_FRESH_ROWS", 5)
+    building, goes_on = threading.Event(), threading.Event()
+
+    def build(numbers: np.ndarray, vectors: np.ndarray) -> Segment:
+        building.set()
+        goes_on.wait(10)
+        return scanned(numbers, vectors)
+
+    known = {n: _vector(n) for n in range(50)}
+    index = SpaceIndex(D, 10, build)
+    index.replace_all(_segment(known))
+    compacting = threading.Thread(target=index.compact)
+    compacting.start()
+    building.wait(10)
+    changed = {n: _vector(n + 1000) for n in range(10, 70, 3)}
+    index.change(changed, [0, 1, 2])
+    known = {n: v for n, v in (known | changed).items() if n > 2}
+    for finished in (False, True):
+        if finished:
+            goes_on.set()
+            compacting.join()
+        for query in range(20):
+            [found] = index.search(_vector(query)[None], 12)
+            assert found.numbers.tolist() == _brute(known, _vector(query), 12)
     assert len(index) == len(known)
-    assert found.numbers.tolist() == _brute(qualified, _vector(query), 7)
-    at, vectors = index.vectors([*known, 999])
-    assert at.tolist() == list(range(len(known)))
-    np.testing.assert_array_equal(
-        vectors, stacked if not steps else np.array(list(known.values())).reshape(-1, D)
+
+
+def test_searches_beside_changes_and_compactions_never_miss_what_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fifth of the catalogue is replaced over and over; the rest is found all the while."""
+    monkeypatch.setattr(index_module, "_FRESH_ROWS", 16)
+    stays = {n: _vector(n) for n in range(80)}
+    index, done, wrong = SpaceIndex(D), threading.Event(), list[int]()
+    index.replace_all(_segment(stays))
+
+    def search() -> None:
+        while not done.is_set():
+            for n, vector in stays.items():
+                [found] = index.search(vector[None], 100)
+                if n not in found.numbers or len(np.unique(found.numbers)) != len(found.numbers):
+                    wrong.append(n)
+
+    searching = [threading.Thread(target=search) for _ in range(2)]
+    for thread in searching:
+        thread.start()
+    for step in range(60):
+        gone = 1000 + step % 20
+        index.change({1000 + k: _vector(step * 20 + k) for k in range(20) if 1000 + k != gone}, [gone])
+        if index.worn:
+            index.compact()
+    done.set()
+    for thread in searching:
+        thread.join()
+    assert wrong == []
+    assert len(index) == 80 + 19
+    assert sum(len(part.segment) for part in index._snapshot.parts) < 80 * 4
+
+
+@pytest.fixture(scope="module")
+def clustered() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers int64 (N,), vectors float32 (N, 32) of 200 clusters, and queries float32 (50, 32) like them."""
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((200, 32))
+    many = centres[random.integers(0, 200, 30_050)] + 0.6 * random.standard_normal((30_050, 32))
+    unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+    return random.permutation(30_000) + 5, unit[:30_000], unit[30_000:]
+
+
+@pytest.fixture(scope="module")
+def graph(clustered: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Segment:
+    numbers, vectors, _ = clustered
+    segment = Builder()(numbers, vectors)
+    assert segment.has_graph
+    return segment
+
+
+@pytest.mark.parametrize("share", [1, 0.5, 0.1, 0.01, 0.001])
+def test_a_graph_finds_what_a_scan_finds_however_few_qualify(
+    graph: Segment, clustered: tuple[np.ndarray, np.ndarray, np.ndarray], share: float
+) -> None:
+    numbers, vectors, queries = clustered
+    index, exact = SpaceIndex(32), SpaceIndex(32)
+    index.replace_all(graph)
+    exact.replace_all(scanned(numbers, vectors))
+    mask = np.random.default_rng(1).random(len(numbers)) < share
+    selection = Selection(np.sort(numbers), mask, Places())
+    permitted = set(np.sort(numbers)[mask].tolist())
+    found, wanted = (i.search(queries, 20, selection) for i in (index, exact))
+    recall = [np.isin(w.numbers, f.numbers).mean() for f, w in zip(found, wanted, strict=True)]
+    assert np.mean(recall) >= 0.98
+    for near in found:
+        assert len(near.numbers) == min(20, len(permitted))
+        assert permitted.issuperset(near.numbers.tolist())
+        assert (np.diff(near.scores) <= 1e-6).all()
+
+
+def test_tombstones_of_a_graph_are_not_found(graph: Segment) -> None:
+    index = SpaceIndex(32)
+    gone = graph.numbers[: len(graph) // 3]
+    index.replace_all(graph, gone=gone)
+    _, vectors = index.vectors([*graph.numbers[-5:], *gone[:5]])
+    assert len(vectors) == 5
+    assert not any(
+        np.isin(near.numbers, gone).any() for near in index.search(graph.vectors(np.arange(9)), 50)
     )
+
+
+def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(graph: Segment, tmp_path: Path) -> None:
+    assert load(tmp_path, 32) is None
+    query = graph.vectors(np.array([3]))
+    for sequence in (7, 9):
+        save(graph, sequence, tmp_path)
+        found = load(tmp_path, 32)
+        assert found is not None
+        segment, until = found
+        assert (until, segment.has_graph) == (sequence, True)
+        np.testing.assert_array_equal(segment.numbers, graph.numbers)
+        np.testing.assert_array_equal(segment.search(query, 9, None)[1], graph.search(query, 9, None)[1])
+    assert load(tmp_path, 31) is None
+    (tmp_path / "index").write_bytes((tmp_path / "index").read_bytes()[:1000])
+    assert load(tmp_path, 32) is None
+
+
+@pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])
+def test_storages_keep_the_neighbours(
+    clustered: tuple[np.ndarray, np.ndarray, np.ndarray], storage: str, least: float
+) -> None:
+    numbers, vectors, queries = clustered
+    exact = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :50]
+    _, rows = scanned(numbers, vectors, storage).search(queries, 50, None)
+    assert np.mean([np.isin(e, r).mean() for e, r in zip(exact, rows, strict=True)]) >= least
+
+
+def test_a_builder_that_fails_says_why_and_one_that_was_stopped_ends_at_once() -> None:
+    with pytest.raises(RuntimeError, match="no index was built"):
+        Builder("fp7")(np.arange(3), np.zeros((3, 4), np.float32))
+    builder, stopped = Builder(), list[bool]()
+
+    def build() -> None:
+        try:
+            builder(np.arange(200_000), np.random.default_rng(0).random((200_000, 64), np.float32))
+        except BuilderStopped:
+            stopped.append(True)
+
+    building = threading.Thread(target=build)
+    building.start()
+    while builder._process is None:
+        pass
+    builder.stop()
+    building.join(10)
+    assert stopped == [True]
+    with pytest.raises(BuilderStopped):
+        builder(np.arange(3), np.zeros((3, 4), np.float32))
 
 
 def test_a_snapshot_taken_before_a_change_does_not_change() -> None:
@@ -91,6 +261,6 @@ def test_of_equal_items_the_same_ones_are_found_wherever_they_stand(seed: int) -
     found = []
     for order in (np.arange(300), generator.permutation(300)):
         index = SpaceIndex(D)
-        index.replace_all(numbers[order], vectors[order])
+        index.replace_all(scanned(numbers[order], vectors[order]))
         found.append([near.numbers.tolist() for near in index.search(query, 50)])
     assert found[0] == found[1]

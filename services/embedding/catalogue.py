@@ -7,12 +7,15 @@ Knows domain values alone, no messages.
 
 import asyncio
 import contextlib
+import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,7 +25,7 @@ from services.catalog import Item, item_number, item_text
 from services.embedding.batching import Lane
 from services.embedding.contents import Vector
 from services.embedding.encoding import Encoding
-from services.embedding.index import Neighbours, SpaceIndex
+from services.embedding.index import Neighbours, Places, Selection, SpaceIndex
 from services.embedding.items import (
     Conflict,
     ItemStore,
@@ -32,6 +35,7 @@ from services.embedding.items import (
     Written,
     hashes_of,
 )
+from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
 from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
 from services.item_table import Change, ItemTable
 
@@ -39,6 +43,7 @@ T = TypeVar("T")
 _BATCH = 2000
 _ATTEMPTS = 5
 _LONGEST_WAIT = 30.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,12 +82,19 @@ class Catalogue:
     """Items, their vectors by a bundle's encoders, and search over them.
 
     SQL and search run on a few threads. A shop without photographs has no image encoder: its catalogue
-    has the text space alone.
+    has the text space alone. Compacted segments are kept in `directory`, from one start to the next.
     """
 
-    def __init__(self, items: ItemStore, encoding: Encoding) -> None:
-        self.items, self.encoding = items, encoding
-        self.spaces = {space: SpaceIndex(dimension) for space, dimension in encoding.dimensions.items()}
+    def __init__(
+        self, items: ItemStore, encoding: Encoding, directory: Path | None = None, graph_rows: int = 0
+    ) -> None:
+        self.items, self.encoding, self._directory = items, encoding, directory
+        self._builder = Builder()
+        self.spaces = {
+            space: SpaceIndex(dimension, graph_rows, self._builder)
+            for space, dimension in encoding.dimensions.items()
+        }
+        self._places = Places()
         self.table = ItemTable()
         self._advancing = threading.Lock()
         self._pool = ThreadPoolExecutor(4, "catalogue")
@@ -91,6 +103,7 @@ class Catalogue:
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
+        self._builder.stop()
         self.encoding.close()
         self._pool.shutdown()
         self.items.close()
@@ -189,8 +202,9 @@ class Catalogue:
             if condition is not None:
                 qualifying = filters.evaluate(condition, self.table)
                 mask = mask & qualifying[: len(mask)]
-            allowed = None if mask.all() else self.table.item_numbers[: len(mask)][mask]
-            found = index.search(queries, limit + len(excluded), allowed)
+            numbers = self.table.item_numbers[: len(mask)]
+            selection = None if mask.all() else Selection(numbers, mask, self._places)
+            found = index.search(queries, limit + len(excluded), selection)
             return [_without(near, excluded, limit) for near in found]
 
         return await self._on(self._pool, run)
@@ -387,18 +401,63 @@ class Catalogue:
                 self.table.apply(_change(record, vectors) for record in records)
 
     def _follow_from_the_beginning(self) -> None:
-        collected: dict[str, tuple[list[int], list[np.ndarray]]] = {s: ([], []) for s in self.spaces}
+        """Read the whole store; what a kept segment holds unchanged is not indexed again."""
+        kept = {space: self._kept(space) for space in self.spaces}
+        fresh = {space: (list[int](), list[np.ndarray]()) for space in self.spaces}
+        live = {space: np.zeros(len(segment), bool) for space, (segment, _) in kept.items()}
         while True:
             records, vectors = self._batch(self.table.sequence)
             if not records:
                 break
-            for space, (numbers, rows) in collected.items():
-                numbers.extend(vectors[space].keys())
-                rows.extend(vectors[space].values())
+            changed = {record.number: record.sequence for record in records}
+            for space, (numbers, values) in fresh.items():
+                segment, until = kept[space]
+                mine = np.fromiter(vectors[space], np.int64)
+                rows = segment.rows(mine)
+                for number, row in zip(mine.tolist(), rows.tolist(), strict=True):
+                    if row >= 0 and changed[number] <= until:
+                        live[space][row] = True
+                    else:
+                        numbers.append(number)
+                        values.append(vectors[space][number].astype(np.float16))
             self.table.apply(_change(record, vectors) for record in records)
-        for space, (numbers, rows) in collected.items():
-            if rows:
-                self.spaces[space].replace_all(np.array(numbers, np.int64), np.stack(rows))
+        for space, (numbers, values) in fresh.items():
+            segment, index = kept[space][0], self.spaces[space]
+            more = [scanned(np.array(numbers, np.int64), np.stack(values))] if numbers else []
+            index.replace_all(segment, more, segment.numbers[~live[space]])
+
+    def _kept(self, space: str) -> tuple[Segment, int]:
+        """The segment that was kept for a space, and up to which change; an empty one if there is none."""
+        dimension = self.spaces[space].dimension
+        found = load(self._folder(space), dimension) if self._directory else None
+        return found or (scanned(np.empty(0, np.int64), np.empty((0, dimension), np.float32)), 0)
+
+    def _folder(self, space: str) -> Path:
+        return (self._directory or Path()) / f"{space}-{self.encoding.digests[space]}"
+
+    async def maintain(self) -> None:
+        """Compact the indexes when they are worn, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            sequence = self.sequence
+            for space, index in self.spaces.items():
+                if index.worn:
+                    await loop.run_in_executor(None, partial(self._compact, space))
+            await self.moved(sequence)
+
+    def _compact(self, space: str) -> None:
+        until, began = self.table.sequence, time.monotonic()
+        try:
+            segment = self.spaces[space].compact()
+        except BuilderStopped:
+            return
+        except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
+            _log.exception("the %s index was not compacted", space)
+            return
+        if self._directory and segment.has_graph:
+            save(segment, until, self._folder(space))
+        seconds = time.monotonic() - began
+        _log.info("the %s index was compacted: %d items in %.1f s", space, len(segment), seconds)
 
 
 def _image_state(item: Item, spaces: set[str]) -> State:

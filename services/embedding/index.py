@@ -1,22 +1,27 @@
 """Nearest items of one vector space, by cosine, while items come and go.
 
-An immutable FAISS base segment, a fresh segment that is only appended to, and tombstones
-that name rows. A reader takes one snapshot and needs no lock; a published snapshot never
-changes. Knows items by number alone.
+Segments that never change, a fresh one that is only appended to, and tombstones that name rows.
+A reader takes one snapshot and needs no lock; a published snapshot never changes. Compaction makes
+one segment of all while readers and writers go on. Knows items by number alone.
 """
 
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
-import faiss
 import numpy as np
 
+from services.embedding.segments import Segment, scanned
+
 _FRESH_ROWS = 4096
-_EXACT_ROWS = 20_000
+_MOST_SEGMENTS = 12
 # FAISS cuts equal items off by their row, which differs from one process to the next: so many more are
 # asked for, and the cut is by number.
 _TIES = 64
+
+Build = Callable[[np.ndarray, np.ndarray], Segment]
 
 
 @dataclass(frozen=True)
@@ -27,163 +32,227 @@ class Neighbours:
     scores: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """What readers see: rows [0, base) are in `index`, rows [base, length) in `fresh`.
+Places = WeakKeyDictionary[Segment, tuple[np.ndarray, int]]
+"""Where the items of a segment's rows stand in a table, -1 for nowhere, and among how many it looked."""
 
-    `numbers` and `dead` cover rows [0, length) and may be longer; `fresh` likewise. `order`
-    sorts the numbers of the base.
+
+@dataclass(frozen=True)
+class Selection:
+    """The items that may be found: where `mask`, bool (M,), is set among `numbers`, int64 (M,).
+
+    Of several selections the one with more numbers begins with those of the other, as the
+    rows of an item table do; they share `kept`, where segments' rows were found.
     """
 
-    index: faiss.Index
-    base: np.ndarray
-    order: np.ndarray
+    numbers: np.ndarray
+    mask: np.ndarray
+    kept: Places
+
+    def of(self, segment: Segment) -> np.ndarray:
+        """Which rows of a segment may be found, bool (N,)."""
+        places, looked_among = self.kept.get(segment, (None, 0))
+        if places is None or (len(self.numbers) > looked_among and places.min(initial=0) < 0):
+            places = _places(self.numbers, segment.numbers)
+            self.kept[segment] = places, len(self.numbers)
+        # Those of no item known here are the last of the mask, which is unset.
+        mask = np.append(self.mask, np.zeros(max(looked_among - len(self.mask), 0) + 1, bool))
+        allowed: np.ndarray = mask[places]
+        return allowed
+
+    def among(self, numbers: np.ndarray) -> np.ndarray:
+        """Which of a few numbers may be found, bool."""
+        return np.isin(numbers, self.numbers[self.mask])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A segment and which of its rows are tombstones, bool (N,)."""
+
+    segment: Segment
+    dead: np.ndarray
+    alive: int
+
+    def without(self, numbers: np.ndarray) -> "_Part":
+        rows = np.unique(self.segment.rows(numbers))
+        rows = rows[rows >= 0]
+        rows = rows[~self.dead[rows]]
+        if not len(rows):
+            return self
+        dead = self.dead.copy()
+        dead[rows] = True
+        return _Part(self.segment, dead, self.alive - len(rows))
+
+    def living(self) -> np.ndarray:
+        return np.flatnonzero(~self.dead)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What readers see: `parts`, and rows [0, length) of the fresh matrix that are not `dead`."""
+
+    parts: tuple[_Part, ...]
     fresh: np.ndarray
-    length: int
     numbers: np.ndarray
     dead: np.ndarray
-    row_of: Mapping[int, int]
+    length: int
+
+    def fresh_rows(self) -> np.ndarray:
+        return np.flatnonzero(~self.dead[: self.length])
 
 
 class SpaceIndex:
-    """The vectors of one space; `dimension` floats each, of unit length.
+    """The vectors of one space; `dimension` floats each, of unit length, kept as float16.
 
-    Any thread may search; one thread at a time may change.
+    Any thread may search; one thread at a time may change, and one may compact beside it.
+    From `graph_rows` items on a compacted segment is one that `build` makes; 0 means never.
     """
 
-    def __init__(self, dimension: int) -> None:
-        self.dimension = dimension
-        self._changes = threading.Lock()
-        self._snapshot = _build(np.empty(0, np.int64), np.empty((0, dimension), np.float32))
+    def __init__(self, dimension: int, graph_rows: int = 0, build: Build = scanned) -> None:
+        self.dimension, self._build = dimension, build
+        self._graph_rows = graph_rows or sys.maxsize
+        self._changes, self._compacting = threading.Lock(), threading.Lock()
+        self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
+        self._snapshot = self._empty(())
 
     def __len__(self) -> int:
-        return len(self._snapshot.row_of)
+        snapshot = self._snapshot
+        return sum(part.alive for part in snapshot.parts) + len(snapshot.fresh_rows())
 
-    def replace_all(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
-        """Hold exactly these: `numbers` int64 (N,), all different, `vectors` float32 (N, D)."""
+    def replace_all(self, first: Segment, more: Sequence[Segment] = (), gone: Iterable[int] = ()) -> None:
+        """Hold exactly these segments: of the first all but `gone`, so that no two share an item."""
         with self._changes:
-            self._snapshot = _build(numbers, np.ascontiguousarray(vectors, np.float32))
+            self._row_of.clear()
+            left = _part(first).without(np.fromiter(gone, np.int64))
+            self._snapshot = self._empty((left, *(_part(segment) for segment in more)))
 
     def change(self, upserts: Mapping[int, np.ndarray], deletions: Sequence[int] = ()) -> None:
         """Put vectors in place of what their items had, and drop items; unknown ones are passed over."""
+        numbers = list(upserts)
         with self._changes:
-            snapshot = self._snapshot
-            if snapshot.length - len(snapshot.base) + len(upserts) > len(snapshot.fresh):
-                snapshot = _compact(snapshot, max(_FRESH_ROWS, len(upserts)))
-            dead, row_of, end = snapshot.dead.copy(), dict(snapshot.row_of), snapshot.length
-            for number in (*upserts, *deletions):
-                if (row := row_of.pop(number, None)) is not None:
-                    dead[row] = True
-            for number, vector in upserts.items():
-                # Rows past a reader's length are not its own, so writing them needs no copy.
-                snapshot.fresh[end - len(snapshot.base)] = vector
-                snapshot.numbers[end] = number
-                dead[end] = False
-                row_of[number] = end
-                end += 1
-            self._snapshot = replace(snapshot, length=end, dead=dead, row_of=row_of)
+            self._bury([*numbers, *deletions])
+            for start in range(0, len(numbers), _FRESH_ROWS):
+                some = numbers[start : start + _FRESH_ROWS]
+                self._append(some, np.stack([upserts[number] for number in some]))
 
     def vectors(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (M,) in `numbers` that are known, and their vectors float32 (M, D)."""
+        """Positions (M,) in `numbers` that are known, rising, and their vectors float32 (M, D)."""
+        snapshot, wanted = self._snapshot, np.fromiter(numbers, np.int64)
+        found = np.zeros((len(wanted), self.dimension), np.float32)
+        known = np.zeros(len(wanted), bool)
+        for part in snapshot.parts:
+            rows = part.segment.rows(wanted)
+            here = np.flatnonzero(rows >= 0)
+            here = here[~part.dead[rows[here]]]
+            found[here], known[here] = part.segment.vectors(rows[here]), True
+        rows = snapshot.fresh_rows()
+        for at in np.flatnonzero(np.isin(wanted, snapshot.numbers[rows])):
+            found[at] = snapshot.fresh[rows[np.flatnonzero(snapshot.numbers[rows] == wanted[at])[-1]]]
+            known[at] = True
+        return np.flatnonzero(known), found[known]
+
+    def search(self, queries: np.ndarray, limit: int, selection: Selection | None = None) -> list[Neighbours]:
+        """The `limit` nearest items of each query, float32 (Q, D), among those of `selection`."""
+        snapshot, queries = self._snapshot, np.ascontiguousarray(queries, np.float32)
+        found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
+        for part in snapshot.parts:
+            live = None if part.alive == len(part.segment) else ~part.dead
+            if selection is not None:
+                allowed = selection.of(part.segment)
+                live = allowed if live is None else live & allowed
+            scores, rows = part.segment.search(queries, limit + _TIES, live)
+            for mine, score, row in zip(found, scores, rows, strict=True):
+                mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
+        rows = snapshot.fresh_rows()
+        if selection is not None:
+            rows = rows[selection.among(snapshot.numbers[rows])]
+        for mine, score in zip(found, queries @ snapshot.fresh[rows].T, strict=True):
+            mine.append((snapshot.numbers[rows], score))
+        return [_best(mine, limit) for mine in found]
+
+    @property
+    def worn(self) -> bool:
+        """Whether compaction is worth its cost: much is dead, or outside of the first segment, or scanned."""
+        parts = self._snapshot.parts
+        total, alive = sum(len(p.segment) for p in parts), sum(p.alive for p in parts)
+        if total < self._graph_rows:
+            return len(parts) > _MOST_SEGMENTS or alive < total // 2
+        first = parts[0].segment
+        return not first.has_graph or alive < total * 3 // 4 or len(first) < total * 7 // 8
+
+    def compact(self) -> Segment:
+        """Make one segment of everything; it, with what was live when this began."""
+        with self._compacting:
+            with self._changes:
+                self._seal()
+                before = tuple(part for part in self._snapshot.parts if part.alive)
+                self._snapshot = replace(self._snapshot, parts=before)
+            rows = [part.living() for part in before]
+            numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
+            vectors = [part.segment.vectors(mine) for part, mine in zip(before, rows, strict=True)]
+            build = self._build if sum(map(len, numbers)) >= self._graph_rows else scanned
+            made = build(
+                np.concatenate([np.empty(0, np.int64), *numbers]),
+                np.concatenate([np.empty((0, self.dimension), np.float32), *vectors]),
+            )
+            with self._changes:
+                snapshot = self._snapshot
+                now = snapshot.parts[: len(before)]
+                died = [
+                    part.segment.numbers[part.dead & ~old.dead] for part, old in zip(now, before, strict=True)
+                ]
+                first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
+                self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
+            return made
+
+    def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
+        fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
+        return _Snapshot(parts, fresh, np.zeros(_FRESH_ROWS, np.int64), np.zeros(_FRESH_ROWS, bool), 0)
+
+    def _bury(self, numbers: list[int]) -> None:
+        snapshot, gone = self._snapshot, np.array(numbers, np.int64)
+        dead = snapshot.dead.copy()
+        for number in numbers:
+            if (row := self._row_of.pop(number, None)) is not None:
+                dead[row] = True
+        parts = tuple(part.without(gone) for part in snapshot.parts)
+        self._snapshot = replace(snapshot, parts=parts, dead=dead)
+
+    def _append(self, numbers: list[int], vectors: np.ndarray) -> None:
+        if self._snapshot.length + len(numbers) > _FRESH_ROWS:
+            self._seal()
         snapshot = self._snapshot
-        known = [(at, row) for at, n in enumerate(numbers) if (row := snapshot.row_of.get(n)) is not None]
-        rows = [_row(snapshot, row) for _, row in known]
-        stacked = np.stack(rows) if rows else np.empty((0, self.dimension), np.float32)
-        return np.array([at for at, _ in known], np.int64), stacked
+        rows = slice(snapshot.length, snapshot.length + len(numbers))
+        # Rows past a reader's length are not its own, so writing them needs no copy.
+        snapshot.fresh[rows] = vectors.astype(np.float16)
+        snapshot.numbers[rows] = numbers
+        self._row_of |= zip(numbers, range(rows.start, rows.stop), strict=True)
+        self._snapshot = replace(snapshot, length=rows.stop)
 
-    def search(self, queries: np.ndarray, limit: int, allowed: np.ndarray | None = None) -> list[Neighbours]:
-        """The `limit` nearest items of each query, float32 (Q, D).
-
-        `allowed`, int64 (M,), restricts the answer to these items: an exact scan when few, a
-        selection inside the index otherwise.
-        """
+    def _seal(self) -> None:
+        """Make a segment of the fresh rows, and begin anew."""
         snapshot = self._snapshot
-        mask = ~snapshot.dead[: snapshot.length]
-        rows = None
-        if allowed is not None:
-            mask &= _held(snapshot, allowed)
-            rows = np.flatnonzero(mask)
-        if rows is not None and len(rows) <= _EXACT_ROWS:
-            return _exact(snapshot, rows, queries, limit)
-        return _indexed(snapshot, mask, queries, limit)
+        rows = snapshot.fresh_rows()
+        sealed = (_part(scanned(snapshot.numbers[rows], snapshot.fresh[rows])),) if len(rows) else ()
+        self._row_of.clear()
+        self._snapshot = self._empty((*snapshot.parts, *sealed))
 
 
-def _build(numbers: np.ndarray, vectors: np.ndarray, room: int = _FRESH_ROWS) -> _Snapshot:
-    count, dimension = vectors.shape
-    index = faiss.IndexFlatIP(dimension)
-    index.add(vectors)
-    return _Snapshot(
-        index=index,
-        base=vectors,
-        order=np.argsort(numbers),
-        fresh=np.zeros((room, dimension), np.float32),
-        length=count,
-        numbers=np.concatenate([numbers.astype(np.int64), np.zeros(room, np.int64)]),
-        dead=np.zeros(count + room, bool),
-        row_of=dict(zip(numbers.tolist(), range(count), strict=True)),
-    )
+def _part(segment: Segment) -> _Part:
+    return _Part(segment, np.zeros(len(segment), bool), len(segment))
 
 
-def _held(snapshot: _Snapshot, allowed: np.ndarray) -> np.ndarray:
-    """Which rows hold an item of `allowed`: bool (length,)."""
-    mask = np.zeros(snapshot.length, bool)
-    base = len(snapshot.base)
-    if base:
-        at = np.minimum(np.searchsorted(snapshot.numbers[:base], allowed, sorter=snapshot.order), base - 1)
-        rows = snapshot.order[at]
-        mask[rows[snapshot.numbers[rows] == allowed]] = True
-    mask[base:] = np.isin(snapshot.numbers[base : snapshot.length], allowed)
-    return mask
+def _places(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each wanted number stands in `numbers`, int64; -1 for nowhere."""
+    if not len(numbers):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(numbers)
+    at = np.minimum(np.searchsorted(numbers[order], wanted), len(numbers) - 1)
+    return np.where(numbers[order[at]] == wanted, order[at], -1)
 
 
-def _compact(snapshot: _Snapshot, room: int) -> _Snapshot:
-    rows = np.flatnonzero(~snapshot.dead[: snapshot.length])
-    return _build(snapshot.numbers[rows], _rows(snapshot, rows), room)
-
-
-def _row(snapshot: _Snapshot, row: int) -> np.ndarray:
-    base = len(snapshot.base)
-    vector: np.ndarray = snapshot.base[row] if row < base else snapshot.fresh[row - base]
-    return vector
-
-
-def _rows(snapshot: _Snapshot, rows: np.ndarray) -> np.ndarray:
-    base = len(snapshot.base)
-    out = np.empty((len(rows), snapshot.base.shape[1]), np.float32)
-    old = rows < base
-    out[old], out[~old] = snapshot.base[rows[old]], snapshot.fresh[rows[~old] - base]
-    return out
-
-
-def _exact(snapshot: _Snapshot, rows: np.ndarray, queries: np.ndarray, limit: int) -> list[Neighbours]:
-    scores = queries @ _rows(snapshot, rows).T
-    numbers = snapshot.numbers[rows]
-    return [_best(numbers, row, limit) for row in scores]
-
-
-def _indexed(snapshot: _Snapshot, mask: np.ndarray, queries: np.ndarray, limit: int) -> list[Neighbours]:
-    base = len(snapshot.base)
-    # faiss's type stubs do not know what its Python layer adds to these two constructors.
-    bitmap = np.packbits(mask[:base], bitorder="little")
-    selector = faiss.IDSelectorBitmap(bitmap)  # type: ignore[call-arg, arg-type]
-    parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-    near = min(limit + _TIES, base)
-    scores, rows = (
-        snapshot.index.search(np.ascontiguousarray(queries, np.float32), near, params=parameters)
-        if near
-        else (np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
-    )
-    fresh_rows = base + np.flatnonzero(mask[base:])
-    fresh_scores = queries @ snapshot.fresh[fresh_rows - base].T
-    found = []
-    for query in range(len(queries)):
-        hit = rows[query] >= 0
-        numbers = snapshot.numbers[np.concatenate([rows[query][hit], fresh_rows])]
-        found.append(_best(numbers, np.concatenate([scores[query][hit], fresh_scores[query]]), limit))
-    return found
-
-
-def _best(numbers: np.ndarray, scores: np.ndarray, limit: int) -> Neighbours:
+def _best(found: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Neighbours:
+    numbers = np.concatenate([np.empty(0, np.int64), *(some for some, _ in found)])
+    scores = np.concatenate([np.empty(0, np.float32), *(some for _, some in found)])
     # A matrix product gives equal vectors scores that differ in the last bit, by their place.
     order = np.lexsort((numbers, -np.round(scores, 6)))[:limit]
     return Neighbours(numbers[order], scores[order].astype(np.float32))
