@@ -14,7 +14,9 @@ import pytest
 import sqlalchemy as sa
 
 from services import store
+from services.threads import share_cores
 
+share_cores()
 _REQUIRED = frozenset(filter(None, os.environ.get("VITRINE_REQUIRE", "").split(",")))
 
 

@@ -75,6 +75,7 @@ def _fit(
         *more,
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as `vitrine train` runs
     done = subprocess.run(  # noqa: S603 - our own script
         [*command, f"--minutes={minutes}"], check=False, stdout=subprocess.PIPE, text=True, env=environment
     )

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from rectools import Columns
 from rectools.dataset import Dataset, IdMap, Interactions
 from rectools.models import EASEModel, SASRecModel
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 
 K = 20
 _ASKED_TO_TUNE = 2000
@@ -147,10 +148,16 @@ def ials(trial: Trial, task: Task) -> Callable[[Task], Scores]:
         iterations=trial.suggest_int("iterations", 5, 20),
         random_state=0,
     )
-    model.fit(task.learned, show_progress=False)
-    return lambda asked: (
-        lambda some: model.recalculate_user(np.arange(len(some)), asked.known[some]) @ model.item_factors.T
-    )
+    # Its own threads call BLAS, whose threads then fight for the cores: implicit asks for this.
+    with threadpool_limits(1, "blas"):
+        model.fit(task.learned, show_progress=False)
+
+    def scores(asked: Task, some: np.ndarray) -> np.ndarray:
+        with threadpool_limits(1, "blas"):
+            people = model.recalculate_user(np.arange(len(some)), asked.known[some])
+        return np.asarray(people @ model.item_factors.T)
+
+    return lambda asked: partial(scores, asked)
 
 
 def bpr(trial: Trial, task: Task) -> Callable[[Task], Scores]:

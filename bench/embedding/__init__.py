@@ -1,0 +1,1 @@
+"""Encoding through the service against the bare model, and against other servers."""

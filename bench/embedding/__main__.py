@@ -1,0 +1,346 @@
+"""Encoding through the service against the bare models and other servers, in one run.
+
+    python -m bench.embedding [--texts 2000] [--photographs 400] [--others DIR] [--json FILE]
+
+Texts and photographs are H&M's where they are (VITRINE_HM), else drawn by the demo. Texts are encoded by
+MiniLM, photographs by ViT-B/32 with random weights, both in float32 on a CPU. Bare means prepared inputs
+through the model alone, at the best of several batch sizes, on all cores. DIR holds the environments
+`sentence-transformers` and `infinity`; what is not there is said to be missing. The service runs in a process
+of its own, its client here, on the same cores.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import open_clip
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from vitrine.catalog.v1 import item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as pb
+from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
+
+from bench.runs import ROOT
+from demo.shop import Recipe, write_shop
+from services.catalog import item_text
+from services.embedding.encoders import ImageSettings, TextSettings, write_settings
+from services.server import CHANNEL_OPTIONS
+from training import text_encoder
+from training.dataset import read_shop
+
+_TOKENS = 96
+_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+_BATCHES = (4, 8, 16, 32, 64)
+_ROUNDS = 3
+_AT_ONCE = 4
+_ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as `vitrine serve` runs
+_PER_CALL_TEXTS, _PER_CALL_PICTURES = 256, 64
+
+
+def main() -> None:
+    """Measure texts, photographs and writes, and print tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--photographs", type=int, default=400)
+    parser.add_argument("--others", type=Path, default=ROOT / "build" / "embedding-rivals")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        text_encoder.save_frozen("minilm", root / "text", TextSettings(_TOKENS))
+        _save_clip(root / "image")
+        texts, files = _content(root, options.texts, options.photographs)
+        np.savez(root / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
+        with _bare(root) as bare:
+            found = _texts(root, texts, bare) + _photographs(root, files, bare)
+        found += _others(root, texts, options.others, found[1]["per_second"], found[0]["per_second"])
+        found += _writes(root, texts)
+    table = Table(title=f"{os.cpu_count()} cores, float32")
+    for column in ("what", "per second", "to bare", "note"):
+        table.add_column(column)
+    for row in found:
+        ratio = f"{row['to_bare']:.2f}" if "to_bare" in row else ""
+        table.add_row(row["what"], f"{row['per_second']:.1f}", ratio, row.get("note", ""))
+    Console(width=130).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _texts(root: Path, texts: list[str], bare: Callable[[str], float]) -> list[dict[str, Any]]:
+    best = min(_BUDGETS, key=lambda budget: bare(f"try tokens {budget}"))
+    with _served(root) as port:
+
+        async def call(stub: Any, piece: Sequence[str]) -> None:
+            await stub.EmbedTexts(pb.EmbedTextsRequest(texts=piece))
+
+        def ours() -> float:
+            return _seconds(lambda: asyncio.run(_calls(port, call, texts, _PER_CALL_TEXTS)))
+
+        alone, over = (len(texts) / s for s in _in_turns([lambda: bare(f"tokens {best}"), ours]))
+        lone = _lone(port)
+    return [
+        {"what": "texts: the bare model", "per_second": alone, "note": f"{best} tokens a batch"},
+        {"what": "texts: over gRPC", "per_second": over, "to_bare": over / alone},
+        {"what": "texts: over gRPC, one after the other", "per_second": 1 / lone},
+    ]
+
+
+def _others(
+    root: Path, texts: list[str], environments: Path, ours: float, bare: float
+) -> list[dict[str, Any]]:
+    """Texts by other servers and libraries, each in its environment."""
+    given, found = root / "texts.json", list[dict[str, Any]]()
+    given.write_text(json.dumps(texts))
+    for name in ("sentence-transformers", "infinity"):
+        row = {"what": f"texts: {name}", "per_second": 0.0}
+        python = environments / name / "bin" / "python"
+        if not python.is_file():
+            found.append(row | {"note": f"no environment at {python}"})
+            continue
+        command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name]
+        command += [f"--model={root / 'text'}", f"--texts={given}", f"--tokens={_TOKENS}"]
+        environment = {k: v for k, v in _ENVIRONMENT.items() if k != "PYTHONPATH"}
+        done = subprocess.run(  # noqa: S603 - our own script
+            command, check=False, capture_output=True, text=True, env=environment
+        )
+        if done.returncode:
+            found.append(row | {"note": f"failed: {done.stderr.strip().splitlines()[-1][:80]}"})
+            continue
+        rate = json.loads(done.stdout.splitlines()[-1])
+        speed = rate["per_second"]
+        note = f"batches of {rate['batch']}; ours over gRPC is {ours / speed:.2f} times this"
+        found.append(row | {"per_second": speed, "to_bare": speed / bare, "note": note})
+    return found
+
+
+def _photographs(root: Path, files: list[bytes], bare: Callable[[str], float]) -> list[dict[str, Any]]:
+    best = min(_BATCHES, key=lambda batch: bare(f"try pixels {batch}"))
+    with _served(root) as port:
+
+        async def call(stub: Any, piece: Sequence[bytes]) -> None:
+            await stub.EmbedImages(pb.EmbedImagesRequest(images=piece))
+
+        def ours() -> float:
+            return _seconds(lambda: asyncio.run(_calls(port, call, files, _PER_CALL_PICTURES)))
+
+        asked = (f"pixels {best}", "decode", "loop")
+        model, decoding, loop, over = _in_turns([*(partial(bare, line) for line in asked), ours])
+    both = model + decoding
+    return [
+        {
+            "what": "photographs: the bare model",
+            "per_second": len(files) / model,
+            "note": f"batches of {best}",
+        },
+        {"what": "photographs: decoding alone", "per_second": len(files) / decoding, "note": "all cores"},
+        {
+            "what": "photographs: both in turn",
+            "per_second": len(files) / both,
+            "note": "bare, for the next two",
+        },
+        {"what": "photographs: over gRPC", "per_second": len(files) / over, "to_bare": both / over},
+        {
+            "what": "photographs: open_clip's loop",
+            "per_second": len(files) / loop,
+            "to_bare": both / loop,
+            "note": f"over gRPC is {loop / over:.2f} times this",
+        },
+    ]
+
+
+def _writes(root: Path, texts: list[str]) -> list[dict[str, Any]]:
+    """Items written and searchable a second, against their texts over EmbedTexts; lone writes beside."""
+    with _served(root) as port:
+
+        async def embed(stub: Any, piece: Sequence[str]) -> None:
+            await stub.EmbedTexts(pb.EmbedTextsRequest(texts=piece))
+
+        def encode() -> float:
+            return _seconds(lambda: asyncio.run(_calls(port, embed, texts, _PER_CALL_TEXTS)))
+
+        names = iter(range(1_000_000))
+
+        def write() -> None:
+            first = next(names)
+
+            async def chunks() -> AsyncIterator[pb.UpsertItemsRequest]:
+                for start in range(0, len(texts), _PER_CALL_TEXTS):
+                    piece = enumerate(texts[start : start + _PER_CALL_TEXTS], start)
+                    # Titles of their own, or they would not be encoded again.
+                    items = [
+                        item_pb2.Item(id=f"{first}-{n}", title=f"{first} {text}"[:300]) for n, text in piece
+                    ]
+                    yield pb.UpsertItemsRequest(items=items)
+
+            async def stream() -> None:
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+                    async for _ in pb_grpc.EmbeddingServiceStub(channel).UpsertItems(chunks()):
+                        pass
+
+            asyncio.run(stream())
+
+        seconds = _in_turns([encode, lambda: _seconds(write)])
+        waits, unseen = asyncio.run(_visible(port, write))
+    rates = [len(texts) / s for s in seconds]
+    p50, p99 = np.percentile(waits, (50, 99))
+    return [
+        {"what": "texts over EmbedTexts", "per_second": rates[0]},
+        {
+            "what": "items written and searchable",
+            "per_second": rates[1],
+            "note": f"{rates[1] / rates[0]:.2f} of it",
+        },
+        {
+            "what": "single writes beside a flood of them",
+            "per_second": len(waits) / sum(waits),
+            "note": f"p50 {p50:.3f} s, p99 {p99:.3f} s until searchable; {unseen} of {len(waits)} missed",
+        },
+    ]
+
+
+async def _visible(port: int, flood: Callable[[], None]) -> tuple[list[float], int]:
+    """Seconds until an item is acknowledged beside `flood`, and how many a search then missed."""
+    waits, unseen = list[float](), 0
+    flooding = asyncio.ensure_future(asyncio.to_thread(flood))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        while not flooding.done():
+            item = item_pb2.Item(id=f"single-{len(waits)}", title=f"a single thing {len(waits)}")
+
+            async def one(item: item_pb2.Item = item) -> AsyncIterator[pb.UpsertItemsRequest]:
+                yield pb.UpsertItemsRequest(items=[item])
+
+            began = time.perf_counter()
+            async for _ in stub.UpsertItems(one()):
+                waits.append(time.perf_counter() - began)
+            group = pb.InterestGroup(item_ids=[item.id])
+            spaces = [item_pb2.SPACE_TEXT]
+            request = pb.SearchRequest(groups=[group], limit=5, spaces=spaces, view=item_pb2.VIEW_READABLE)
+            hits = [hit.item_id for r in (await stub.Search(request)).results for hit in r.hits]
+            unseen += item.id not in hits
+    await flooding
+    return waits, unseen
+
+
+def _in_turns(runs: Sequence[Callable[[], float]]) -> list[float]:
+    """The median seconds of a few rounds of each, one after the other, after a warm-up of all."""
+    rounds = [[run() for run in runs] for _ in range(_ROUNDS + 1)]
+    return [statistics.median(mine) for mine in zip(*rounds[1:], strict=True)]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+async def _calls(
+    port: int, call: Callable[[Any, Sequence[Any]], Awaitable[None]], rows: Sequence[Any], per_call: int
+) -> None:
+    """Send all rows, a few calls at once."""
+    room = asyncio.Semaphore(_AT_ONCE)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+
+        async def one(start: int) -> None:
+            async with room:
+                await call(stub, rows[start : start + per_call])
+
+        await asyncio.gather(*(one(start) for start in range(0, len(rows), per_call)))
+
+
+def _lone(port: int, count: int = 50) -> float:
+    """Seconds of one short text, the median of `count` one after the other."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = pb_grpc.EmbeddingServiceStub(channel)
+        request = pb.EmbedTextsRequest(texts=["a red scarf of soft wool"])
+        return statistics.median(_seconds(lambda: stub.EmbedTexts(request)) for _ in range(count))
+
+
+@contextmanager
+def _served(root: Path) -> Iterator[int]:
+    """The port of a fresh server process over the encoders of `root`."""
+    with (
+        tempfile.TemporaryDirectory() as state,
+        _process("bench.embedding.server", root, f"--state={state}") as process,
+    ):
+        yield int((process.stdout or io.StringIO()).readline())
+
+
+@contextmanager
+def _bare(root: Path) -> Iterator[Callable[[str], float]]:
+    """Seconds of what the models alone are asked to do."""
+    with _process("bench.embedding.bare", root, f"--given={root / 'given.npz'}") as process:
+
+        def ask(line: str) -> float:
+            if process.stdin is None or process.stdout is None:
+                raise RuntimeError("the process has no pipes")
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        yield ask
+
+
+@contextmanager
+def _process(module: str, root: Path, *flags: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", module, f"--text={root / 'text'}", f"--image={root / 'image'}", *flags]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(  # noqa: S603 - our own
+        command, stdin=pipe, stdout=pipe, text=True, env=_ENVIRONMENT
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _content(root: Path, texts: int, photographs: int) -> tuple[list[str], list[bytes]]:
+    default = ROOT.parent / "shared" / "data" / "hm"
+    data = Path(os.environ.get("VITRINE_HM", str(default)))
+    if data.is_dir():
+        shop = read_shop(data, ROOT / "bench" / "hm" / "shop.toml")
+    else:
+        write_shop(root / "shop", Recipe())
+        shop = read_shop(root / "shop")
+    order = np.random.default_rng(0).permutation(len(shop.items)).tolist()
+    chosen = list(dict.fromkeys(item_text(shop.items[at]) for at in order))[:texts]
+    pictured = [shop.items[at].id for at in order if shop.items[at].id in shop.photographs]
+    return chosen, [shop.photographs.read(item_id) for item_id in pictured[:photographs]]
+
+
+def _save_clip(directory: Path) -> None:
+    """ViT-B/32 with random weights, as the service loads it."""
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32")
+    directory.mkdir()
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, directory / "open_clip_model.safetensors"
+    )
+    size = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": size}
+    (directory / "open_clip_config.json").write_text(json.dumps(config))
+    write_settings(directory, ImageSettings())
+
+
+if __name__ == "__main__":
+    main()

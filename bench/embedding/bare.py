@@ -1,0 +1,91 @@
+"""The models alone, in a process of their own: what no service can be faster than.
+
+    python -m bench.embedding.bare --text DIR --image DIR --given FILE
+
+FILE is an npz of texts and files. For each line read, "tokens BUDGET", "pixels BATCH", "decode" or "loop",
+does that once over everything, or over a part for "try tokens BUDGET", and prints the seconds it took.
+"""
+
+import argparse
+import io
+import os
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from services.embedding import images
+from services.embedding.encoders import ImageEncoder, TextEncoder
+
+_PLAIN_BATCH = 32
+_TRIED = 300
+
+
+class Bare:
+    """Prepared inputs and the models they go through."""
+
+    def __init__(self, text: Path, image: Path, texts: list[str], files: list[bytes]) -> None:
+        self._text, self._image, self._files = TextEncoder(text), ImageEncoder(image), files
+        self._tokens = sorted(self._text.tokenise(texts).ids, key=len)
+        self._seen: list[np.ndarray] = []
+        self.decode()
+
+    def tokens(self, budget: int, part: bool) -> None:
+        """Texts through BERT, sorted by length, `budget` padded tokens a batch."""
+        rows = self._tokens[:: max(1, len(self._tokens) // _TRIED)] if part else self._tokens
+        start = 0
+        for end in range(1, len(rows) + 1):
+            if end == len(rows) or len(rows[end]) * (end + 1 - start) > budget:
+                self._text.run(rows[start:end])
+                start = end
+
+    def pixels(self, batch: int, part: bool) -> None:
+        """Decoded photographs through CLIP."""
+        rows = self._seen[: _TRIED // 4] if part else self._seen
+        for start in range(0, len(rows), batch):
+            self._image.run(rows[start : start + batch])
+
+    def decode(self) -> None:
+        """Files into what CLIP reads, a thread for each core."""
+        encoder = self._image
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            loaded = pool.map(lambda data: encoder.pixels(images.load(data, encoder.side)), self._files)
+            self._seen = list(loaded)
+
+    @torch.inference_mode()
+    def loop(self) -> None:
+        """What open_clip's examples do: open, preprocess, stack, encode."""
+        for start in range(0, len(self._files), _PLAIN_BATCH):
+            some = self._files[start : start + _PLAIN_BATCH]
+            pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in some]
+            batch = torch.stack([self._image.preprocess(picture) for picture in pictures])
+            self._image._model.encode_image(batch, normalize=True)
+
+
+def main() -> None:
+    """Do what is asked, line by line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("text", "image", "given"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    options = parser.parse_args()
+    with np.load(options.given, allow_pickle=True) as given:
+        bare = Bare(options.text, options.image, given["texts"].tolist(), given["files"].tolist())
+    for line in sys.stdin:
+        words = line.split()
+        part = words[0] == "try"
+        what, *size = words[part:]
+        run: Callable[..., None] = getattr(bare, what)
+        began = time.perf_counter()
+        run(int(size[0]), part) if size else run()
+        print(time.perf_counter() - began, flush=True)  # noqa: T201 - the answer
+
+
+if __name__ == "__main__":
+    main()

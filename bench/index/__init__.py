@@ -1,0 +1,1 @@
+"""Search against bare FAISS, hnswlib and usearch."""

@@ -1,0 +1,240 @@
+"""Search by Vitrine's index against the bare FAISS call, hnswlib and usearch, in one run.
+
+    python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--json FILE]
+
+Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of texts
+too vary in few directions. Recall is of the 100 nearest, against float32 by brute force. Everything searches
+one query at a time on one thread; the others' graphs have the same links and building width, and the least
+search width that reaches Vitrine's recall.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import hnswlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from usearch.index import Index
+
+from services.embedding.index import Places, Selection, SpaceIndex
+from services.embedding.segments import Builder, Segment, scanned
+
+_DIMENSION = 384
+_CENTRES = 2000
+_FACTORS = 32
+_SPREAD, _NOISE = 0.5, 0.02
+_QUERIES = 200
+_LIMIT = 100
+_GRAPH_ROWS = 20_000
+_WIDTHS = (100, 120, 150, 200, 250, 300, 400, 600, 800, 1200, 1600)
+_SHARES = (0.5, 0.1, 0.01, 0.001)
+Search = Callable[[np.ndarray], np.ndarray]
+"""The rows found for one query, float32 (1, D)."""
+
+
+def main() -> None:
+    """Measure every size and print a table and JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="10000,100000")
+    parser.add_argument("--storages", default="fp16,fp32,sq8")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    faiss.omp_set_num_threads(1)
+    found = []
+    for rows in map(int, options.rows.split(",")):
+        found += _measured(rows, options.storages.split(","))
+    _show(found)
+    _show_growth(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _measured(count: int, storages: list[str]) -> list[dict[str, Any]]:
+    vectors, queries = _drawn(count)
+    exact = _brute(vectors, queries)
+    numbers = np.random.default_rng(1).permutation(count).astype(np.int64)
+    found = []
+    for storage in storages:
+        began = time.perf_counter()
+        build = Builder(storage) if count >= _GRAPH_ROWS else lambda n, v, s=storage: scanned(n, v, s)
+        segment = build(numbers, vectors)
+        seconds = time.perf_counter() - began
+        index = SpaceIndex(_DIMENSION)
+        index.replace_all(segment)
+        row_of = np.argsort(numbers)
+
+        def ours(query: np.ndarray, index: SpaceIndex = index, row_of: np.ndarray = row_of) -> np.ndarray:
+            rows: np.ndarray = row_of[index.search(query, _LIMIT)[0].numbers]
+            return rows
+
+        bare = _bare(segment)
+        # In turns, so that what else the machine does falls on both.
+        mine, faiss_alone = _timed([ours, bare], queries)
+        row: dict[str, Any] = {
+            "rows": count,
+            "what": f"vitrine {storage}",
+            "build_s": seconds,
+            "bytes": _bytes(segment),
+        }
+        row |= _figures(mine, exact)
+        row["to_bare"] = mine[0].mean() / faiss_alone[0].mean()
+        found.append(row)
+        if storage == storages[0]:
+            found.append({"rows": count, "what": f"faiss alone {storage}"} | _figures(faiss_alone, exact))
+            found += _filtered(index, vectors, numbers, queries)
+            if count >= _GRAPH_ROWS:
+                found += _others(vectors, queries, exact, row["recall"])
+    return found
+
+
+def _drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    centres = random.standard_normal((_CENTRES, _FACTORS), np.float32)
+    mixing = random.standard_normal((_FACTORS, _DIMENSION), np.float32) / np.float32(_FACTORS**0.5)
+    rows = np.empty((count + _QUERIES, _DIMENSION), np.float32)
+    for start in range(0, len(rows), 100_000):
+        some = rows[start : start + 100_000]
+        factors = centres[random.integers(0, _CENTRES, len(some))]
+        factors += _SPREAD * random.standard_normal(factors.shape, np.float32)
+        some[:] = factors @ mixing + _NOISE * random.standard_normal(some.shape, np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows[:count], rows[count:]
+
+
+def _brute(vectors: np.ndarray, queries: np.ndarray, limit: int = _LIMIT) -> np.ndarray:
+    index = faiss.IndexFlatIP(_DIMENSION)
+    index.add(vectors)
+    rows: np.ndarray = index.search(queries, limit)[1]
+    return rows
+
+
+def _bare(segment: Segment) -> Search:
+    """The FAISS call that a search comes down to, and nothing around it."""
+    parameters = None
+    if segment.has_graph:
+        parameters = faiss.SearchParametersHNSW(efSearch=400)  # type: ignore[attr-defined]
+    return lambda query: segment.index.search(query, _LIMIT, params=parameters)[1][0]
+
+
+def _timed(searches: list[Search], queries: np.ndarray) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """Seconds (Q,) and rows found of each search, asked in turns after a warm-up."""
+    for search in searches:
+        for query in queries[:20]:
+            search(query[None])
+    seconds = np.zeros((len(searches), len(queries)))
+    rows: list[list[np.ndarray]] = [[] for _ in searches]
+    for at, query in enumerate(queries):
+        for which, search in enumerate(searches):
+            began = time.perf_counter()
+            rows[which].append(search(query[None]))
+            seconds[which, at] = time.perf_counter() - began
+    return list(zip(seconds, rows, strict=True))
+
+
+def _figures(timed: tuple[np.ndarray, list[np.ndarray]], exact: np.ndarray) -> dict[str, float]:
+    seconds, rows = timed
+    recall = np.mean([np.isin(e, r).mean() for e, r in zip(exact, rows, strict=True)])
+    p50, p99 = 1000 * np.percentile(seconds, (50, 99))
+    return {"recall": float(recall), "p50_ms": float(p50), "p99_ms": float(p99)}
+
+
+def _bytes(segment: Segment) -> float:
+    """Of the index, per row, as FAISS writes it: within a few bytes of what it holds in memory."""
+    path = Path(f"/tmp/vitrine-bench-{os.getpid()}")  # noqa: S108 - its own name
+    faiss.write_index(segment.index, str(path))
+    size = path.stat().st_size
+    path.unlink()
+    return size / len(segment)
+
+
+def _filtered(
+    index: SpaceIndex, vectors: np.ndarray, numbers: np.ndarray, queries: np.ndarray
+) -> list[dict[str, Any]]:
+    """Recall and time where a share of the items qualifies, against brute force over those."""
+    found, places = [], Places()
+    for share in _SHARES:
+        mask = np.random.default_rng(2).random(len(numbers)) < share
+        if not mask.any():
+            continue
+        exact = numbers[mask][_brute(vectors[mask], queries, min(_LIMIT, int(mask.sum())))]
+        selection = Selection(numbers, mask, places)
+
+        def search(query: np.ndarray, selection: Selection = selection) -> np.ndarray:
+            return index.search(query, _LIMIT, selection)[0].numbers
+
+        [timed] = _timed([search], queries)
+        found.append({"rows": len(numbers), "what": f"vitrine, {share:.1%} qualify"} | _figures(timed, exact))
+    return found
+
+
+def _others(
+    vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, recall: float
+) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    theirs = hnswlib.Index("ip", _DIMENSION)
+    theirs.init_index(len(vectors), ef_construction=80, M=32)
+    theirs.add_items(vectors, num_threads=1)
+    built = [("hnswlib", time.perf_counter() - began)]
+    theirs.set_num_threads(1)
+    began = time.perf_counter()
+    usearch = Index(ndim=_DIMENSION, metric="ip", dtype="f16", connectivity=32, expansion_add=80)
+    usearch.add(np.arange(len(vectors)), vectors, threads=1)
+    built.append(("usearch", time.perf_counter() - began))
+
+    def search_usearch(query: np.ndarray) -> np.ndarray:
+        keys: np.ndarray = usearch.search(query[0], _LIMIT, threads=1).keys.astype(np.int64)
+        return keys
+
+    def widen_usearch(width: int) -> None:
+        usearch.expansion_search = width  # type: ignore[misc]
+
+    searches: list[tuple[Search, Callable[[int], None]]] = [
+        (lambda query: theirs.knn_query(query, _LIMIT)[0][0].astype(np.int64), theirs.set_ef),
+        (search_usearch, widen_usearch),
+    ]
+    found = []
+    for (name, seconds), (search, widen) in zip(built, searches, strict=True):
+        for width in _WIDTHS:
+            widen(width)
+            [timed] = _timed([search], queries)
+            figures = _figures(timed, exact)
+            if figures["recall"] >= recall:
+                break
+        found.append({"rows": len(vectors), "what": f"{name}, width {width}", "build_s": seconds} | figures)
+    return found
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    columns = ("rows", "what", "recall", "p50_ms", "p99_ms", "to_bare", "build_s", "bytes")
+    table = Table(title="100 nearest of 384 components, one query at a time")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in found:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    Console(width=130).print(table)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _show_growth(found: list[dict[str, Any]]) -> None:
+    """The exponent of the time of a search, from the smallest size to the largest."""
+    mine = [row for row in found if row["what"] == "vitrine fp16"]
+    if len(mine) > 1:
+        (first, last) = mine[0], mine[-1]
+        exponent = np.log(last["p50_ms"] / first["p50_ms"]) / np.log(last["rows"] / first["rows"])
+        Console().print(f"a search grows as rows^{exponent:.2f} from {first['rows']} to {last['rows']}")
+
+
+if __name__ == "__main__":
+    main()
