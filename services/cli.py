@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from services import runtime
 from services.errors import VitrineError
 from services.settings import Settings
-from services.threads import share_cores
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 when it did what was asked, 1 with a line on stderr when it could not."""
-    share_cores()
+    runtime.prepare()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(_worth_reading)

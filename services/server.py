@@ -54,12 +54,17 @@ class Service:
 
 
 class Server:
-    """A grpc.aio server of `services`; serving is announced per service by `set_ready`."""
+    """A grpc.aio server of `services`; serving is announced per service by `set_ready`.
 
-    def __init__(self, services: Sequence[Service], address: str) -> None:
+    A call beyond `most_calls` at once is refused with RESOURCE_EXHAUSTED.
+    """
+
+    def __init__(self, services: Sequence[Service], address: str, most_calls: int = 512) -> None:
         self._names = [service.name for service in services]
         self._ready: set[str] = set()
-        self._server = grpc.aio.server(interceptors=[_Boundary()], options=_SERVER_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[_Boundary()], options=_SERVER_OPTIONS, maximum_concurrent_rpcs=most_calls
+        )
         self._health = health.aio.HealthServicer()
         for service in services:
             service.add(service.servicer, self._server)

@@ -13,10 +13,9 @@ from uuid import uuid4
 import pytest
 import sqlalchemy as sa
 
-from services import store
-from services.threads import share_cores
+from services import runtime, store
 
-share_cores()
+runtime.prepare()
 _REQUIRED = frozenset(filter(None, os.environ.get("VITRINE_REQUIRE", "").split(",")))
 
 

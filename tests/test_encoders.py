@@ -1,6 +1,9 @@
 """Encoders against the plain one-by-one forward, and image files of every kind."""
 
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +111,37 @@ def test_transparency_is_white_rotation_is_applied_and_one_pixel_is_enough() -> 
     exif[0x0112] = 6  # a quarter turn
     assert images.load(_file(_RED, "JPEG", exif=exif), 32).size == (32, 64)
     assert images.load(_file(Image.new("1", (1, 1)), "PNG"), 32).size == (1, 1)
+
+
+def test_a_large_picture_is_reduced_as_a_jpeg_is_and_shows_the_same() -> None:
+    random = np.random.default_rng(0)
+    coarse = Image.fromarray(random.integers(0, 255, (8, 12, 3), np.uint8))
+    large = coarse.resize((1200, 800), Image.Resampling.BICUBIC)
+    plain = np.asarray(large.resize((48, 32), Image.Resampling.BICUBIC), float)
+    for form in ("PNG", "JPEG"):
+        picture = images.load(_file(large, form), 32)
+        assert 64 <= min(picture.size) < 800
+        small = np.asarray(picture.resize((48, 32), Image.Resampling.BICUBIC), float)
+        assert np.abs(small - plain).mean() < 2
+
+
+def test_pixels_decoded_at_once_stay_within_the_budget() -> None:
+    budget, held, most = images.PixelBudget(10), [0], [0]
+    lock = threading.Lock()
+
+    def decode(pixels: int) -> None:
+        with budget.taking(pixels):
+            with lock:
+                held[0] += min(pixels, 10)
+                most[0] = max(most[0], held[0])
+            time.sleep(0.001)
+            with lock:
+                held[0] -= min(pixels, 10)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [1, 6, 3, 25, 5, 5, 2, 10, 4, 7] * 5))
+    assert held == [0]
+    assert 6 < most[0] <= 10
 
 
 @pytest.mark.parametrize(

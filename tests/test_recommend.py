@@ -2,10 +2,8 @@
 
 import asyncio
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from datetime import timedelta
@@ -15,7 +13,6 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
@@ -23,7 +20,8 @@ from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
-from services.wiring import ALL, EMBEDDING, GATEWAY, NAMES, RANKING, App
+from services.wiring import ALL, EMBEDDING, GATEWAY, RANKING, App
+from tests.processes import free_port, serving, start_process
 from tests.shops import PER_WORLD, UNTIL, make_bundle
 
 NOW = UNTIL + timedelta(hours=12)
@@ -34,12 +32,6 @@ Body = Callable[[Any], Awaitable[None]]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Shop:
@@ -76,23 +68,6 @@ class Shop:
             channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
             stack.push_async_callback(channel.close)
             await body(pb_grpc.RecommendationServiceStub(channel))
-
-
-async def serving(port: int, service: str) -> None:
-    # Left to itself, a channel waits longer and longer to look for a server that starts slowly.
-    often = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=often) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service=NAMES[service])
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            try:
-                if (await stub.Check(request)).status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.aio.AioRpcError:
-                pass
-            await asyncio.sleep(0.05)
-    raise AssertionError(f"{service} never served")
 
 
 @pytest.fixture(params=["one", "three"])
@@ -356,17 +331,6 @@ def served(bundle: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[byte
     yield process, port
     process.kill()
     process.wait()
-
-
-def start_process(bundle: Path, state: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "services.cli", "serve", "--bundle", str(bundle)]
-    process = subprocess.Popen([*command, "--state", str(state), "--address", f"127.0.0.1:{port}"])
-    try:
-        asyncio.run(serving(port, GATEWAY))
-    except BaseException:
-        process.kill()
-        raise
-    return process
 
 
 def test_what_was_acknowledged_survives_a_kill_and_sigterm_drains(

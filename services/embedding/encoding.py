@@ -48,7 +48,7 @@ class Encoding:
             ]
         self.digests = {space: encoder.digest for space, encoder in encoders.items()}
         self.dimensions = {space: encoder.dimension for space, encoder in encoders.items()}
-        self._batcher = Batcher(models)
+        self._batcher, self._budget = Batcher(models), images.PixelBudget()
         # A pool for each lane: what is small does not stand behind a thousand photographs.
         self._pools = {lane: ThreadPoolExecutor(os.cpu_count() or 1, f"prepare-{lane.name}") for lane in Lane}
         self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
@@ -113,7 +113,7 @@ class Encoding:
 
         def pixels(row: int) -> np.ndarray | InvalidArgument:
             try:
-                return encoder.pixels(images.load(files[row], encoder.side, field.format(row)))
+                return encoder.pixels(images.load(files[row], encoder.side, field.format(row), self._budget))
             except InvalidArgument as error:
                 return error
 

@@ -1,7 +1,10 @@
 """Image files into RGB pictures. Knows nothing of models, and fetches nothing."""
 
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -12,11 +15,38 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 100_000_000
 
 
-def load(data: bytes, target: int, field: str = "image.data") -> Image.Image:
+class PixelBudget:
+    """How many pixels may be decoded at once, whoever asks: memory is theirs, not the file's.
+
+    What is larger than the budget waits until nothing else is decoded.
+    """
+
+    def __init__(self, pixels: int = MAX_PIXELS) -> None:
+        self._all = self._left = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taking(self, pixels: int) -> Iterator[None]:
+        """Wait for so many pixels and hold them."""
+        held = min(pixels, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= held)
+            self._left -= held
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += held
+                self._changed.notify_all()
+
+
+def load(
+    data: bytes, target: int, field: str = "image.data", budget: PixelBudget | None = None
+) -> Image.Image:
     """The picture in an image file: RGB, upright, transparency on white, of a GIF the first frame.
 
-    `target` is the side the model wants; a JPEG may come back smaller than it was, though
-    never with a side below twice that (libjpeg's scaled decoding).
+    `target` is the side the model wants; the picture may come back smaller than it was, though
+    never with a side below twice that. Its pixels are taken from `budget` meanwhile.
 
     Raises:
         InvalidArgument: `field` is empty, too large, of another format, or damaged.
@@ -32,7 +62,8 @@ def load(data: bytes, target: int, field: str = "image.data") -> Image.Image:
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(picture, field)
         picture.draft("RGB", (2 * target, 2 * target))
-        return _on_white(ImageOps.exif_transpose(picture))
+        with (budget or PixelBudget()).taking(picture.width * picture.height):
+            return _reduced(_on_white(ImageOps.exif_transpose(picture)), target)
     except UnidentifiedImageError:
         raise InvalidArgument.of(field, f"is not a readable {', '.join(FORMATS)} file") from None
     except Image.DecompressionBombError:
@@ -44,6 +75,12 @@ def load(data: bytes, target: int, field: str = "image.data") -> Image.Image:
 def _check_size(picture: Image.Image, field: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         raise InvalidArgument.of(field, f"has more than {MAX_PIXELS} pixels")
+
+
+def _reduced(picture: Image.Image, target: int) -> Image.Image:
+    """The same by a whole factor smaller, as a JPEG comes already (libjpeg's scaled decoding)."""
+    factor = min(picture.size) // (2 * target)
+    return picture.reduce(factor) if factor > 1 else picture
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
