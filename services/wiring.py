@@ -50,6 +50,7 @@ class App:
             lock = store.StateLock(settings.state / "-".join(sorted(set(hosted) - {GATEWAY})))
             self._closing.append(lock.release)
         self._view: Any = None
+        self._catalogue: Any = None
         self._local: dict[str, Any] = {}
         for name, build in ((EMBEDDING, self._embedding), (RANKING, self._ranking), (GATEWAY, self._gateway)):
             if name in hosted:
@@ -58,7 +59,7 @@ class App:
     async def start(self) -> None:
         """Accept calls; a service is SERVING once it has what it needs."""
         if EMBEDDING in self._hosted:
-            await self._view.reencode()
+            await self._catalogue.reencode()
         running = [follower.run for follower in self._followers] + self._background
         self._tasks = [asyncio.ensure_future(run()) for run in running]
         self._server = Server(self._services, self.settings.address)
@@ -95,7 +96,7 @@ class App:
     def _embedding(self) -> None:
         from vitrine.embedding.v1 import embedding_service_pb2_grpc as grpc_stubs
 
-        from services.embedding import catalogue, encoders, encoding, fetching, items, pending, servicer
+        from services.embedding import catalogue, encoders, encoding, fetching, items, pending, servicer, view
 
         kept = items.ItemStore(self._database(self.settings.embedding_database, EMBEDDING), self.clock)
         text = encoders.TextEncoder(self.bundle.directory / "text", self.settings.device)
@@ -110,15 +111,17 @@ class App:
             ]
             since = [created(item) for item in brought.items]
             kept.load(self.bundle.version, brought.items, blocks, since).result()
-        encoders_at_work = encoding.Encoding(text, image)
-        folder = self.settings.state / "index"
-        self._view = catalogue.Catalogue(kept, encoders_at_work, folder, self.settings.graph_rows)
+        work = encoding.Encoding(text, image)
+        self._view = view.CatalogueView(
+            kept, work.digests, work.dimensions, self.settings.state / "index", self.settings.graph_rows
+        )
+        self._catalogue = catalogue.Catalogue(self._view, work)
         self._background.append(self._view.maintain)
-        self._closing.append(self._view.close)
+        self._closing.append(self._catalogue.close)
         if image:
             fetcher = fetching.Fetcher(allowed=self.settings.fetch_networks)
-            self._background.append(pending.PendingPhotographs(self._view, fetcher).run)
-        hosted = servicer.EmbeddingServicer(self._view, self.bundle.version)
+            self._background.append(pending.PendingPhotographs(self._catalogue, fetcher).run)
+        hosted = servicer.EmbeddingServicer(self._catalogue, self.bundle.version)
         self._local[EMBEDDING] = hosted
         self._services.append(
             Service(NAMES[EMBEDDING], hosted, grpc_stubs.add_EmbeddingServiceServicer_to_server)
@@ -154,7 +157,7 @@ class App:
 
         from services.gateway import clients, pipeline, servicer, tokens
 
-        view = self._items(None)
+        mirror = self._items(None)
         embedding: clients.Embedding = (
             clients.LocalEmbedding(self._local[EMBEDDING])
             if EMBEDDING in self._local
@@ -167,9 +170,9 @@ class App:
         )
         directory = self.bundle.component("popular")
         popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
-        stages = pipeline.Pipeline(embedding, ranking, view.table, popular, self.bundle.version)
+        stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
         self.gateway = servicer.GatewayServicer(
-            stages, embedding, ranking, tokens.Tokens(self._secret()), self.clock, view.wait_for
+            stages, embedding, ranking, tokens.Tokens(self._secret()), self.clock, mirror.wait_for
         )
         self._services.append(
             Service(NAMES[GATEWAY], self.gateway, grpc_stubs.add_RecommendationServiceServicer_to_server)

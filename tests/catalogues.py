@@ -21,6 +21,7 @@ from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
 from services.embedding.items import ItemStore
 from services.embedding.servicer import EmbeddingServicer
+from services.embedding.view import CatalogueView
 from services.server import CHANNEL_OPTIONS, Server, Service
 from tests.conftest import Clock
 from tests.models import make_image_encoder, make_text_encoder
@@ -45,7 +46,10 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
     def run(body: Body) -> None:
         async def main() -> None:
             engine = store.open_engine(f"sqlite:///{tmp_path / 'items.sqlite'}")
-            catalogue = Catalogue(ItemStore(engine, clock), Encoding(*encoders), tmp_path / "index", 50)
+            encoding = Encoding(*encoders)
+            spaces = encoding.digests, encoding.dimensions
+            view = CatalogueView(ItemStore(engine, clock), *spaces, tmp_path / "index", 50)
+            catalogue = Catalogue(view, encoding)
             add = pb_grpc.add_EmbeddingServiceServicer_to_server
             server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1"), add)], "127.0.0.1:0")
             await server.start()

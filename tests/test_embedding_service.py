@@ -148,7 +148,7 @@ def test_a_photograph_that_came_without_its_file_does_not_stand_in_a_change_s_wa
         present, text = np.ones(1, bool), np.eye(1, 32, dtype=np.float32)
         blocks = [Block("text", catalogue.encoding.digests["text"], text, present)]
         blocks.append(Block("image", "an encoder of before", text, present))
-        await asyncio.wrap_future(catalogue.items.load("v0", [brought], blocks, [datetime.now(UTC)]))
+        await asyncio.wrap_future(catalogue.view.items.load("v0", [brought], blocks, [datetime.now(UTC)]))
         [outcome] = await upsert(stub, item("b", price=3), mask=("price",))
         assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_UPDATED, outcome
         assert outcome.image_state == item_pb2.MODALITY_STATE_PENDING
@@ -197,7 +197,7 @@ def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
         return [hit.item_id for hit in (await stub.Search(request)).results[0].hits]
 
     async def first(stub: Any, catalogue: Catalogue, port: int) -> None:
-        task = asyncio.ensure_future(catalogue.maintain())
+        task = asyncio.ensure_future(catalogue.view.maintain())
         for start in range(0, len(words), 16):
             outcomes = await upsert(stub, *(item(word, word) for word in words[start : start + 16]))
             assert {o.code for o in outcomes} == {item_pb2.ITEM_OUTCOME_CODE_CREATED}
@@ -208,9 +208,9 @@ def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
         task.cancel()
 
     async def second(stub: Any, catalogue: Catalogue, port: int) -> None:
-        kept, *_ = catalogue.spaces["text"]._snapshot.parts
+        kept, *_ = catalogue.view.spaces["text"]._snapshot.parts
         assert kept.segment.has_graph
-        assert len(catalogue.spaces["text"]) == len(words) - 1
+        assert len(catalogue.view.spaces["text"]) == len(words) - 1
         assert catalogue.encoding.finished["text"] == 0
         for word in words[2:]:
             assert (await title(stub, word))[0] == word
@@ -289,9 +289,9 @@ def test_a_follower_has_the_same_table_and_vectors(run: Run) -> None:
         deleted = await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=["a"]))
         await follower.wait_for(deleted.outcomes[0].sequence)
         task.cancel()
-        mine, theirs = follower.table, catalogue.table
+        mine, theirs = follower.table, catalogue.view.table
         assert mine.ids(range(mine.length)) == theirs.ids(range(theirs.length))
-        now = catalogue.items._clock()
+        now = catalogue.view.items._clock()
         np.testing.assert_array_equal(mine.available(now), theirs.available(now))
         for space in ("text", "image"):
             for one, other in zip(mine.vectors(space) or (), theirs.vectors(space) or (), strict=True):

@@ -18,6 +18,7 @@ from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
 from services.embedding.items import ItemStore
 from services.embedding.servicer import EmbeddingServicer
+from services.embedding.view import CatalogueView
 from services.server import Server, Service, until_told_to_stop
 
 NAME = "vitrine.embedding.v1.EmbeddingService"
@@ -39,7 +40,8 @@ async def _serve(options: argparse.Namespace) -> None:
     engine = store.open_engine(f"sqlite:///{options.state / 'items.sqlite'}")
     image = ImageEncoder(options.image, options.device) if options.image else None
     encoding = Encoding(TextEncoder(options.text, options.device), image)
-    catalogue = Catalogue(ItemStore(engine, lambda: datetime.now(UTC)), encoding)
+    items = ItemStore(engine, lambda: datetime.now(UTC))
+    catalogue = Catalogue(CatalogueView(items, encoding.digests, encoding.dimensions), encoding)
     add = pb_grpc.add_EmbeddingServiceServicer_to_server
     server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench"), add)], "127.0.0.1:0")
     await server.start()

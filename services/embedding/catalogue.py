@@ -1,49 +1,29 @@
 """The catalogue at work: items in, vectors made, searchable once acknowledged.
 
-Joins the truth (`items`) with what is derived from it, the vector index of each space and
-the item table. A write is acknowledged after its commit and after both have followed it.
-Knows domain values alone, no messages.
+A write is acknowledged after its commit and after the view has followed it. Knows domain values alone,
+no messages.
 """
 
 import asyncio
 import contextlib
-import logging
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from services import catalog, deadline, filters
+from services import catalog
 from services.catalog import Item, item_number, item_text
 from services.embedding.batching import Lane
 from services.embedding.contents import Vector
 from services.embedding.encoding import Encoding
-from services.embedding.index import Neighbours, Places, Selection, SpaceIndex
-from services.embedding.items import (
-    Conflict,
-    ItemStore,
-    Outcome,
-    Record,
-    State,
-    Written,
-    hashes_of,
-)
-from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+from services.embedding.items import Conflict, Outcome, Record, State, Written, hashes_of
+from services.embedding.view import CatalogueView
 from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
-from services.item_table import Change, ItemTable
 
-T = TypeVar("T")
-_BATCH = 2000
+_AT_ONCE = 2000
 _ATTEMPTS = 5
-_LONGEST_WAIT = 30.0
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,44 +59,19 @@ class _Made:
 
 
 class Catalogue:
-    """Items, their vectors by a bundle's encoders, and search over them.
+    """Writes items, with their vectors by a bundle's encoders; `view` follows what was written.
 
-    SQL and search run on a few threads. A shop without photographs has no image encoder: its catalogue
-    has the text space alone. Compacted segments are kept in `directory`, from one start to the next.
+    A shop without photographs has no image encoder: its catalogue has the text space alone.
     """
 
-    def __init__(
-        self, items: ItemStore, encoding: Encoding, directory: Path | None = None, graph_rows: int = 0
-    ) -> None:
-        self.items, self.encoding, self._directory = items, encoding, directory
-        self._builder = Builder()
-        self.spaces = {
-            space: SpaceIndex(dimension, graph_rows, self._builder)
-            for space, dimension in encoding.dimensions.items()
-        }
-        self._places = Places()
-        self.table = ItemTable()
-        self._advancing = threading.Lock()
-        self._pool = ThreadPoolExecutor(4, "catalogue")
-        self._moved = asyncio.Event()
-        self._follow_from_the_beginning()
+    def __init__(self, view: CatalogueView, encoding: Encoding) -> None:
+        self.view, self.encoding, self._items = view, encoding, view.items
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
-        self._builder.stop()
         self.encoding.close()
-        self._pool.shutdown()
-        self.items.close()
-
-    @property
-    def sequence(self) -> int:
-        """The last change that search and table reflect."""
-        return self.table.sequence
-
-    async def wait_for(self, sequence: int) -> None:
-        """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
-        if self.sequence < sequence:
-            await deadline.wait(self.moved(sequence - 1), _LONGEST_WAIT)
+        self.view.close()
+        self._items.close()
 
     async def upsert(
         self,
@@ -143,7 +98,7 @@ class Catalogue:
             for at, outcome in await self._write(wave, mask, lane):
                 outcomes[at] = outcome
             waiting = later
-        await self._follow()
+        await self.view.follow()
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def attach(self, record: Record, photograph: bytes, error: str = "") -> None:
@@ -163,11 +118,11 @@ class Catalogue:
             raise written
         with contextlib.suppress(Conflict):
             await asyncio.wrap_future(written)
-            await self._follow()
+            await self.view.follow()
 
     async def delete(self, item_ids: Sequence[str]) -> list[Upserted]:
         """Delete items; the outcome of an unknown one is NotFound."""
-        futures = [(item_id, self.items.delete(item_id)) for item_id in item_ids]
+        futures = [(item_id, self._items.delete(item_id)) for item_id in item_ids]
         outcomes = []
         for item_id, future in futures:
             try:
@@ -175,96 +130,23 @@ class Catalogue:
                 outcomes.append(Upserted(item_id, outcome=written.outcome, sequence=written.sequence))
             except VitrineError as error:
                 outcomes.append(Upserted(item_id, error=error))
-        await self._follow()
+        await self.view.follow()
         return outcomes
-
-    async def read(self, function: Callable[[], T]) -> T:
-        """Run a read of the store off the event loop."""
-        return await self._on(self._pool, function)
-
-    async def search(
-        self,
-        space: str,
-        queries: np.ndarray,
-        limit: int,
-        condition: filters.Filter | None,
-        excluded: Sequence[int] = (),
-        as_of: datetime | None = None,
-    ) -> list[Neighbours]:
-        """The nearest live items of each query, float32 (Q, D), that meet `condition`.
-
-        With `as_of`, only those available at that time.
-        """
-
-        def run() -> list[Neighbours]:
-            index = self.spaces[space]
-            mask = np.ones(self.table.length, bool) if as_of is None else self.table.available(as_of)
-            if condition is not None:
-                qualifying = filters.evaluate(condition, self.table)
-                mask = mask & qualifying[: len(mask)]
-            numbers = self.table.item_numbers[: len(mask)]
-            selection = None if mask.all() else Selection(numbers, mask, self._places)
-            found = index.search(queries, limit + len(excluded), selection)
-            return [_without(near, excluded, limit) for near in found]
-
-        return await self._on(self._pool, run)
-
-    async def changes(
-        self, after: int, *, until_current: bool
-    ) -> AsyncIterator[tuple[list[Record], dict[str, dict[int, np.ndarray]], int]]:
-        """Records after a position with their vectors by space and number, and the position then reached.
-
-        The position is the last sequence of the batch. An empty batch says that all
-        that was committed has been sent; then the feed waits for more, unless `until_current`.
-        """
-        while True:
-            moved = self._moved
-            batch = await self.read(partial(self._batch, after))
-            if batch[0]:
-                after = batch[0][-1].sequence
-                yield *batch, after
-                continue
-            yield [], {}, after
-            if until_current:
-                return
-            await moved.wait()
-
-    async def moved(self, sequence: int) -> None:
-        """Wait until something was committed after a position."""
-        while self.sequence <= sequence:
-            moved = self._moved
-            if self.sequence <= sequence:
-                await moved.wait()
 
     async def reencode(self) -> int:
         """Make the vectors that the loaded encoders lack; how many items had any missing."""
-        ids = await self.read(lambda: sorted(set(self.items.lacking(self.encoding.digests))))
-        for start in range(0, len(ids), _BATCH):
-            records = await self.read(partial(self.items.get, ids[start : start + _BATCH]))
+        ids = await self.view.read(lambda: sorted(set(self._items.lacking(self.encoding.digests))))
+        for start in range(0, len(ids), _AT_ONCE):
+            records = await self.view.read(partial(self._items.get, ids[start : start + _AT_ONCE]))
             await self.upsert([record.item for record in records.values()], lane=Lane.BACKGROUND)
         return len(ids)
-
-    async def _follow(self) -> None:
-        """Let search and table follow what was committed, and wake who waits for that."""
-        await self._on(self._pool, self._advance)
-        moved, self._moved = self._moved, asyncio.Event()
-        moved.set()
-
-    @staticmethod
-    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, function)
-        except RuntimeError as error:
-            if "shutdown" in str(error):
-                raise Unavailable("the service is shutting down") from None
-            raise
 
     async def _write(
         self, wave: Sequence[tuple[int, Item]], mask: frozenset[str], lane: Lane | None
     ) -> list[tuple[int, Upserted]]:
         done: list[tuple[int, Upserted]] = []
         for _ in range(_ATTEMPTS):
-            drafts, refused = await self.read(partial(self._draft, wave, mask))
+            drafts, refused = await self.view.read(partial(self._draft, wave, mask))
             written, wave = await self._encode_and_commit(drafts, lane)
             done += refused + written
             if not wave:
@@ -275,7 +157,7 @@ class Catalogue:
     def _draft(
         self, wave: Sequence[tuple[int, Item]], mask: frozenset[str]
     ) -> tuple[list[_Draft], list[tuple[int, Upserted]]]:
-        stored = self.items.get(item.id for _, item in wave if not catalog.identifier_problem(item.id))
+        stored = self._items.get(item.id for _, item in wave if not catalog.identifier_problem(item.id))
         drafts, refused = [], []
         for at, sent in wave:
             record = stored.get(sent.id)
@@ -325,7 +207,7 @@ class Catalogue:
         wanted = {d.hashes["image"]: d.item for d in drafts if d.hashes["image"]}
         made = _Made(await self._known("image", wanted))
         missing = [content for content in wanted if content not in made.vectors]
-        files = await self.read(lambda: {c: file for c in missing if (file := self._file(wanted[c]))})
+        files = await self.view.read(lambda: {c: file for c in missing if (file := self._file(wanted[c]))})
         found = await self.encoding.photographs(list(files.values()), field, lane)
         for content, vector in zip(files, found, strict=True):
             if isinstance(vector, InvalidArgument):
@@ -335,14 +217,14 @@ class Catalogue:
         return made
 
     async def _known(self, space: str, hashes: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        return await self.read(lambda: self.items.known(hashes, space, self.encoding.digests[space]))
+        return await self.view.read(lambda: self._items.known(hashes, space, self.encoding.digests[space]))
 
     def _submit(
         self, draft: _Draft, made: Sequence[Vector], image_error: str = ""
     ) -> "Future[Written] | VitrineError":
         try:
             expected = draft.stored.sequence if draft.stored else 0
-            return self.items.write(draft.item, made, image_error=image_error, expected_sequence=expected)
+            return self._items.write(draft.item, made, image_error=image_error, expected_sequence=expected)
         except VitrineError as error:
             return error
 
@@ -377,87 +259,9 @@ class Catalogue:
 
     def _file(self, item: Item) -> bytes:
         try:
-            return item.image or self.items.image(item.image_hash)
+            return item.image or self._items.image(item.image_hash)
         except NotFound:  # it came with a bundle, which carries vectors and no files
             return b""
-
-    def _batch(self, after: int) -> tuple[list[Record], dict[str, dict[int, np.ndarray]]]:
-        records = self.items.changes(after, _BATCH)
-        numbers = [record.number for record in records if not record.deleted]
-        return records, {
-            s: self.items.vectors(numbers, s, digest) for s, digest in self.encoding.digests.items()
-        }
-
-    def _advance(self) -> None:
-        """Let index and table follow what was committed."""
-        with self._advancing:
-            while True:
-                records, vectors = self._batch(self.table.sequence)
-                if not records:
-                    return
-                for space, index in self.spaces.items():
-                    gone = [r.number for r in records if r.number not in vectors[space]]
-                    index.change(vectors[space], gone)
-                self.table.apply(_change(record, vectors) for record in records)
-
-    def _follow_from_the_beginning(self) -> None:
-        """Read the whole store; what a kept segment holds unchanged is not indexed again."""
-        kept = {space: self._kept(space) for space in self.spaces}
-        fresh = {space: (list[int](), list[np.ndarray]()) for space in self.spaces}
-        live = {space: np.zeros(len(segment), bool) for space, (segment, _) in kept.items()}
-        while True:
-            records, vectors = self._batch(self.table.sequence)
-            if not records:
-                break
-            changed = {record.number: record.sequence for record in records}
-            for space, (numbers, values) in fresh.items():
-                segment, until = kept[space]
-                mine = np.fromiter(vectors[space], np.int64)
-                rows = segment.rows(mine)
-                for number, row in zip(mine.tolist(), rows.tolist(), strict=True):
-                    if row >= 0 and changed[number] <= until:
-                        live[space][row] = True
-                    else:
-                        numbers.append(number)
-                        values.append(vectors[space][number].astype(np.float16))
-            self.table.apply(_change(record, vectors) for record in records)
-        for space, (numbers, values) in fresh.items():
-            segment, index = kept[space][0], self.spaces[space]
-            more = [scanned(np.array(numbers, np.int64), np.stack(values))] if numbers else []
-            index.replace_all(segment, more, segment.numbers[~live[space]])
-
-    def _kept(self, space: str) -> tuple[Segment, int]:
-        """The segment that was kept for a space, and up to which change; an empty one if there is none."""
-        dimension = self.spaces[space].dimension
-        found = load(self._folder(space), dimension) if self._directory else None
-        return found or (scanned(np.empty(0, np.int64), np.empty((0, dimension), np.float32)), 0)
-
-    def _folder(self, space: str) -> Path:
-        return (self._directory or Path()) / f"{space}-{self.encoding.digests[space]}"
-
-    async def maintain(self) -> None:
-        """Compact the indexes when they are worn, until cancelled."""
-        loop = asyncio.get_running_loop()
-        while True:
-            sequence = self.sequence
-            for space, index in self.spaces.items():
-                if index.worn:
-                    await loop.run_in_executor(None, partial(self._compact, space))
-            await self.moved(sequence)
-
-    def _compact(self, space: str) -> None:
-        until, began = self.table.sequence, time.monotonic()
-        try:
-            segment = self.spaces[space].compact()
-        except BuilderStopped:
-            return
-        except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
-            _log.exception("the %s index was not compacted", space)
-            return
-        if self._directory and segment.has_graph:
-            save(segment, until, self._folder(space))
-        seconds = time.monotonic() - began
-        _log.info("the %s index was compacted: %d items in %.1f s", space, len(segment), seconds)
 
 
 def _image_state(item: Item, spaces: set[str]) -> State:
@@ -484,20 +288,6 @@ def _as_fetched(item: Item, record: Record | None) -> Item:
     if record is None or not item.image_uri or item.image_uri != record.item.image_uri:
         return item
     return replace(item, image_hash=record.item.image_hash)
-
-
-def _change(record: Record, vectors: Mapping[str, Mapping[int, np.ndarray]]) -> Change:
-    mine = {space: of[record.number] for space, of in vectors.items() if record.number in of}
-    return Change(
-        record.number, record.sequence, None if record.deleted else record.item, record.created, mine
-    )
-
-
-def _without(near: Neighbours, excluded: Sequence[int], limit: int) -> Neighbours:
-    if not len(excluded):
-        return near
-    keep = np.flatnonzero(~np.isin(near.numbers, np.asarray(excluded, np.int64)))[:limit]
-    return Neighbours(near.numbers[keep], near.scores[keep])
 
 
 def numbers_of(item_numbers: Sequence[int], item_ids: Sequence[str]) -> list[int]:

@@ -21,7 +21,7 @@ class PendingPhotographs:
     """Fetches for one catalogue, by `run` until that is cancelled."""
 
     def __init__(self, catalogue: Catalogue, fetcher: Fetcher) -> None:
-        self._catalogue, self._fetcher = catalogue, fetcher
+        self._catalogue, self._view, self._fetcher = catalogue, catalogue.view, fetcher
         self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
@@ -30,8 +30,8 @@ class PendingPhotographs:
         seen = 0
         try:
             while True:
-                reached = self._catalogue.sequence
-                records = await self._catalogue.read(partial(self._catalogue.items.pending, seen, _AT_ONCE))
+                reached = self._view.sequence
+                records = await self._view.read(partial(self._view.items.pending, seen, _AT_ONCE))
                 for record in records:
                     await self._room.acquire()
                     task = asyncio.ensure_future(self._fetch(record))
@@ -40,7 +40,7 @@ class PendingPhotographs:
                     seen = record.sequence
                 if not records:
                     seen = max(seen, reached)
-                    await self._catalogue.moved(seen)
+                    await self._view.moved(seen)
         finally:
             for task in running:
                 task.cancel()

@@ -47,7 +47,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     """The service over one catalogue, answering for one bundle."""
 
     def __init__(self, catalogue: Catalogue, bundle: str) -> None:
-        self._catalogue, self._bundle = catalogue, bundle
+        self._catalogue, self._view, self._bundle = catalogue, catalogue.view, bundle
 
     async def EmbedTexts(self, request: pb.EmbedTextsRequest, context: Any) -> pb.EmbedTextsResponse:
         """Encode texts; one that is too long has an error in its row."""
@@ -139,18 +139,18 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
     async def GetItems(self, request: pb.GetItemsRequest, context: Any) -> pb.GetItemsResponse:
         """Read items by id, or a page of all."""
-        items = self._catalogue.items
+        items = self._view.items
         if request.item_ids:
             _check_count(len(request.item_ids), MAX_ITEMS, "item_ids")
             ids = list(request.item_ids)
-            found = await self._catalogue.read(lambda: items.get(i for i in ids if not identifier_problem(i)))
+            found = await self._view.read(lambda: items.get(i for i in ids if not identifier_problem(i)))
             return pb.GetItemsResponse(
                 items=[_record(found[i]) for i in ids if i in found],
                 missing_item_ids=[i for i in ids if i not in found],
             )
         size = wire.check_limit(request.page_size, MAX_ITEMS, "page_size", default=100)
         after = _after(request.page_token)
-        page = await self._catalogue.read(lambda: items.page(after, size))
+        page = await self._view.read(lambda: items.page(after, size))
         token = _token(page[-1].number) if len(page) == size else ""
         return pb.GetItemsResponse(items=[_record(record) for record in page], next_page_token=token)
 
@@ -161,8 +161,8 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         if len(request.exclude_item_numbers) > MAX_EXCLUDED:
             raise InvalidArgument.of("exclude_item_numbers", f"has more than {MAX_EXCLUDED}")
         condition = wire.filter_from(request.filter) if request.HasField("filter") else None
-        await self._catalogue.wait_for(request.min_sequence)
-        sequence = self._catalogue.sequence
+        await self._view.wait_for(request.min_sequence)
+        sequence = self._view.sequence
         results = []
         for space, queries in (await self._queries(request)).items():
             results += await self._search(space, queries, limit, condition, request)
@@ -174,7 +174,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     ) -> AsyncIterator[pb.WatchItemsResponse]:
         """Send what changed after a position, then follow."""
         self._check_bundle(request.bundle)
-        feed = self._catalogue.changes(request.after_sequence, until_current=request.until_current)
+        feed = self._view.changes(request.after_sequence, until_current=request.until_current)
         async for records, vectors, sequence in feed:
             yield _changes(records, vectors, sequence)
 
@@ -184,8 +184,8 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
     async def _queries(self, request: pb.SearchRequest) -> dict[str, list[tuple[int, np.ndarray]]]:
         """Space to (query number, vector) of what the request asks for."""
-        asked = [_space(s) for s in request.spaces] or list(self._catalogue.spaces)
-        if missing := [space for space in asked if space not in self._catalogue.spaces]:
+        asked = [_space(s) for s in request.spaces] or list(self._view.spaces)
+        if missing := [space for space in asked if space not in self._view.spaces]:
             raise FailedPrecondition(f"this bundle has no {missing[0]} space")
         queries: dict[str, list[tuple[int, np.ndarray]]] = {space: [] for space in asked}
         at = self._add_groups(request, queries)
@@ -225,7 +225,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
             if len(weights) != len(numbers) or not np.isfinite(weights).all():
                 raise InvalidArgument.of(f"groups[{at}].weights", "needs one finite weight per item")
             for space, found in queries.items():
-                known, vectors = self._catalogue.spaces[space].vectors(numbers)
+                known, vectors = self._view.spaces[space].vectors(numbers)
                 if len(known):
                     found.append((at, centre(vectors, weights[known])))
         return len(request.groups)
@@ -237,7 +237,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
             return at
         rows = wire.rows_of(request.vectors.values, request.vectors.dimension, "vectors.values")
         _check_most(len(rows), MAX_VECTORS, "vectors")
-        fitting = [s for s in queries if self._catalogue.spaces[s].dimension == rows.shape[1]]
+        fitting = [s for s in queries if self._view.spaces[s].dimension == rows.shape[1]]
         if not fitting:
             raise InvalidArgument.of("vectors.dimension", f"{rows.shape[1]} is no searched space's dimension")
         for space in fitting:
@@ -254,9 +254,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     ) -> list[pb.SearchResult]:
         vectors = np.stack([vector for _, vector in queries])
         as_of = wire.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
-        found = await self._catalogue.search(
-            space, vectors, limit, condition, request.exclude_item_numbers, as_of
-        )
+        found = await self._view.search(space, vectors, limit, condition, request.exclude_item_numbers, as_of)
         readable = request.view == item_pb2.VIEW_READABLE
         return [self._result(at, space, near, readable) for (at, _), near in zip(queries, found, strict=True)]
 
@@ -266,7 +264,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
             result.item_numbers.extend(near.numbers.tolist())
             result.scores.extend(near.scores.tolist())
             return result
-        table = self._catalogue.table
+        table = self._view.table
         for item_id, score in zip(table.ids(table.rows(near.numbers)), near.scores.tolist(), strict=True):
             result.hits.add(item_id=item_id, score=score)
         return result

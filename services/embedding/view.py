@@ -1,0 +1,235 @@
+"""What follows from the catalogue's truth: the index of each space and the item table, kept up with it.
+
+Reads the store change by change. Search, table and change feed are answered from here; nothing is written.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from services import deadline, filters
+from services.embedding.index import Neighbours, Places, Selection, SpaceIndex
+from services.embedding.items import ItemStore, Record
+from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+from services.errors import Unavailable
+from services.item_table import Change, ItemTable
+
+T = TypeVar("T")
+_BATCH = 2000
+_LONGEST_WAIT = 30.0
+_log = logging.getLogger(__name__)
+
+
+class CatalogueView:
+    """The items of a store by their vectors of `digests`, `dimensions` floats each, both by space.
+
+    SQL and search run on a few threads. Compacted segments are kept in `directory`, from one start to the
+    next; spaces of `graph_rows` items are searched by a graph, 0 means never.
+    """
+
+    def __init__(
+        self,
+        items: ItemStore,
+        digests: Mapping[str, str],
+        dimensions: Mapping[str, int],
+        directory: Path | None = None,
+        graph_rows: int = 0,
+    ) -> None:
+        self.items, self._digests, self._directory = items, digests, directory
+        self._builder = Builder()
+        self.spaces = {
+            space: SpaceIndex(dimension, graph_rows, self._builder) for space, dimension in dimensions.items()
+        }
+        self._places = Places()
+        self.table = ItemTable()
+        self._advancing = threading.Lock()
+        self._pool = ThreadPoolExecutor(4, "catalogue")
+        self._moved = asyncio.Event()
+        self._follow_from_the_beginning()
+
+    def close(self) -> None:
+        """Stop; what waits is answered."""
+        self._builder.stop()
+        self._pool.shutdown()
+
+    @property
+    def sequence(self) -> int:
+        """The last change that search and table reflect."""
+        return self.table.sequence
+
+    async def wait_for(self, sequence: int) -> None:
+        """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
+        if self.sequence < sequence:
+            await deadline.wait(self.moved(sequence - 1), _LONGEST_WAIT)
+
+    async def read(self, function: Callable[[], T]) -> T:
+        """Run a read of the store off the event loop."""
+        return await self._on(self._pool, function)
+
+    async def search(
+        self,
+        space: str,
+        queries: np.ndarray,
+        limit: int,
+        condition: filters.Filter | None,
+        excluded: Sequence[int] = (),
+        as_of: datetime | None = None,
+    ) -> list[Neighbours]:
+        """The nearest live items of each query, float32 (Q, D), that meet `condition`.
+
+        With `as_of`, only those available at that time.
+        """
+
+        def run() -> list[Neighbours]:
+            index = self.spaces[space]
+            mask = np.ones(self.table.length, bool) if as_of is None else self.table.available(as_of)
+            if condition is not None:
+                qualifying = filters.evaluate(condition, self.table)
+                mask = mask & qualifying[: len(mask)]
+            numbers = self.table.item_numbers[: len(mask)]
+            selection = None if mask.all() else Selection(numbers, mask, self._places)
+            found = index.search(queries, limit + len(excluded), selection)
+            return [_without(near, excluded, limit) for near in found]
+
+        return await self._on(self._pool, run)
+
+    async def changes(
+        self, after: int, *, until_current: bool
+    ) -> AsyncIterator[tuple[list[Record], dict[str, dict[int, np.ndarray]], int]]:
+        """Records after a position with their vectors by space and number, and the position then reached.
+
+        The position is the last sequence of the batch. An empty batch says that all
+        that was committed has been sent; then the feed waits for more, unless `until_current`.
+        """
+        while True:
+            moved = self._moved
+            batch = await self.read(partial(self._batch, after))
+            if batch[0]:
+                after = batch[0][-1].sequence
+                yield *batch, after
+                continue
+            yield [], {}, after
+            if until_current:
+                return
+            await moved.wait()
+
+    async def moved(self, sequence: int) -> None:
+        """Wait until something was committed after a position."""
+        while self.sequence <= sequence:
+            moved = self._moved
+            if self.sequence <= sequence:
+                await moved.wait()
+
+    async def follow(self) -> None:
+        """Let search and table follow what was committed, and wake who waits for that."""
+        await self._on(self._pool, self._advance)
+        moved, self._moved = self._moved, asyncio.Event()
+        moved.set()
+
+    @staticmethod
+    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, function)
+        except RuntimeError as error:
+            if "shutdown" in str(error):
+                raise Unavailable("the service is shutting down") from None
+            raise
+
+    def _batch(self, after: int) -> tuple[list[Record], dict[str, dict[int, np.ndarray]]]:
+        records = self.items.changes(after, _BATCH)
+        numbers = [record.number for record in records if not record.deleted]
+        return records, {s: self.items.vectors(numbers, s, digest) for s, digest in self._digests.items()}
+
+    def _advance(self) -> None:
+        """Let index and table follow what was committed."""
+        with self._advancing:
+            while True:
+                records, vectors = self._batch(self.table.sequence)
+                if not records:
+                    return
+                for space, index in self.spaces.items():
+                    gone = [r.number for r in records if r.number not in vectors[space]]
+                    index.change(vectors[space], gone)
+                self.table.apply(_change(record, vectors) for record in records)
+
+    def _follow_from_the_beginning(self) -> None:
+        """Read the whole store; what a kept segment holds unchanged is not indexed again."""
+        kept = {space: self._kept(space) for space in self.spaces}
+        fresh = {space: (list[int](), list[np.ndarray]()) for space in self.spaces}
+        live = {space: np.zeros(len(segment), bool) for space, (segment, _) in kept.items()}
+        while True:
+            records, vectors = self._batch(self.table.sequence)
+            if not records:
+                break
+            changed = {record.number: record.sequence for record in records}
+            for space, (numbers, values) in fresh.items():
+                segment, until = kept[space]
+                mine = np.fromiter(vectors[space], np.int64)
+                rows = segment.rows(mine)
+                for number, row in zip(mine.tolist(), rows.tolist(), strict=True):
+                    if row >= 0 and changed[number] <= until:
+                        live[space][row] = True
+                    else:
+                        numbers.append(number)
+                        values.append(vectors[space][number].astype(np.float16))
+            self.table.apply(_change(record, vectors) for record in records)
+        for space, (numbers, values) in fresh.items():
+            segment, index = kept[space][0], self.spaces[space]
+            more = [scanned(np.array(numbers, np.int64), np.stack(values))] if numbers else []
+            index.replace_all(segment, more, segment.numbers[~live[space]])
+
+    def _kept(self, space: str) -> tuple[Segment, int]:
+        """The segment that was kept for a space, and up to which change; an empty one if there is none."""
+        dimension = self.spaces[space].dimension
+        found = load(self._folder(space), dimension) if self._directory else None
+        return found or (scanned(np.empty(0, np.int64), np.empty((0, dimension), np.float32)), 0)
+
+    def _folder(self, space: str) -> Path:
+        return (self._directory or Path()) / f"{space}-{self._digests[space]}"
+
+    async def maintain(self) -> None:
+        """Compact the indexes when they are worn, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            sequence = self.sequence
+            for space, index in self.spaces.items():
+                if index.worn:
+                    await loop.run_in_executor(None, partial(self._compact, space))
+            await self.moved(sequence)
+
+    def _compact(self, space: str) -> None:
+        until, began = self.table.sequence, time.monotonic()
+        try:
+            segment = self.spaces[space].compact()
+        except BuilderStopped:
+            return
+        except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
+            _log.exception("the %s index was not compacted", space)
+            return
+        if self._directory and segment.has_graph:
+            save(segment, until, self._folder(space))
+        seconds = time.monotonic() - began
+        _log.info("the %s index was compacted: %d items in %.1f s", space, len(segment), seconds)
+
+
+def _change(record: Record, vectors: Mapping[str, Mapping[int, np.ndarray]]) -> Change:
+    mine = {space: of[record.number] for space, of in vectors.items() if record.number in of}
+    return Change(
+        record.number, record.sequence, None if record.deleted else record.item, record.created, mine
+    )
+
+
+def _without(near: Neighbours, excluded: Sequence[int], limit: int) -> Neighbours:
+    if not len(excluded):
+        return near
+    keep = np.flatnonzero(~np.isin(near.numbers, np.asarray(excluded, np.int64)))[:limit]
+    return Neighbours(near.numbers[keep], near.scores[keep])
