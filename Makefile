@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 
-.PHONY: demo test check protos bench-hm bench-amazon bench-rivals
+.PHONY: demo test check protos bench-hm bench-amazon bench-rivals bench-index bench-embedding
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,postgres,dev]' --constraint constraints.txt
@@ -45,3 +45,16 @@ $(RIVALS)/ready: bench/rivals/requirements.txt
 
 bench-rivals: $(VENV)/ready $(RIVALS)/ready
 	$(BIN)/python -m bench.rivals --python $(RIVALS)/venv/bin/python --out $(RIVALS) --minutes $(MINUTES)
+
+bench-index: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt
+	$(BIN)/python -m bench.index
+
+SERVERS := build/embedding-rivals
+$(SERVERS)/%/ready: bench/embedding/%.txt
+	$(PYTHON) -m venv $(SERVERS)/$*
+	$(SERVERS)/$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
+
+bench-embedding: $(VENV)/ready $(SERVERS)/sentence-transformers/ready $(SERVERS)/infinity/ready
+	$(BIN)/python -m bench.embedding --others $(SERVERS)

@@ -186,7 +186,7 @@ def _others(
     built = [("hnswlib", time.perf_counter() - began)]
     theirs.set_num_threads(1)
     began = time.perf_counter()
-    usearch = Index(ndim=_DIMENSION, metric="ip", dtype="f16", connectivity=32, expansion_add=80)
+    usearch: Any = Index(ndim=_DIMENSION, metric="ip", dtype="f16", connectivity=32, expansion_add=80)
     usearch.add(np.arange(len(vectors)), vectors, threads=1)
     built.append(("usearch", time.perf_counter() - began))
 
@@ -195,7 +195,7 @@ def _others(
         return keys
 
     def widen_usearch(width: int) -> None:
-        usearch.expansion_search = width  # type: ignore[misc]
+        usearch.expansion_search = width
 
     searches: list[tuple[Search, Callable[[int], None]]] = [
         (lambda query: theirs.knn_query(query, _LIMIT)[0][0].astype(np.int64), theirs.set_ef),
