@@ -66,7 +66,7 @@ class Bundle:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = _newest(directory)
+        self.directory = newest(directory)
         manifest = json.loads((self.directory / MANIFEST).read_text())
         if manifest["schema"] != SCHEMA:
             raise FailedPrecondition(
@@ -146,7 +146,8 @@ def publish(
     return target
 
 
-def _newest(directory: Path) -> Path:
+def newest(directory: Path) -> Path:
+    """A bundle's directory, itself or the newest in it; FailedPrecondition when there is none."""
     if (directory / MANIFEST).is_file():
         return directory
     found = sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))

@@ -85,6 +85,10 @@ class Server:
         await self._health.set(name, _STATES[ready])
         await self._health.set(health.OVERALL_HEALTH, _STATES[self._ready == set(self._names)])
 
+    async def say(self, name: str, serving: bool) -> None:
+        """Tell of something that is no service: it has a health of its own, the whole does not ask for it."""
+        await self._health.set(name, _STATES[serving])
+
     async def stop(self, grace: float) -> None:
         """Say NOT_SERVING, take no new call, and give those running `grace` seconds."""
         await self._health.enter_graceful_shutdown()

@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     fetch_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)] = (
         Field((), description="private networks that photographs may be fetched from: 10.1.0.0/16,fd00::/8")
     )
+    look_every: float = Field(
+        10.0, ge=0, description="seconds between looks for a newer bundle to encode for; 0 means never"
+    )
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
     )

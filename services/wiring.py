@@ -1,6 +1,7 @@
 """The composition root: builds the services that a process hosts and connects them."""
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Callable, Collection, Coroutine
 from datetime import UTC, datetime
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from services import store
-from services.bundle import Bundle, Catalogue, created
+from services.bundle import Bundle, Catalogue, created, newest
+from services.errors import FailedPrecondition
 from services.follower import Follower
 from services.item_table import ItemTable
 from services.server import Server, Service
@@ -25,6 +27,11 @@ NAMES = {
     RANKING: "vitrine.ranking.v1.RankingService",
     GATEWAY: "vitrine.gateway.v1.RecommendationService",
 }
+
+
+NEXT_BUNDLE = "vitrine.next-bundle"
+"""The health of a newer bundle than the served one: NOT_SERVING while items are encoded for it."""
+_log = logging.getLogger(__name__)
 
 
 class App:
@@ -96,27 +103,21 @@ class App:
     def _embedding(self) -> None:
         from vitrine.embedding.v1 import embedding_service_pb2_grpc as grpc_stubs
 
-        from services.embedding import catalogue, encoders, encoding, fetching, items, pending, servicer, view
+        from services.embedding import catalogue, encoding, fetching, items, pending, servicer, view
 
         kept = items.ItemStore(self._database(self.settings.embedding_database, EMBEDDING), self.clock)
-        text = encoders.TextEncoder(self.bundle.directory / "text", self.settings.device)
-        photographs = self.bundle.component("image")
-        image = encoders.ImageEncoder(photographs, self.settings.device) if photographs else None
+        text, image = self._encoders(self.bundle)
         if not kept.imported(self.bundle.version):
             brought = self.bundle.catalogue()
-            digests = {"text": text.digest, "image": image.digest if image else ""}
-            blocks = [
-                items.Block(space, digests[space], values, brought.present[space])
-                for space, values in brought.vectors.items()
-            ]
             since = [created(item) for item in brought.items]
+            blocks = _blocks(brought, text, image)
             kept.load(self.bundle.version, brought.items, blocks, since).result()
         work = encoding.Encoding(text, image)
         self._view = view.CatalogueView(
             kept, work.digests, work.dimensions, self.settings.state / "index", self.settings.graph_rows
         )
         self._catalogue = catalogue.Catalogue(self._view, work)
-        self._background.append(self._view.maintain)
+        self._background += [self._view.maintain, self._look_for_the_next]
         self._closing.append(self._catalogue.close)
         if image:
             fetcher = fetching.Fetcher(allowed=self.settings.fetch_networks)
@@ -126,6 +127,59 @@ class App:
         self._services.append(
             Service(NAMES[EMBEDDING], hosted, grpc_stubs.add_EmbeddingServiceServicer_to_server)
         )
+
+    def _encoders(self, bundle: Bundle) -> tuple[Any, Any]:
+        from services.embedding import encoders
+
+        photographs = bundle.component("image")
+        text = encoders.TextEncoder(bundle.directory / "text", self.settings.device)
+        return text, encoders.ImageEncoder(photographs, self.settings.device) if photographs else None
+
+    async def _look_for_the_next(self) -> None:
+        """Encode for a newer bundle beside the calls, so that a start on it finds everything done."""
+        seen, preparing = self.bundle.directory.name, None
+        try:
+            while self.settings.look_every:
+                await asyncio.sleep(self.settings.look_every)
+                try:
+                    name = (await asyncio.to_thread(newest, self.settings.bundle)).name
+                except FailedPrecondition:  # they are being moved
+                    continue
+                if name != seen:
+                    if preparing is not None:
+                        preparing.cancel()
+                    seen, preparing = name, asyncio.ensure_future(self._prepare())
+        finally:
+            if preparing is not None:
+                preparing.cancel()
+                await asyncio.gather(preparing, return_exceptions=True)
+
+    async def _prepare(self) -> None:
+        from services.embedding import encoding, preparing
+
+        if self._server is None:
+            return
+        await self._server.say(NEXT_BUNDLE, False)
+        try:
+            bundle = await asyncio.to_thread(Bundle, self.settings.bundle)
+            text, image = await asyncio.to_thread(self._encoders, bundle)
+            brought = await asyncio.to_thread(bundle.catalogue)
+        except Exception:  # the one that is served goes on
+            _log.exception("the newest bundle in %s cannot be served", self.settings.bundle)
+            return
+        work = encoding.Encoding(text, image, self._catalogue.encoding)
+        preparation = preparing.Preparation(self._view, work, bundle.version)
+        try:
+            await preparation.bring(brought.items, _blocks(brought, text, image))
+            await preparation.run()
+            _log.info("bundle %s is prepared: start again to serve it", bundle.version)
+            await self._server.say(NEXT_BUNDLE, True)
+            while True:  # what is written until then is encoded for both
+                reached = self._view.sequence
+                await preparation.run()
+                await self._view.moved(reached)
+        finally:
+            work.close()
 
     def _ranking(self) -> None:
         from vitrine.ranking.v1 import ranking_service_pb2_grpc as grpc_stubs
@@ -199,6 +253,14 @@ class App:
             path.touch(mode=0o600)
             path.write_text(secrets.token_hex(32))
         return path.read_bytes()
+
+
+def _blocks(brought: Catalogue, text: Any, image: Any) -> list[Any]:
+    """The vectors that a bundle brings, by its encoders."""
+    from services.embedding.items import Block
+
+    digests = {"text": text.digest, "image": image.digest if image else ""}
+    return [Block(s, digests[s], values, brought.present[s]) for s, values in brought.vectors.items()]
 
 
 def _clock(fixed: datetime | None) -> Callable[[], datetime]:

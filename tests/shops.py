@@ -45,10 +45,10 @@ def graph() -> ItemGraph:
     return ItemGraph(numbers, {"baskets": Relation(start, flat, np.full(len(flat), 0.05, np.float32))})
 
 
-def make_bundle(root: Path) -> Path:
+def make_bundle(root: Path, *, seed: int = 0, until: datetime = UNTIL) -> Path:
     staged = root / "staged"
     staged.mkdir(parents=True)
-    text = TextEncoder(make_text_encoder(staged / "text"))
+    text = TextEncoder(make_text_encoder(staged / "text", seed=seed))
     make_image_encoder(staged / "image")
     all_items = items()
     vectors = text.encode([item_text(item) for item in all_items]).vectors
@@ -65,4 +65,4 @@ def make_bundle(root: Path) -> Path:
         granularity="hour",
         attributes=("world", "colour"),
     )
-    return publish(staged, root / "bundles", profile, UNTIL)
+    return publish(staged, root / "bundles", profile, until)

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from enum import IntEnum
@@ -169,14 +169,29 @@ class Batcher:
     """A thread that runs `models`; the only one that does."""
 
     def __init__(self, models: Sequence[Model]) -> None:
-        self._queues = {(m.name, lane): _Queue(m) for lane in Lane for m in models}
+        self._queues: dict[tuple[str, Lane], _Queue] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self.finished = dict.fromkeys((model.name for model in models), 0)
+        self.finished: dict[str, int] = {}
         """How many rows each model has run."""
+        self.add(models)
         self._passed_over = dict.fromkeys(Lane, 0)
         self._thread = threading.Thread(target=self._work, name="encoder", daemon=True)
         self._thread.start()
+
+    def add(self, models: Sequence[Model]) -> None:
+        """Run these as well; each by a name of its own."""
+        with self._changed:
+            self._queues |= {(m.name, lane): _Queue(m) for lane in Lane for m in models}
+            self.finished |= {model.name: 0 for model in models}
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Run some no more; nothing of theirs may wait."""
+        with self._changed:
+            for name in names:
+                del self.finished[name]
+                for lane in Lane:
+                    del self._queues[name, lane]
 
     def submit(
         self, model: str, rows: Rows, lengths: np.ndarray, lane: Lane, seconds: float | None = None
@@ -249,6 +264,7 @@ class Batcher:
             for call, _ in batch:
                 call.fail(error)
             return
-        self.finished[model.name] += len(batch)
+        if model.name in self.finished:  # else it was removed meanwhile
+            self.finished[model.name] += len(batch)
         for (call, row), vector in zip(batch, vectors, strict=True):
             call.put(row, vector)

@@ -62,6 +62,12 @@ def file_of(connection: sa.Connection, photograph: bytes) -> bytes:
     return bytes(data)
 
 
+def files_of(connection: sa.Connection, photographs: Sequence[bytes]) -> dict[bytes, bytes]:
+    """The image files of some hashes."""
+    query = files.select().where(files.c.hash.in_(photographs))
+    return {bytes(row.hash): bytes(row.data) for row in connection.execute(query)}
+
+
 def keep_file(connection: sa.Connection, photograph: bytes, data: bytes) -> None:
     """Store an image file, unless it is there."""
     if not connection.scalar(sa.select(sa.exists().where(files.c.hash == photograph))):

@@ -32,23 +32,34 @@ _TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
 class Encoding:
     """The encoders of a bundle at work; a shop without photographs has no image encoder.
 
+    Encoders of another bundle work `beside` these on the same thread, within the same limits.
     A call of up to 32 rows overtakes larger ones, unless `lane` says otherwise.
     """
 
-    def __init__(self, text: TextEncoder, image: ImageEncoder | None) -> None:
-        self.text, self._image = text, image
+    def __init__(
+        self, text: TextEncoder, image: ImageEncoder | None, beside: "Encoding | None" = None
+    ) -> None:
+        self.text, self._image, self._beside = text, image, beside
+        self._names = {
+            kind: f"{kind} {text.digest[:8]}" if beside else kind for kind in (_TEXT, _PICTURE, _CAPTION)
+        }
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
         most = _PIECES * _PIECE_TEXTS * text.settings.max_tokens
-        models = [Model(_TEXT, text.run, text.budget, most)]
+        models = [Model(self._names[_TEXT], text.run, text.budget, most)]
         if image is not None:
             encoders["image"] = image
             models += [
-                Model(name, run, image.budget, _PIECES * _PIECE_PICTURES)
-                for name, run in ((_PICTURE, image.run), (_CAPTION, image.run_texts))
+                Model(self._names[kind], run, image.budget, _PIECES * _PIECE_PICTURES)
+                for kind, run in ((_PICTURE, image.run), (_CAPTION, image.run_texts))
             ]
         self.digests = {space: encoder.digest for space, encoder in encoders.items()}
         self.dimensions = {space: encoder.dimension for space, encoder in encoders.items()}
-        self._batcher, self._budget = Batcher(models), images.PixelBudget()
+        self._models = [model.name for model in models]
+        if beside is None:
+            self._batcher, self._budget = Batcher(models), images.PixelBudget()
+        else:
+            self._batcher, self._budget = beside._batcher, beside._budget
+            self._batcher.add(models)
         # A pool for each lane: what is small does not stand behind a thousand photographs.
         self._pools = {lane: ThreadPoolExecutor(os.cpu_count() or 1, f"prepare-{lane.name}") for lane in Lane}
         self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
@@ -74,7 +85,10 @@ class Encoding:
         """Finish what was accepted and stop."""
         for pool in self._pools.values():
             pool.shutdown()
-        self._batcher.close()
+        if self._beside is None:
+            self._batcher.close()
+        else:
+            self._batcher.remove(self._models)
 
     async def texts(self, texts: Sequence[str], lane: Lane | None = None) -> EncodedTexts:
         """Vectors in the text space; equal texts are encoded once."""
@@ -147,7 +161,7 @@ class Encoding:
 
     async def _run(self, model: str, rows: Rows, lengths: np.ndarray, lane: Lane) -> np.ndarray:
         return await asyncio.wrap_future(
-            self._batcher.submit(model, rows, lengths, lane, deadline.remaining())
+            self._batcher.submit(self._names[model], rows, lengths, lane, deadline.remaining())
         )
 
     async def _prepare(self, lane: Lane, function: Callable[[], T]) -> T:

@@ -201,6 +201,34 @@ class ItemStore:
                 _record(row) for row in connection.execute(query.order_by(_items.c.sequence).limit(limit))
             ]
 
+    def contents_lacking(self, space: str, digest: str, after: bytes, limit: int) -> list[tuple[bytes, Item]]:
+        """Contents of live items that have no vector by a digest, each with an item that has it.
+
+        In the order of their hashes, from the first after `after`.
+        """
+        content = _CONTENT[space]
+        stored = contents.vectors.c
+        has = sa.exists().where(stored.content == content, stored.space == space, stored.digest == digest)
+        lacking = (
+            sa.select(sa.func.min(_items.c.number))
+            .where(~_items.c.deleted, content > after, ~has)
+            .group_by(content)
+            .order_by(content)
+            .limit(limit)
+        )
+        query = _items.select().where(_items.c.number.in_(lacking.scalar_subquery())).order_by(content)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).all()
+        return [(bytes(getattr(row, content.name)), _record(row).item) for row in rows]
+
+    def keep_vectors(self, space: str, digest: str, found: Mapping[bytes, np.ndarray]) -> Future[None]:
+        """Commit vectors of contents by an encoder that is not served yet; no item changes by it."""
+        return self._writer.submit(
+            lambda connection: contents.keep_many(
+                connection, list(found), space, digest, list(found.values())
+            )
+        )
+
     def delete(self, item_id: str) -> Future[Written]:
         """Commit a deletion; the future raises NotFound for an unknown or deleted id."""
         stamp = _micros(self._clock())
@@ -217,6 +245,11 @@ class ItemStore:
         """The image file of a record; NotFound when there is none."""
         with self._engine.connect() as connection:
             return contents.file_of(connection, image_hash)
+
+    def files(self, hashes: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The image files of these hashes; those that have none are left out."""
+        with self._engine.connect() as connection:
+            return contents.files_of(connection, hashes)
 
     def known(self, hashes: Iterable[bytes], space: str, digest: str) -> dict[bytes, np.ndarray]:
         """The vectors float32 (D,) that are stored of these contents, whichever items have them."""

@@ -1,0 +1,77 @@
+"""Vectors by encoders that are to be served next, made beside those that are served now.
+
+What is missing is in SQL: an interrupted preparation goes on where it was, and a process that starts on
+the new bundle finds everything encoded. Items and what is searched stay as they are meanwhile.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from services.catalog import Item, item_text
+from services.embedding.batching import Lane
+from services.embedding.encoding import Encoding
+from services.embedding.items import Block, hashes_of
+from services.embedding.view import CatalogueView
+from services.errors import InvalidArgument
+
+_PAGE = {"text": 512, "image": 64}  # a page of photographs is in memory with its files
+_SAY_EVERY = 10.0
+_log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """Encodes the items of a view by `encoding`, in the lane where nobody waits."""
+
+    def __init__(self, view: CatalogueView, encoding: Encoding, name: str) -> None:
+        self._view, self._encoding, self._name = view, encoding, name
+        self.done = 0
+        """How many contents were encoded so far."""
+        self._said = time.monotonic()
+
+    async def bring(self, items: Sequence[Item], blocks: Sequence[Block]) -> None:
+        """Take the vectors that were made of these items when the encoders were."""
+        for block in blocks:
+            rows = np.flatnonzero(block.present).tolist()
+            found = {hashes_of(items[row])[block.space]: block.values[row] for row in rows}
+            await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
+
+    async def run(self) -> None:
+        """Encode what every space lacks; what came meanwhile as well."""
+        while any([await self._space(space, digest) for space, digest in self._encoding.digests.items()]):
+            pass
+
+    async def _space(self, space: str, digest: str) -> int:
+        """One pass over a space; how many contents got a vector."""
+        after, made, items = b"", 0, self._view.items
+        while True:
+            lacking = partial(items.contents_lacking, space, digest, after, _PAGE[space])
+            if not (page := await self._view.read(lacking)):
+                return made
+            after = page[-1][0]
+            found = await (self._texts(page) if space == "text" else self._photographs(page))
+            if found:
+                await asyncio.wrap_future(items.keep_vectors(space, digest, found))
+            made += len(found)
+            self.done += len(found)
+            self._say()
+
+    async def _texts(self, page: list[tuple[bytes, Item]]) -> dict[bytes, np.ndarray]:
+        encoded = await self._encoding.texts([item_text(item) for _, item in page], Lane.BACKGROUND)
+        return dict(zip((content for content, _ in page), encoded.vectors, strict=True))
+
+    async def _photographs(self, page: list[tuple[bytes, Item]]) -> dict[bytes, np.ndarray]:
+        contents = [content for content, _ in page]
+        files = await self._view.read(partial(self._view.items.files, contents))
+        vectors = await self._encoding.photographs(list(files.values()), "{}", Lane.BACKGROUND)
+        pairs = zip(files, vectors, strict=True)
+        return {content: vector for content, vector in pairs if not isinstance(vector, InvalidArgument)}
+
+    def _say(self) -> None:
+        if time.monotonic() - self._said > _SAY_EVERY:
+            self._said = time.monotonic()
+            _log.info("bundle %s: %d contents encoded beside the calls", self._name, self.done)

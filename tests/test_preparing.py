@@ -1,0 +1,113 @@
+"""A newer bundle: its vectors are made beside the calls, and a start on it encodes nothing."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from vitrine.catalog.v1 import item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as pb
+from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
+
+from services.server import CHANNEL_OPTIONS
+from services.settings import Settings
+from services.wiring import EMBEDDING, NEXT_BUNDLE, App
+from tests.catalogues import item, picture, upsert
+from tests.shops import UNTIL, make_bundle
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+def served(root: Path, body: Callable[[App, Any, Any], Awaitable[None]]) -> None:
+    """Run `body` with an app on the newest bundle of `root`, and stubs of embedding and health."""
+
+    async def main() -> None:
+        app = App(
+            Settings(bundle=root / "bundles", state=root / "state", address="127.0.0.1:0", look_every=0.02),
+            (EMBEDDING,),
+        )
+        await app.start()
+        target = f"127.0.0.1:{app.port}"
+        try:
+            async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+                stubs = pb_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+                await asyncio.wait_for(body(app, *stubs), 90)
+        finally:
+            await app.stop()
+
+    asyncio.run(main())
+
+
+async def prepared(health: Any) -> None:
+    while True:
+        try:
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=NEXT_BUNDLE))
+            if answer.status == SERVING:
+                return
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+        await asyncio.sleep(0.02)
+
+
+async def nearest(stub: Any, text: str) -> str:
+    request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE)
+    request.spaces.append(item_pb2.SPACE_TEXT)
+    return str((await stub.Search(request)).results[0].hits[0].item_id)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_bundle(tmp_path)
+    return tmp_path
+
+
+def test_a_start_on_a_bundle_that_was_prepared_encodes_nothing(root: Path) -> None:
+    async def before(app: App, stub: Any, health: Any) -> None:
+        photograph = item_pb2.Image(data=picture("red"))
+        await upsert(stub, *(item(f"own-{n}", f"zebra {n}", image=photograph) for n in range(700)))
+        encoding = app._catalogue.encoding
+        assert sum(encoding.finished.values()) == 700 + 1
+        make_bundle(root, seed=1, until=UNTIL + timedelta(days=1))
+        await prepared(health)
+        assert await nearest(stub, "zebra 5") == "own-5"
+        sequence, done = app._view.sequence, sum(encoding.finished.values())
+        await upsert(stub, item("later", "walrus"))
+        while sum(encoding.finished.values()) < done + 2:  # once for each bundle
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)  # its commit
+        assert app._view.sequence == sequence + 1
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == SERVING
+
+    async def after(app: App, stub: Any, health: Any) -> None:
+        assert app.bundle.until == UNTIL + timedelta(days=1)
+        assert sum(app._catalogue.encoding.finished.values()) == 0
+        assert await nearest(stub, "zebra 5") == "own-5"
+        assert await nearest(stub, "walrus") == "later"
+
+    served(root, before)
+    served(root, after)
+
+
+def test_an_interrupted_preparation_goes_on_and_a_broken_bundle_changes_nothing(root: Path) -> None:
+    async def interrupted(app: App, stub: Any, health: Any) -> None:
+        await upsert(stub, *(item(f"own-{n}", f"zebra {n}") for n in range(900)))
+        encoding = app._catalogue.encoding
+        make_bundle(root, seed=1, until=UNTIL + timedelta(days=1))
+        while sum(encoding.finished.values()) <= 900 + 512:  # a page of the next bundle is committed by then
+            await asyncio.sleep(0.001)
+
+    async def goes_on(app: App, stub: Any, health: Any) -> None:
+        assert app.bundle.until == UNTIL + timedelta(days=1)
+        assert app._catalogue.encoding.finished["text"] < 900
+        assert await nearest(stub, "zebra 5") == "own-5"
+        broken = make_bundle(root, seed=2, until=UNTIL + timedelta(days=2))
+        (broken / "text" / "encoder.json").write_text("{}")
+        await asyncio.sleep(0.5)
+        assert await nearest(stub, "zebra 7") == "own-7"
+
+    served(root, interrupted)
+    served(root, goes_on)
