@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Callable, Collection, Coroutine
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ NAMES = {
 
 NEXT_BUNDLE = "vitrine.next-bundle"
 """The health of a newer bundle than the served one: NOT_SERVING while items are encoded for it."""
+_PAUSE = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -67,8 +69,8 @@ class App:
         """Accept calls; a service is SERVING once it has what it needs."""
         if EMBEDDING in self._hosted:
             await self._catalogue.reencode()
-        running = [follower.run for follower in self._followers] + self._background
-        self._tasks = [asyncio.ensure_future(run()) for run in running]
+        self._tasks = [asyncio.ensure_future(follower.run()) for follower in self._followers]
+        self._tasks += [asyncio.ensure_future(_kept_up(run)) for run in self._background]
         self._server = Server(self._services, self.settings.address)
         await self._server.start()
         self.port = self._server.port
@@ -120,7 +122,7 @@ class App:
         self._background += [self._view.maintain, self._look_for_the_next]
         self._closing.append(self._catalogue.close)
         if image:
-            fetcher = fetching.Fetcher(allowed=self.settings.fetch_networks)
+            fetcher = partial(fetching.Fetcher, allowed=self.settings.fetch_networks)
             self._background.append(pending.PendingPhotographs(self._catalogue, fetcher).run)
         hosted = servicer.EmbeddingServicer(self._catalogue, self.bundle.version)
         self._local[EMBEDDING] = hosted
@@ -143,18 +145,22 @@ class App:
                 await asyncio.sleep(self.settings.look_every)
                 try:
                     name = (await asyncio.to_thread(newest, self.settings.bundle)).name
-                except FailedPrecondition:  # they are being moved
+                except (FailedPrecondition, OSError):  # they are being moved
                     continue
-                if name != seen:
-                    if preparing is not None:
-                        preparing.cancel()
-                    seen, preparing = name, asyncio.ensure_future(self._prepare())
+                if name == seen and (preparing is None or not preparing.done()):
+                    continue
+                if preparing is not None and not preparing.done():
+                    preparing.cancel()
+                if name == self.bundle.directory.name:
+                    continue
+                seen, preparing = name, asyncio.ensure_future(self._prepare())
         finally:
             if preparing is not None:
                 preparing.cancel()
                 await asyncio.gather(preparing, return_exceptions=True)
 
     async def _prepare(self) -> None:
+        """Encode for the newest bundle, and keep it up; ends only when that cannot be done."""
         from services.embedding import encoding, preparing
 
         if self._server is None:
@@ -164,22 +170,21 @@ class App:
             bundle = await asyncio.to_thread(Bundle, self.settings.bundle)
             text, image = await asyncio.to_thread(self._encoders, bundle)
             brought = await asyncio.to_thread(bundle.catalogue)
-        except Exception:  # the one that is served goes on
-            _log.exception("the newest bundle in %s cannot be served", self.settings.bundle)
-            return
-        work = encoding.Encoding(text, image, self._catalogue.encoding)
-        preparation = preparing.Preparation(self._view, work, bundle.version)
-        try:
-            await preparation.bring(brought.items, _blocks(brought, text, image))
-            await preparation.run()
-            _log.info("bundle %s is prepared: start again to serve it", bundle.version)
-            await self._server.say(NEXT_BUNDLE, True)
-            while True:  # what is written until then is encoded for both
-                reached = self._view.sequence
-                await preparation.run()
-                await self._view.moved(reached)
-        finally:
-            work.close()
+            work = encoding.Encoding(text, image, self._catalogue.encoding)
+            try:
+                preparation = preparing.Preparation(self._view, work, bundle.version)
+                await preparation.bring(brought.items, _blocks(brought, text, image))
+                done = await preparation.run()
+                _log.info("bundle %s is prepared: start again to serve it", bundle.version)
+                await self._server.say(NEXT_BUNDLE, True)
+                while True:  # what is written until then is encoded for both
+                    await self._view.moved(done)
+                    done = await preparation.run(done)
+            finally:
+                work.close()
+        except Exception:  # the one that is served goes on; it is tried again at the next look
+            _log.exception("the newest bundle in %s cannot be prepared", self.settings.bundle)
+            await self._server.say(NEXT_BUNDLE, False)
 
     def _ranking(self) -> None:
         from vitrine.ranking.v1 import ranking_service_pb2_grpc as grpc_stubs
@@ -253,6 +258,17 @@ class App:
             path.touch(mode=0o600)
             path.write_text(secrets.token_hex(32))
         return path.read_bytes()
+
+
+async def _kept_up(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run what never ends; should it fail, begin again."""
+    while True:
+        try:
+            await run()
+            return
+        except Exception:  # the store may be away for a while
+            _log.exception("%s failed and begins again", getattr(run, "__qualname__", run))
+            await asyncio.sleep(_PAUSE)
 
 
 def _blocks(brought: Catalogue, text: Any, image: Any) -> list[Any]:

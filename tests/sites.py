@@ -42,6 +42,8 @@ class _Pages(BaseHTTPRequestHandler):
             self._answer(302, location="/" + rest)
         elif name == "away":
             self._answer(302, location="http://" + unquote(rest))
+        elif name == "AWAY":
+            self._answer(302, location="HTTP://" + unquote(rest))
         elif name == "status":
             self._answer(int(rest))
         elif name == "second" and times == 1:

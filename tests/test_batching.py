@@ -121,28 +121,39 @@ def test_what_nobody_waits_for_is_not_run() -> None:
     assert desk.batches == [[(3, 100)]]
 
 
-def test_a_full_queue_says_so_and_one_call_larger_than_it_still_runs() -> None:
+def test_a_full_lane_of_small_calls_says_so_and_one_call_larger_than_it_still_runs() -> None:
     with Desk(capacity=300) as desk:
-        large = desk.submit([(n, 100) for n in range(5)])
+        large = desk.submit([(n, 100) for n in range(5)], Lane.INTERACTIVE)
         with pytest.raises(ResourceExhausted, match="text encoder"):
-            desk.submit([(9, 100)])
-        other_lane = desk.submit([(9, 100)], Lane.INTERACTIVE)
+            desk.submit([(9, 100)], Lane.INTERACTIVE)
+        bulk = [desk.submit([(n, 100)]) for n in range(9)]
         desk.open()
         assert len(large.result(10)) == 5
-        assert other_lane.result(10)[0, 0] == 18
-        assert desk.submit([(9, 100)]).result(10)[0, 0] == 18
+        assert [future.result(10)[0, 0] for future in bulk] == [2 * n for n in range(9)]
+        assert desk.submit([(9, 100)], Lane.INTERACTIVE).result(10)[0, 0] == 18
 
 
 def test_a_cancelled_flood_leaves_room() -> None:
     with Desk(capacity=300) as desk:
-        desk.submit([(n, 100) for n in range(3)]).cancel()
+        desk.submit([(n, 100) for n in range(3)], Lane.INTERACTIVE).cancel()
         desk.open()
         assert desk.plug.result(10)[0, 0] == -2
         # The thread drops it when it next looks, which a call of another lane makes sure of.
         desk.submit([(1, 1)], Lane.BACKGROUND).result(10)
-        assert desk.submit([(9, 100)]).result(10)[0, 0] == 18
+        assert desk.submit([(9, 100)], Lane.INTERACTIVE).result(10)[0, 0] == 18
     assert [(9, 100)] in desk.batches
     assert desk.batcher.waiting() == {"text": 0}
+
+
+def test_models_come_and_go() -> None:
+    with Desk() as desk:
+        desk.open()
+        desk.batcher.add([Model("other", lambda rows: np.ones((len(rows), 1), np.float32), BUDGET, BUDGET)])
+        assert desk.batcher.submit("other", [0, 0], np.ones(2), Lane.BULK).result(10).shape == (2, 1)
+        assert desk.batcher.finished["other"] == 2
+        desk.batcher.remove(["other"])
+        assert "other" not in desk.batcher.finished
+        assert desk.submit([(4, 1)]).result(10)[0, 0] == 8
 
 
 def test_a_failing_batch_fails_its_callers_alone() -> None:

@@ -113,6 +113,17 @@ def test_transparency_is_white_rotation_is_applied_and_one_pixel_is_enough() -> 
     assert images.load(_file(Image.new("1", (1, 1)), "PNG"), 32).size == (1, 1)
 
 
+@given(exif=st.binary(max_size=120), orientation=st.integers(0, 9))
+@settings(deadline=None, max_examples=150)
+def test_odd_exif_turns_a_picture_or_is_damage_and_nothing_else(exif: bytes, orientation: int) -> None:
+    tiff = b"MM\0*\0\0\0\x08\0\x09\x01\x12\0\x03\0\0\0\x01" + bytes([0, orientation, 0, 0]) + exif
+    data = _file(_RED, "JPEG", exif=b"Exif\0\0" + tiff)
+    try:
+        assert sorted(images.load(data, 32).size) == [32, 64]
+    except InvalidArgument as error:
+        assert "damaged" in str(error)
+
+
 def test_a_large_picture_is_reduced_as_a_jpeg_is_and_shows_the_same() -> None:
     random = np.random.default_rng(0)
     coarse = Image.fromarray(random.integers(0, 255, (8, 12, 3), np.uint8))

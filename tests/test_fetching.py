@@ -44,6 +44,7 @@ def test_a_file_comes_after_redirects_and_a_failure_that_passes(site: Site) -> N
     ("path", "reason", "times"),
     [
         ("/status/404", "status 404", 1),
+        ("/away/%5B::1", "redirects to no address", 1),
         ("/status/500", "status 500", 2),
         ("/status/429", "status 429", 2),
         ("/to" * 7 + "/a", "redirects more than 5 times", 1),
@@ -85,6 +86,8 @@ def test_what_cannot_be_had_says_why_and_is_tried_again_only_if_that_may_help(
         "[fe80::1]",
         "[fc00::1]",
         "[ff02::1]",
+        "168.63.129.16",
+        "[::ffff:0:7f00:1]",
     ],
 )
 def test_no_spelling_of_a_private_address_is_reached(site: Site, host: str) -> None:
@@ -173,6 +176,8 @@ def test_tls_asks_for_the_name_and_is_not_left_by_a_redirect(site: Site, tmp_pat
         fetched(fetcher, f"https://other.example:{port}/a")
     with pytest.raises(FetchFailed, match="https to http"):
         fetched(fetcher, f"https://shop.example:{port}/away/{site.url.removeprefix('http://')}/a")
+    with pytest.raises(FetchFailed, match="https to http"):
+        fetched(fetcher, f"https://shop.example:{port}/AWAY/{site.url.removeprefix('http://')}/a")
     assert site.asked == []
     secure.shutdown()
     secure.server_close()

@@ -143,6 +143,26 @@ def test_searches_beside_changes_and_compactions_never_miss_what_stays(
     assert sum(len(part.segment) for part in index._snapshot.parts) < 80 * 4
 
 
+def test_what_is_written_again_is_found_all_the_while() -> None:
+    known = {n: _vector(n) for n in range(300)}
+    index, done, missed = SpaceIndex(D), threading.Event(), list[int]()
+    index.change(known)
+
+    def search() -> None:
+        while not done.is_set():
+            for n in range(0, 300, 7):
+                if n not in index.search(known[n][None], 5)[0].numbers:
+                    missed.append(n)
+
+    searching = threading.Thread(target=search)
+    searching.start()
+    for _ in range(200):
+        index.change(known)
+    done.set()
+    searching.join()
+    assert missed == []
+
+
 @pytest.fixture(scope="module")
 def clustered() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers int64 (N,), vectors float32 (N, 32) of 200 clusters, and queries float32 (50, 32) like them."""
@@ -193,19 +213,20 @@ def test_tombstones_of_a_graph_are_not_found(graph: Segment) -> None:
 
 
 def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(graph: Segment, tmp_path: Path) -> None:
-    assert load(tmp_path, 32) is None
+    assert load(tmp_path, "store", 32) is None
     query = graph.vectors(np.array([3]))
     for sequence in (7, 9):
-        save(graph, sequence, tmp_path)
-        found = load(tmp_path, 32)
+        save(graph, "store", sequence, tmp_path)
+        found = load(tmp_path, "store", 32)
         assert found is not None
         segment, until = found
         assert (until, segment.has_graph) == (sequence, True)
         np.testing.assert_array_equal(segment.numbers, graph.numbers)
         np.testing.assert_array_equal(segment.search(query, 9, None)[1], graph.search(query, 9, None)[1])
-    assert load(tmp_path, 31) is None
+    assert load(tmp_path, "store", 31) is None
+    assert load(tmp_path, "another store", 32) is None
     (tmp_path / "index").write_bytes((tmp_path / "index").read_bytes()[:1000])
-    assert load(tmp_path, 32) is None
+    assert load(tmp_path, "store", 32) is None
 
 
 @pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])

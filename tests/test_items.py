@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from services import catalog
 from services.catalog import Attribute, Item, item_number
 from services.embedding.contents import Vector, photograph_hash
-from services.embedding.items import Conflict, ItemStore, Outcome, State, hashes_of
+from services.embedding.items import Block, Conflict, ItemStore, Outcome, State, hashes_of
 from services.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
 from tests.conftest import Clock
 
@@ -129,6 +129,38 @@ def test_items_with_one_content_share_its_vectors_until_the_last_has_gone(
     assert stored() == 2
     items.delete("twin").result()
     assert stored() == 0
+
+
+def test_items_without_a_text_share_nothing(items: ItemStore, clock: Clock) -> None:
+    bare = replace(SCARF, id="bare", title="", description="", attributes=())
+    brought = replace(bare, image=b"", image_hash=photograph_hash(bare.image))
+    blocks = [Block(v.space, v.digest, v.values[None], np.ones(1, bool)) for v in (TEXT, IMAGE)]
+    items.load("v1", [brought], blocks, [clock.now]).result()
+    items.write(replace(bare, id="other"), [IMAGE]).result()
+    numbers = [item_number("bare"), item_number("other")]
+    assert items.vectors(numbers, "text", "bert1") == {}
+    assert set(items.vectors(numbers, "image", "clip1")) == set(numbers)
+    assert items.get(["bare"])["bare"].text_state is State.ABSENT
+    assert items.lacking({"text": "bert2"}) == []
+
+
+def test_the_file_of_an_item_that_a_bundle_brought_is_kept_when_it_comes(
+    items: ItemStore, clock: Clock
+) -> None:
+    brought = replace(SCARF, image=b"", image_hash=photograph_hash(SCARF.image))
+    blocks = [Block(v.space, v.digest, v.values[None], np.ones(1, bool)) for v in (TEXT, IMAGE)]
+    items.load("v1", [brought], blocks, [clock.now]).result()
+    with pytest.raises(NotFound):
+        items.image(brought.image_hash)
+    assert items.lacking({"text": "bert2", "image": "clip2"}) == ["scarf"]
+    assert items.write(SCARF, [TEXT, IMAGE]).result().outcome is Outcome.UNCHANGED
+    assert items.image(brought.image_hash) == SCARF.image
+    assert items.lacking({"text": "bert2", "image": "clip2"}) == ["scarf", "scarf"]
+    assert [c for c, _ in items.contents_lacking("image", "clip2", 0, b"", 9)] == [brought.image_hash]
+    assert items.contents_lacking("image", "clip2", 1, b"", 9) == []
+    items.keep_vectors("image", "clip2", {brought.image_hash: _UNIT}).result()
+    assert items.contents_lacking("image", "clip2", 0, b"", 9) == []
+    assert items.sequence == 1
 
 
 def test_a_position_older_than_the_kept_tombstones_is_out_of_range(items: ItemStore) -> None:

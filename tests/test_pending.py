@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from vitrine.catalog.v1 import item_pb2
@@ -28,7 +29,8 @@ def by_address(item_id: str, uri: str, title: str = "words") -> item_pb2.Item:
 
 async def fetching(catalogue: Catalogue, body: Callable[[], Awaitable[None]]) -> None:
     """Run `body` beside what fetches."""
-    task = asyncio.ensure_future(PendingPhotographs(catalogue, Fetcher(allowed=LOOPBACK, tries=1)).run())
+    fetcher = partial(Fetcher, allowed=LOOPBACK, tries=1)
+    task = asyncio.ensure_future(PendingPhotographs(catalogue, fetcher).run())
     try:
         await asyncio.wait_for(body(), 30)
     finally:

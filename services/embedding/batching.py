@@ -38,7 +38,8 @@ class Lane(IntEnum):
 class Model:
     """`run` turns rows into float32 (B, D); a batch has at most `budget` units of padded length.
 
-    A single row may exceed the budget. `capacity` units may wait in each lane.
+    A single row may exceed the budget. `capacity` units may wait in the lane of small calls; callers of
+    the other lanes see to it themselves that not too much waits.
     """
 
     name: str
@@ -92,8 +93,8 @@ Batch = list[tuple[_Call, int]]
 class _Queue:
     """The rows that wait for one model in one lane, by length."""
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, capacity: int | None) -> None:
+        self.model, self._capacity = model, capacity
         self._calls: deque[_Call] = deque()
         self._by_length: defaultdict[int, deque[tuple[_Call, int]]] = defaultdict(deque)
         self.waiting = 0
@@ -101,7 +102,7 @@ class _Queue:
 
     def add(self, call: _Call) -> None:
         cost = int(call.lengths.sum())
-        if self.waiting and self.waiting + cost > self.model.capacity:
+        if self._capacity is not None and self.waiting and self.waiting + cost > self._capacity:
             raise ResourceExhausted(f"too much waits for the {self.model.name} encoder; try again later")
         self._calls.append(call)
         for row, length in enumerate(call.lengths.tolist()):
@@ -182,7 +183,9 @@ class Batcher:
     def add(self, models: Sequence[Model]) -> None:
         """Run these as well; each by a name of its own."""
         with self._changed:
-            self._queues |= {(m.name, lane): _Queue(m) for lane in Lane for m in models}
+            for lane in Lane:
+                bounded = lane is Lane.INTERACTIVE
+                self._queues |= {(m.name, lane): _Queue(m, m.capacity if bounded else None) for m in models}
             self.finished |= {model.name: 0 for model in models}
 
     def remove(self, names: Iterable[str]) -> None:
@@ -264,7 +267,8 @@ class Batcher:
             for call, _ in batch:
                 call.fail(error)
             return
-        if model.name in self.finished:  # else it was removed meanwhile
-            self.finished[model.name] += len(batch)
+        with self._changed:
+            if model.name in self.finished:  # else it was removed meanwhile
+                self.finished[model.name] += len(batch)
         for (call, row), vector in zip(batch, vectors, strict=True):
             call.put(row, vector)

@@ -22,7 +22,7 @@ from services.embedding.items import Conflict, Outcome, Record, State, Written, 
 from services.embedding.view import CatalogueView
 from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
 
-_AT_ONCE = 2000
+_AT_ONCE = 64  # their photographs are in memory together
 _ATTEMPTS = 5
 
 
@@ -122,16 +122,24 @@ class Catalogue:
 
     async def delete(self, item_ids: Sequence[str]) -> list[Upserted]:
         """Delete items; the outcome of an unknown one is NotFound."""
-        futures = [(item_id, self._items.delete(item_id)) for item_id in item_ids]
+        futures = [(item_id, self._deletion(item_id)) for item_id in item_ids]
         outcomes = []
         for item_id, future in futures:
             try:
+                if isinstance(future, VitrineError):
+                    raise future
                 written = await asyncio.wrap_future(future)
                 outcomes.append(Upserted(item_id, outcome=written.outcome, sequence=written.sequence))
             except VitrineError as error:
                 outcomes.append(Upserted(item_id, error=error))
         await self.view.follow()
         return outcomes
+
+    def _deletion(self, item_id: str) -> "Future[Written] | VitrineError":
+        try:
+            return self._items.delete(item_id)
+        except VitrineError as error:
+            return error
 
     async def reencode(self) -> int:
         """Make the vectors that the loaded encoders lack; how many items had any missing."""

@@ -113,8 +113,7 @@ def keep_many(
     values: Sequence[np.ndarray],
 ) -> None:
     """Store a vector float (D,) of each content of a space by one encoder, unless it is there."""
-    stored = sa.select(vectors.c.content).where(vectors.c.space == space, vectors.c.digest == digest)
-    there = {bytes(content) for content in connection.scalars(stored)}
+    there = set(known(connection, contents, space, digest)) | {b""}  # what is empty has no vector
     rows: list[dict[str, object]] = []
     for content, value in zip(contents, values, strict=True):
         if content not in there:

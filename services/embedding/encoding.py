@@ -60,8 +60,10 @@ class Encoding:
         else:
             self._batcher, self._budget = beside._batcher, beside._budget
             self._batcher.add(models)
-        # A pool for each lane: what is small does not stand behind a thousand photographs.
-        self._pools = {lane: ThreadPoolExecutor(os.cpu_count() or 1, f"prepare-{lane.name}") for lane in Lane}
+        # Pools of their own: what is small does not stand behind a thousand photographs, no text behind any.
+        threads = os.cpu_count() or 1
+        self._tokenising = ThreadPoolExecutor(threads, "tokenise")
+        self._decoding = {lane: ThreadPoolExecutor(threads, f"decode-{lane.name}") for lane in Lane}
         self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
 
     @property
@@ -83,7 +85,7 @@ class Encoding:
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
-        for pool in self._pools.values():
+        for pool in (self._tokenising, *self._decoding.values()):
             pool.shutdown()
         if self._beside is None:
             self._batcher.close()
@@ -98,7 +100,7 @@ class Encoding:
         lane = _lane(len(different), lane)
 
         async def encode(piece: Sequence[str]) -> EncodedTexts:
-            tokens = await self._prepare(lane, partial(self.text.tokenise, piece))
+            tokens = await self._on(self._tokenising, partial(self.text.tokenise, piece))
             lengths = np.array([len(ids) for ids in tokens.ids])
             return EncodedTexts(await self._run(_TEXT, tokens.ids, lengths, lane), tokens.truncated)
 
@@ -113,7 +115,7 @@ class Encoding:
         encoder, lane = self.image, _lane(len(texts), lane)
 
         async def encode(piece: Sequence[str]) -> np.ndarray:
-            tokens = await self._prepare(lane, partial(encoder.tokenise, piece))
+            tokens = await self._on(self._tokenising, partial(encoder.tokenise, piece))
             return await self._run(_CAPTION, tokens, np.ones(len(piece), np.int64), lane)
 
         done = await self._in_pieces(texts, _PIECE_PICTURES, lane, encode)
@@ -132,7 +134,8 @@ class Encoding:
                 return error
 
         async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
-            seen = await asyncio.gather(*(self._prepare(lane, partial(pixels, row)) for row in piece))
+            pool = self._decoding[lane]
+            seen = await asyncio.gather(*(self._on(pool, partial(pixels, row)) for row in piece))
             good = [row for row in seen if not isinstance(row, InvalidArgument)]
             if not good:
                 return seen
@@ -164,9 +167,10 @@ class Encoding:
             self._batcher.submit(self._names[model], rows, lengths, lane, deadline.remaining())
         )
 
-    async def _prepare(self, lane: Lane, function: Callable[[], T]) -> T:
+    @staticmethod
+    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pools[lane], function)
+            return await asyncio.get_running_loop().run_in_executor(pool, function)
         except RuntimeError as error:
             if "shutdown" in str(error):
                 raise Unavailable("the service is shutting down") from None

@@ -31,8 +31,8 @@ _TIMEOUTS = {"connect": 5.0, "read": 10.0, "write": 5.0, "pool": 60.0}
 _INSIDE = tuple(
     ipaddress.ip_network(network)
     for network in (
-        *("192.0.0.0/24", "192.88.99.0/24", "fec0::/10"),
-        *("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "2001::/32", "2002::/16"),
+        *("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "fec0::/10", "3fff::/20", "5f00::/16"),
+        *("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96", "2001::/32", "2002::/16"),
     )
 )
 _HEADERS = [(b"accept", b"image/*"), (b"accept-encoding", b"identity"), (b"user-agent", b"vitrine")]
@@ -103,9 +103,9 @@ class Fetcher:
             answer = await self._get(_checked(uri))
             if isinstance(answer, bytes):
                 return answer
-            if uri.startswith("https:") and urljoin(uri, answer).startswith("http:"):
+            uri, before = _joined(uri, answer), uri
+            if _scheme(before) == "https" and _scheme(uri) == "http":
                 raise FetchFailed("redirects from https to http")
-            uri = urljoin(uri, answer)
         raise FetchFailed(f"redirects more than {_MOST_REDIRECTS} times")
 
     async def _get(self, uri: str) -> bytes | str:
@@ -169,6 +169,17 @@ def _may_reach(address: Address, allowed: Sequence[Network]) -> bool:
     if any(address in network for network in allowed):
         return True
     return address.is_global and not address.is_multicast and not any(address in net for net in _INSIDE)
+
+
+def _joined(uri: str, answer: str) -> str:
+    try:
+        return urljoin(uri, answer)
+    except ValueError as error:
+        raise FetchFailed(f"redirects to no address: {error}") from None
+
+
+def _scheme(uri: str) -> str:
+    return urlsplit(uri).scheme  # in lower case, whatever it is written in
 
 
 def _checked(uri: str) -> str:

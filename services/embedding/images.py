@@ -3,35 +3,49 @@
 import io
 import threading
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from services.catalog import MAX_IMAGE_BYTES
 from services.errors import InvalidArgument
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 100_000_000
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PixelBudget:
     """How many pixels may be decoded at once, whoever asks: memory is theirs, not the file's.
 
-    What is larger than the budget waits until nothing else is decoded.
+    First come, first served; what is larger than the budget waits until nothing else is decoded.
     """
 
     def __init__(self, pixels: int = MAX_PIXELS) -> None:
         self._all = self._left = pixels
         self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
 
     @contextmanager
     def taking(self, pixels: int) -> Iterator[None]:
         """Wait for so many pixels and hold them."""
-        held = min(pixels, self._all)
+        held, ticket = min(pixels, self._all), object()
         with self._changed:
-            self._changed.wait_for(lambda: self._left >= held)
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._left >= held)
+            self._waiting.popleft()
             self._left -= held
+            self._changed.notify_all()
         try:
             yield
         finally:
@@ -63,18 +77,26 @@ def load(
         _check_size(picture, field)
         picture.draft("RGB", (2 * target, 2 * target))
         with (budget or PixelBudget()).taking(picture.width * picture.height):
-            return _reduced(_on_white(ImageOps.exif_transpose(picture)), target)
+            return _reduced(_on_white(_upright(picture)), target)
     except UnidentifiedImageError:
         raise InvalidArgument.of(field, f"is not a readable {', '.join(FORMATS)} file") from None
     except Image.DecompressionBombError:
         raise InvalidArgument.of(field, f"has more than {MAX_PIXELS} pixels") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises on damaged files
+    except MemoryError:
+        raise
+    except Exception as error:  # of damaged files Pillow raises nearly everything
         raise InvalidArgument.of(field, f"is damaged: {error}") from None
 
 
 def _check_size(picture: Image.Image, field: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         raise InvalidArgument.of(field, f"has more than {MAX_PIXELS} pixels")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, of which nothing else is read: cameras write the oddest."""
+    turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _reduced(picture: Image.Image, target: int) -> Image.Image:

@@ -129,10 +129,12 @@ class SpaceIndex:
         """Put vectors in place of what their items had, and drop items; unknown ones are passed over."""
         numbers = list(upserts)
         with self._changes:
-            self._bury([*numbers, *deletions])
+            # Published once: a reader finds an item by what it had or by what it has, never by neither.
+            snapshot = self._buried(self._snapshot, [*numbers, *deletions])
             for start in range(0, len(numbers), _FRESH_ROWS):
                 some = numbers[start : start + _FRESH_ROWS]
-                self._append(some, np.stack([upserts[number] for number in some]))
+                snapshot = self._appended(snapshot, some, np.stack([upserts[number] for number in some]))
+            self._snapshot = snapshot
 
     def vectors(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Positions (M,) in `numbers` that are known, rising, and their vectors float32 (M, D)."""
@@ -183,9 +185,9 @@ class SpaceIndex:
         """Make one segment of everything; it, with what was live when this began."""
         with self._compacting:
             with self._changes:
-                self._seal()
-                before = tuple(part for part in self._snapshot.parts if part.alive)
-                self._snapshot = replace(self._snapshot, parts=before)
+                sealed = self._sealed(self._snapshot)
+                before = tuple(part for part in sealed.parts if part.alive)
+                self._snapshot = replace(sealed, parts=before)
             rows = [part.living() for part in before]
             numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
             vectors = [part.segment.vectors(mine) for part, mine in zip(before, rows, strict=True)]
@@ -208,33 +210,30 @@ class SpaceIndex:
         fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
         return _Snapshot(parts, fresh, np.zeros(_FRESH_ROWS, np.int64), np.zeros(_FRESH_ROWS, bool), 0)
 
-    def _bury(self, numbers: list[int]) -> None:
-        snapshot, gone = self._snapshot, np.array(numbers, np.int64)
-        dead = snapshot.dead.copy()
+    def _buried(self, snapshot: _Snapshot, numbers: list[int]) -> _Snapshot:
+        """A snapshot without these items."""
+        gone, dead = np.array(numbers, np.int64), snapshot.dead.copy()
         for number in numbers:
             if (row := self._row_of.pop(number, None)) is not None:
                 dead[row] = True
-        parts = tuple(part.without(gone) for part in snapshot.parts)
-        self._snapshot = replace(snapshot, parts=parts, dead=dead)
+        return replace(snapshot, parts=tuple(part.without(gone) for part in snapshot.parts), dead=dead)
 
-    def _append(self, numbers: list[int], vectors: np.ndarray) -> None:
-        if self._snapshot.length + len(numbers) > _FRESH_ROWS:
-            self._seal()
-        snapshot = self._snapshot
+    def _appended(self, snapshot: _Snapshot, numbers: list[int], vectors: np.ndarray) -> _Snapshot:
+        if snapshot.length + len(numbers) > len(snapshot.fresh):
+            snapshot = self._sealed(snapshot)
         rows = slice(snapshot.length, snapshot.length + len(numbers))
         # Rows past a reader's length are not its own, so writing them needs no copy.
         snapshot.fresh[rows] = vectors.astype(np.float16)
         snapshot.numbers[rows] = numbers
         self._row_of |= zip(numbers, range(rows.start, rows.stop), strict=True)
-        self._snapshot = replace(snapshot, length=rows.stop)
+        return replace(snapshot, length=rows.stop)
 
-    def _seal(self) -> None:
-        """Make a segment of the fresh rows, and begin anew."""
-        snapshot = self._snapshot
+    def _sealed(self, snapshot: _Snapshot) -> _Snapshot:
+        """A snapshot whose fresh rows are a segment, with a matrix that is empty."""
         rows = snapshot.fresh_rows()
         sealed = (_part(scanned(snapshot.numbers[rows], snapshot.fresh[rows])),) if len(rows) else ()
         self._row_of.clear()
-        self._snapshot = self._empty((*snapshot.parts, *sealed))
+        return self._empty((*snapshot.parts, *sealed))
 
 
 def _part(segment: Segment) -> _Part:

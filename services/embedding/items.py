@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import sqlalchemy as sa
@@ -112,6 +113,12 @@ _CONTENT = {"text": _items.c.text_hash, "image": _items.c.image_hash}
 """What each space's vectors are made of."""
 
 _imports = sa.Table("item_imports", store.metadata, sa.Column("version", sa.String(64), primary_key=True))
+_names = sa.Table(
+    "item_store",
+    store.metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.String(32), nullable=False),
+)
 _trims = sa.Table(
     "item_trims",
     store.metadata,
@@ -128,8 +135,13 @@ class ItemStore:
 
     def __init__(self, engine: sa.Engine, clock: Callable[[], datetime]) -> None:
         self._engine, self._clock = engine, clock
-        store.create(engine, [_items, contents.files, contents.vectors, _imports, _trims], _SEQUENCE)
+        store.create(engine, [_items, contents.files, contents.vectors, _imports, _trims, _names], _SEQUENCE)
         self._writer = store.Writer(engine)
+        with engine.begin() as connection:
+            if connection.scalar(sa.select(_names.c.name)) is None:
+                connection.execute(_names.insert().values(id=0, name=uuid4().hex))
+            self.name = str(connection.scalar(sa.select(_names.c.name)))
+            """What tells this store from any other, one that is made anew included."""
 
     def close(self) -> None:
         """Commit what is waiting and stop."""
@@ -182,11 +194,10 @@ class ItemStore:
         )
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
-        """Ids of live items that have content of a space but no vector by its digest."""
+        """Ids of live items with a content that could have a vector by its space's digest and has none."""
+        queries = [sa.select(_items.c.id).where(_lacks(space, digest)) for space, digest in digests.items()]
         with self._engine.connect() as connection:
-            return [
-                i for space, digest in digests.items() for i in connection.scalars(_lacking(space, digest))
-            ]
+            return [item_id for query in queries for item_id in connection.scalars(query)]
 
     def pending(self, after_sequence: int, limit: int) -> list[Record]:
         """Up to `limit` live items whose photograph is to be fetched, changed after a position, in order."""
@@ -201,17 +212,17 @@ class ItemStore:
                 _record(row) for row in connection.execute(query.order_by(_items.c.sequence).limit(limit))
             ]
 
-    def contents_lacking(self, space: str, digest: str, after: bytes, limit: int) -> list[tuple[bytes, Item]]:
-        """Contents of live items that have no vector by a digest, each with an item that has it.
+    def contents_lacking(
+        self, space: str, digest: str, since: int, after: bytes, limit: int
+    ) -> list[tuple[bytes, Item]]:
+        """Contents of live items that have no vector by a digest and could, each with an item that has it.
 
-        In the order of their hashes, from the first after `after`.
+        Of items that changed since a position; in the order of hashes, from the first after `after`.
         """
         content = _CONTENT[space]
-        stored = contents.vectors.c
-        has = sa.exists().where(stored.content == content, stored.space == space, stored.digest == digest)
         lacking = (
             sa.select(sa.func.min(_items.c.number))
-            .where(~_items.c.deleted, content > after, ~has)
+            .where(_lacks(space, digest), _items.c.sequence > since, content > after)
             .group_by(content)
             .order_by(content)
             .limit(limit)
@@ -291,6 +302,7 @@ class ItemStore:
             stored.content == _CONTENT[space],
             stored.space == space,
             stored.digest == digest,
+            stored.content != b"",
         )
         with self._engine.connect() as connection:
             return {row.number: contents.floats(row.value) for row in connection.execute(query)}
@@ -319,6 +331,8 @@ def _write(
     if live and _older(item.source_version, live.source_version):
         return Written(Outcome.STALE, live.sequence)
     columns = _columns(item, {vector.space for vector in vectors}, image_error)
+    if item.image:  # also of an item that came with a bundle, whose file is not here
+        contents.keep_file(connection, columns["image_hash"], item.image)
     fresh = contents.keep(connection, _contents_of(columns), vectors)
     if live and live.content_hash == columns["content_hash"] and not fresh:
         return Written(Outcome.UNCHANGED, live.sequence)
@@ -329,8 +343,6 @@ def _write(
     else:
         created = live.created if live else stamp
         connection.execute(_items.update().where(_items.c.number == number).values(created=created, **values))
-    if item.image:
-        contents.keep_file(connection, columns["image_hash"], item.image)
     if live:
         _drop_unused(connection, live, columns)
     return Written(Outcome.UPDATED if live else Outcome.CREATED, sequence)
@@ -352,7 +364,7 @@ def _load(
     made = [(list[bytes](), list[np.ndarray]()) for _ in blocks]
     for at, (item, since) in enumerate(zip(items, created, strict=True)):
         number = item_number(item.id)
-        spaces = {block.space for block in blocks if block.present[at]}
+        spaces = {b.space for b in blocks if b.present[at] and hashes_of(item)[b.space]}
         columns = _columns(item, spaces, "")
         old = known.get(number)
         if old is not None and bytes(old.content_hash) != columns["content_hash"]:
@@ -374,11 +386,13 @@ def _load(
     return len(rows)
 
 
-def _lacking(space: str, digest: str) -> sa.Select[str]:
-    state = {"text": _items.c.text_state, "image": _items.c.image_state}[space]
-    stored = contents.vectors.c
-    has = sa.exists().where(stored.content == _CONTENT[space], stored.space == space, stored.digest == digest)
-    return sa.select(_items.c.id).where(~_items.c.deleted, state == State.READY, ~has)
+def _lacks(space: str, digest: str) -> sa.ColumnElement[bool]:
+    """Whether a live item has a content that can be encoded and is not, by this digest."""
+    content, stored = _CONTENT[space], contents.vectors.c
+    has = sa.exists().where(stored.content == content, stored.space == space, stored.digest == digest)
+    able = contents.files.c.hash == content
+    readable = sa.true() if space == "text" else sa.exists().where(able)
+    return sa.and_(~_items.c.deleted, content != b"", readable, ~has)
 
 
 def _older(version: int | None, than: int | None) -> bool:

@@ -6,11 +6,15 @@ reason why it has none, as a later change.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from functools import partial
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from services.embedding.catalogue import Catalogue
 from services.embedding.fetching import Fetcher, FetchFailed
 from services.embedding.items import Record
+from services.errors import VitrineError
 
 _AT_ONCE = 32
 _PAUSE = 5.0
@@ -18,23 +22,23 @@ _log = logging.getLogger(__name__)
 
 
 class PendingPhotographs:
-    """Fetches for one catalogue, by `run` until that is cancelled."""
+    """Fetches for one catalogue by what `fetcher` makes, in `run` until that is cancelled."""
 
-    def __init__(self, catalogue: Catalogue, fetcher: Fetcher) -> None:
+    def __init__(self, catalogue: Catalogue, fetcher: Callable[[], Fetcher]) -> None:
         self._catalogue, self._view, self._fetcher = catalogue, catalogue.view, fetcher
         self._room = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
         """Fetch what waits, then what comes."""
+        fetcher, seen = self._fetcher(), 0
         running: set[asyncio.Task[None]] = set()
-        seen = 0
         try:
             while True:
                 reached = self._view.sequence
                 records = await self._view.read(partial(self._view.items.pending, seen, _AT_ONCE))
                 for record in records:
                     await self._room.acquire()
-                    task = asyncio.ensure_future(self._fetch(record))
+                    task = asyncio.ensure_future(self._fetch(fetcher, record))
                     running.add(task)
                     task.add_done_callback(running.discard)
                     seen = record.sequence
@@ -45,13 +49,13 @@ class PendingPhotographs:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-            await self._fetcher.close()
+            await fetcher.close()
 
-    async def _fetch(self, record: Record) -> None:
+    async def _fetch(self, fetcher: Fetcher, record: Record) -> None:
         try:
             photograph, error = b"", ""
             try:
-                photograph = await self._fetcher.fetch(record.item.image_uri)
+                photograph = await fetcher.fetch(record.item.image_uri)
             except FetchFailed as failed:
                 error = f"image.uri: {failed}"
             await self._attach(record, photograph, error)
@@ -63,6 +67,9 @@ class PendingPhotographs:
             try:
                 await self._catalogue.attach(record, photograph, error)
                 return
-            except Exception:  # the store is away or full: what was fetched is kept until it is back
+            except (VitrineError, SQLAlchemyError):  # what was fetched is kept until the store is back
                 _log.exception("the photograph of %r waits", record.item.id)
                 await asyncio.sleep(_PAUSE)
+            except Exception:  # a bug of ours must not keep the others waiting; a start tries again
+                _log.exception("the photograph of %r is given up", record.item.id)
+                return

@@ -40,23 +40,26 @@ class Preparation:
             found = {hashes_of(items[row])[block.space]: block.values[row] for row in rows}
             await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
 
-    async def run(self) -> None:
-        """Encode what every space lacks; what came meanwhile as well."""
-        while any([await self._space(space, digest) for space, digest in self._encoding.digests.items()]):
-            pass
+    async def run(self, since: int = 0) -> int:
+        """Encode what items that changed since a position lack; the position up to which all is done."""
+        while since < (reached := self._view.sequence) or not since:
+            for space, digest in self._encoding.digests.items():
+                await self._space(space, digest, since)
+            if since == reached:  # of an empty catalogue
+                break
+            since = reached
+        return since
 
-    async def _space(self, space: str, digest: str) -> int:
-        """One pass over a space; how many contents got a vector."""
-        after, made, items = b"", 0, self._view.items
+    async def _space(self, space: str, digest: str, since: int) -> None:
+        after, items = b"", self._view.items
         while True:
-            lacking = partial(items.contents_lacking, space, digest, after, _PAGE[space])
+            lacking = partial(items.contents_lacking, space, digest, since, after, _PAGE[space])
             if not (page := await self._view.read(lacking)):
-                return made
+                return
             after = page[-1][0]
             found = await (self._texts(page) if space == "text" else self._photographs(page))
             if found:
                 await asyncio.wrap_future(items.keep_vectors(space, digest, found))
-            made += len(found)
             self.done += len(found)
             self._say()
 

@@ -152,8 +152,8 @@ class Builder:
                 self._process.kill()
 
 
-def save(segment: Segment, sequence: int, directory: Path) -> None:
-    """Keep a segment that holds everything up to a sequence number; replaces what was kept there."""
+def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
+    """Keep a segment that holds everything of a store up to a sequence number; replaces what was kept."""
     directory.mkdir(parents=True, exist_ok=True)
     faiss.write_index(segment.index, str(directory / "index.new"))
     with (directory / "numbers.new").open("wb") as file:
@@ -161,13 +161,13 @@ def save(segment: Segment, sequence: int, directory: Path) -> None:
     (directory / "segment.json").unlink(missing_ok=True)  # nothing is there until all of it is
     for name in ("index", "numbers"):
         (directory / f"{name}.new").rename(directory / name)
-    written = {"sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
+    written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
     (directory / "segment.new").write_text(json.dumps(written) + "\n")
     (directory / "segment.new").rename(directory / "segment.json")
 
 
-def load(directory: Path, dimension: int) -> tuple[Segment, int] | None:
-    """What `save` kept, and its sequence number; None when there is nothing that can be used."""
+def load(directory: Path, store: str, dimension: int) -> tuple[Segment, int] | None:
+    """What `save` kept of a store, and its sequence number; None when there is nothing that can be used."""
     try:
         written = json.loads((directory / "segment.json").read_text())
         numbers = np.load(directory / "numbers")
@@ -175,7 +175,8 @@ def load(directory: Path, dimension: int) -> tuple[Segment, int] | None:
     except (OSError, ValueError, RuntimeError):
         return None
     whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
-    return (Segment(numbers, index), int(written["sequence"])) if whole else None
+    mine = whole and written.get("store") == store
+    return (Segment(numbers, index), int(written["sequence"])) if mine else None
 
 
 def _filled(vectors: np.ndarray, description: str) -> faiss.Index:

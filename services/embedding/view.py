@@ -26,6 +26,7 @@ from services.item_table import Change, ItemTable
 T = TypeVar("T")
 _BATCH = 2000
 _LONGEST_WAIT = 30.0
+_LOOK_EVERY = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ class CatalogueView:
             space: SpaceIndex(dimension, graph_rows, self._builder) for space, dimension in dimensions.items()
         }
         self._places = Places()
-        self.table = ItemTable()
+        self.table, self._sequence = ItemTable(), 0
         self._advancing = threading.Lock()
         self._pool = ThreadPoolExecutor(4, "catalogue")
         self._moved = asyncio.Event()
@@ -64,7 +65,7 @@ class CatalogueView:
     @property
     def sequence(self) -> int:
         """The last change that search and table reflect."""
-        return self.table.sequence
+        return self._sequence
 
     async def wait_for(self, sequence: int) -> None:
         """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
@@ -96,7 +97,9 @@ class CatalogueView:
                 qualifying = filters.evaluate(condition, self.table)
                 mask = mask & qualifying[: len(mask)]
             numbers = self.table.item_numbers[: len(mask)]
-            selection = None if mask.all() else Selection(numbers, mask, self._places)
+            # Even of a mask that is set everywhere: the index may know items by now that it does not.
+            every = condition is None and as_of is None
+            selection = None if every else Selection(numbers, mask, self._places)
             found = index.search(queries, limit + len(excluded), selection)
             return [_without(near, excluded, limit) for near in found]
 
@@ -131,7 +134,10 @@ class CatalogueView:
 
     async def follow(self) -> None:
         """Let search and table follow what was committed, and wake who waits for that."""
+        sequence = self.sequence
         await self._on(self._pool, self._advance)
+        if self.sequence == sequence:
+            return
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
@@ -156,10 +162,12 @@ class CatalogueView:
                 records, vectors = self._batch(self.table.sequence)
                 if not records:
                     return
+                # The table first: what is found has a row there.
+                self.table.apply(_change(record, vectors) for record in records)
                 for space, index in self.spaces.items():
                     gone = [r.number for r in records if r.number not in vectors[space]]
                     index.change(vectors[space], gone)
-                self.table.apply(_change(record, vectors) for record in records)
+                self._sequence = self.table.sequence
 
     def _follow_from_the_beginning(self) -> None:
         """Read the whole store; what a kept segment holds unchanged is not indexed again."""
@@ -182,6 +190,7 @@ class CatalogueView:
                         numbers.append(number)
                         values.append(vectors[space][number].astype(np.float16))
             self.table.apply(_change(record, vectors) for record in records)
+        self._sequence = self.table.sequence
         for space, (numbers, values) in fresh.items():
             segment, index = kept[space][0], self.spaces[space]
             more = [scanned(np.array(numbers, np.int64), np.stack(values))] if numbers else []
@@ -190,33 +199,39 @@ class CatalogueView:
     def _kept(self, space: str) -> tuple[Segment, int]:
         """The segment that was kept for a space, and up to which change; an empty one if there is none."""
         dimension = self.spaces[space].dimension
-        found = load(self._folder(space), dimension) if self._directory else None
+        found = load(self._folder(space), self.items.name, dimension) if self._directory else None
         return found or (scanned(np.empty(0, np.int64), np.empty((0, dimension), np.float32)), 0)
 
     def _folder(self, space: str) -> Path:
         return (self._directory or Path()) / f"{space}-{self._digests[space]}"
 
     async def maintain(self) -> None:
-        """Compact the indexes when they are worn, until cancelled."""
+        """Compact the indexes when they are worn, and follow what nobody told of, until cancelled.
+
+        A call that was left after its commit tells nobody, nor does another process.
+        """
         loop = asyncio.get_running_loop()
         while True:
             sequence = self.sequence
             for space, index in self.spaces.items():
                 if index.worn:
                     await loop.run_in_executor(None, partial(self._compact, space))
-            await self.moved(sequence)
+            try:
+                await asyncio.wait_for(self.moved(sequence), _LOOK_EVERY)
+            except TimeoutError:
+                await self.follow()
 
     def _compact(self, space: str) -> None:
         until, began = self.table.sequence, time.monotonic()
         try:
             segment = self.spaces[space].compact()
+            if self._directory and segment.has_graph:
+                save(segment, self.items.name, until, self._folder(space))
         except BuilderStopped:
             return
         except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
-            _log.exception("the %s index was not compacted", space)
+            _log.exception("the %s index was not compacted or not kept", space)
             return
-        if self._directory and segment.has_graph:
-            save(segment, until, self._folder(space))
         seconds = time.monotonic() - began
         _log.info("the %s index was compacted: %d items in %.1f s", space, len(segment), seconds)
 
