@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=5, help="of tuning for each model")
+    parser.add_argument("--patience", type=float, default=10, help="minutes more for the last trial")
     parser.add_argument("--models", default="item_knn,ials,bpr,ease,sasrec")
+    parser.add_argument("--on", default="hm,sports")
     options = parser.parse_args()
     data = ROOT.parent / "shared" / "data"
     hm = Path(os.environ.get("VITRINE_HM", str(data / "hm")))
@@ -45,10 +47,14 @@ def main() -> None:
         ("hm", hm, SHOP, []),
         ("sports", shop, None, ["--exclude-seen"]),
     ):
+        if name not in options.on.split(","):
+            continue
         asked, runs = options.out / f"{name}-val", options.out / f"{name}-runs"
         export(directory, settings, "val", asked)
         for model in options.models.split(","):
-            found = _fit(options.python, asked, runs, model, options.minutes, more)
+            tuning = [f"--minutes={options.minutes}", *more]
+            most = 60 * (options.minutes + options.patience)
+            found = _fit(options.python, asked, runs, model, tuning, most)
             if "failed" in found:
                 failed = True
                 print(json.dumps({"data": name, **found}), flush=True)  # noqa: T201 - the answer
@@ -63,9 +69,7 @@ def main() -> None:
     sys.exit(int(failed))
 
 
-def _fit(
-    python: Path, asked: Path, runs: Path, model: str, minutes: float, more: list[str]
-) -> dict[str, Any]:
+def _fit(python: Path, asked: Path, runs: Path, model: str, more: list[str], most: float) -> dict[str, Any]:
     command = [
         str(python.absolute()),
         str(_FIT),
@@ -76,9 +80,12 @@ def _fit(
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as `vitrine train` runs
-    done = subprocess.run(  # noqa: S603 - our own script
-        [*command, f"--minutes={minutes}"], check=False, stdout=subprocess.PIPE, text=True, env=environment
-    )
+    try:
+        done = subprocess.run(  # noqa: S603 - our own script
+            command, check=False, stdout=subprocess.PIPE, text=True, env=environment, timeout=most
+        )
+    except subprocess.TimeoutExpired:
+        return {"model": model, "failed": f"no answer within {most / 60:g} minutes"}
     if done.returncode:
         return {"model": model, "failed": f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
