@@ -203,6 +203,7 @@ def ease(trial: Trial, task: Task) -> Callable[[Task], Scores]:
         weight[start:end, :start] = weight[:start, start:end].T
         corner = np.triu(weight[start:end, start:end])
         weight[start:end, start:end] = corner + np.triu(corner, 1).T
+    weight = weight.T  # the same, in the order in which rows of it are summed
     weight /= -np.diag(weight).copy()
     np.fill_diagonal(weight, 0)
     return lambda asked: lambda some: np.asarray(asked.known[some] @ weight)
