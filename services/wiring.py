@@ -149,8 +149,9 @@ class App:
                     continue
                 if name == seen and (preparing is None or not preparing.done()):
                     continue
-                if preparing is not None and not preparing.done():
+                if preparing is not None:  # its models leave the encoders' thread before others come
                     preparing.cancel()
+                    await asyncio.gather(preparing, return_exceptions=True)
                 if name == self.bundle.directory.name:
                     continue
                 seen, preparing = name, asyncio.ensure_future(self._prepare())
@@ -181,7 +182,7 @@ class App:
                     await self._view.moved(done)
                     done = await preparation.run(done)
             finally:
-                work.close()
+                await asyncio.to_thread(work.close)
         except Exception:  # the one that is served goes on; it is tried again at the next look
             _log.exception("the newest bundle in %s cannot be prepared", self.settings.bundle)
             await self._server.say(NEXT_BUNDLE, False)

@@ -42,14 +42,17 @@ def served(root: Path, body: Callable[[App, Any, Any], Awaitable[None]]) -> None
     asyncio.run(main())
 
 
+async def next_bundle(health: Any) -> Any:
+    """The health of the next bundle; None while there is none."""
+    try:
+        return (await health.Check(health_pb2.HealthCheckRequest(service=NEXT_BUNDLE))).status
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        return None
+
+
 async def prepared(health: Any) -> None:
-    while True:
-        try:
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=NEXT_BUNDLE))
-            if answer.status == SERVING:
-                return
-        except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.NOT_FOUND
+    while await next_bundle(health) != SERVING:
         await asyncio.sleep(0.02)
 
 
@@ -106,7 +109,11 @@ def test_an_interrupted_preparation_goes_on_and_a_broken_bundle_changes_nothing(
         assert await nearest(stub, "zebra 5") == "own-5"
         broken = make_bundle(root, seed=2, until=UNTIL + timedelta(days=2))
         (broken / "text" / "encoder.json").write_text("{}")
-        await asyncio.sleep(0.5)
+        while await next_bundle(health) is None:  # until it was looked at
+            await asyncio.sleep(0.02)
+        for _ in range(10):
+            assert await next_bundle(health) == health_pb2.HealthCheckResponse.NOT_SERVING
+            await asyncio.sleep(0.05)
         assert await nearest(stub, "zebra 7") == "own-7"
 
     served(root, interrupted)

@@ -87,13 +87,7 @@ def main() -> None:
 def _texts(root: Path, texts: list[str], bare: Callable[[str], float]) -> list[dict[str, Any]]:
     best = min(_BUDGETS, key=lambda budget: bare(f"try tokens {budget}"))
     with _served(root) as port:
-
-        async def call(stub: Any, piece: Sequence[str]) -> None:
-            await stub.EmbedTexts(pb.EmbedTextsRequest(texts=piece))
-
-        def ours() -> float:
-            return _seconds(lambda: asyncio.run(_calls(port, call, texts, _PER_CALL_TEXTS)))
-
+        ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS)
         alone, over = (len(texts) / s for s in _in_turns([lambda: bare(f"tokens {best}"), ours]))
         lone = _lone(port)
     return [
@@ -134,13 +128,7 @@ def _others(
 def _photographs(root: Path, files: list[bytes], bare: Callable[[str], float]) -> list[dict[str, Any]]:
     best = min(_BATCHES, key=lambda batch: bare(f"try pixels {batch}"))
     with _served(root) as port:
-
-        async def call(stub: Any, piece: Sequence[bytes]) -> None:
-            await stub.EmbedImages(pb.EmbedImagesRequest(images=piece))
-
-        def ours() -> float:
-            return _seconds(lambda: asyncio.run(_calls(port, call, files, _PER_CALL_PICTURES)))
-
+        ours = _over(port, _embed_images, files, _PER_CALL_PICTURES)
         asked = (f"pixels {best}", "decode", "loop")
         model, decoding, loop, over = _in_turns([*(partial(bare, line) for line in asked), ours])
     both = model + decoding
@@ -169,13 +157,7 @@ def _photographs(root: Path, files: list[bytes], bare: Callable[[str], float]) -
 def _writes(root: Path, texts: list[str]) -> list[dict[str, Any]]:
     """Items written and searchable a second, against their texts over EmbedTexts; lone writes beside."""
     with _served(root) as port:
-
-        async def embed(stub: Any, piece: Sequence[str]) -> None:
-            await stub.EmbedTexts(pb.EmbedTextsRequest(texts=piece))
-
-        def encode() -> float:
-            return _seconds(lambda: asyncio.run(_calls(port, embed, texts, _PER_CALL_TEXTS)))
-
+        encode = _over(port, _embed_texts, texts, _PER_CALL_TEXTS)
         names = iter(range(1_000_000))
 
         def write() -> None:
@@ -250,6 +232,21 @@ def _seconds(run: Callable[[], object]) -> float:
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+async def _embed_texts(stub: Any, piece: Sequence[str]) -> None:
+    await stub.EmbedTexts(pb.EmbedTextsRequest(texts=piece))
+
+
+async def _embed_images(stub: Any, piece: Sequence[bytes]) -> None:
+    await stub.EmbedImages(pb.EmbedImagesRequest(images=piece))
+
+
+def _over(
+    port: int, call: Callable[[Any, Sequence[Any]], Awaitable[None]], rows: Sequence[Any], per_call: int
+) -> Callable[[], float]:
+    """Seconds of sending all rows."""
+    return lambda: _seconds(lambda: asyncio.run(_calls(port, call, rows, per_call)))
 
 
 async def _calls(

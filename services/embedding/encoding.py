@@ -18,7 +18,8 @@ from services import deadline
 from services.embedding import images
 from services.embedding.batching import Batcher, Lane, Model, Rows
 from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
-from services.errors import FailedPrecondition, InvalidArgument, Unavailable
+from services.embedding.pools import run_in
+from services.errors import FailedPrecondition, InvalidArgument
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -100,7 +101,7 @@ class Encoding:
         lane = _lane(len(different), lane)
 
         async def encode(piece: Sequence[str]) -> EncodedTexts:
-            tokens = await self._on(self._tokenising, partial(self.text.tokenise, piece))
+            tokens = await run_in(self._tokenising, partial(self.text.tokenise, piece))
             lengths = np.array([len(ids) for ids in tokens.ids])
             return EncodedTexts(await self._run(_TEXT, tokens.ids, lengths, lane), tokens.truncated)
 
@@ -115,7 +116,7 @@ class Encoding:
         encoder, lane = self.image, _lane(len(texts), lane)
 
         async def encode(piece: Sequence[str]) -> np.ndarray:
-            tokens = await self._on(self._tokenising, partial(encoder.tokenise, piece))
+            tokens = await run_in(self._tokenising, partial(encoder.tokenise, piece))
             return await self._run(_CAPTION, tokens, np.ones(len(piece), np.int64), lane)
 
         done = await self._in_pieces(texts, _PIECE_PICTURES, lane, encode)
@@ -135,7 +136,7 @@ class Encoding:
 
         async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
             pool = self._decoding[lane]
-            seen = await asyncio.gather(*(self._on(pool, partial(pixels, row)) for row in piece))
+            seen = await asyncio.gather(*(run_in(pool, partial(pixels, row)) for row in piece))
             good = [row for row in seen if not isinstance(row, InvalidArgument)]
             if not good:
                 return seen
@@ -166,15 +167,6 @@ class Encoding:
         return await asyncio.wrap_future(
             self._batcher.submit(self._names[model], rows, lengths, lane, deadline.remaining())
         )
-
-    @staticmethod
-    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, function)
-        except RuntimeError as error:
-            if "shutdown" in str(error):
-                raise Unavailable("the service is shutting down") from None
-            raise
 
 
 def _lane(rows: int, asked: Lane | None) -> Lane:

@@ -20,6 +20,7 @@ from services.embedding.view import CatalogueView
 from services.errors import InvalidArgument
 
 _PAGE = {"text": 512, "image": 64}  # a page of photographs is in memory with its files
+_BROUGHT = 2000  # in one transaction, for which live writes wait
 _SAY_EVERY = 10.0
 _log = logging.getLogger(__name__)
 
@@ -37,8 +38,10 @@ class Preparation:
         """Take the vectors that were made of these items when the encoders were."""
         for block in blocks:
             rows = np.flatnonzero(block.present).tolist()
-            found = {hashes_of(items[row])[block.space]: block.values[row] for row in rows}
-            await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
+            for start in range(0, len(rows), _BROUGHT):
+                some = rows[start : start + _BROUGHT]
+                found = {hashes_of(items[row])[block.space]: block.values[row] for row in some}
+                await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
 
     async def run(self, since: int = 0) -> int:
         """Encode what items that changed since a position lack; the position up to which all is done."""

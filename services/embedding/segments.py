@@ -7,6 +7,7 @@ of filters no more than which rows may be found.
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ _ROWS_PER_NODE = 20
 _CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 STORAGES = tuple(_CODES)
 """How components are kept; fp16 is how SQL keeps them, so nothing is lost by it."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,16 +169,21 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
 
 
 def load(directory: Path, store: str, dimension: int) -> tuple[Segment, int] | None:
-    """What `save` kept of a store, and its sequence number; None when there is nothing that can be used."""
+    """What `save` kept of a store, and its sequence number; None, with a line in the log, if unusable."""
+    if not (directory / "segment.json").is_file():
+        return None
     try:
         written = json.loads((directory / "segment.json").read_text())
         numbers = np.load(directory / "numbers")
         index = faiss.read_index(str(directory / "index"))
-    except (OSError, ValueError, RuntimeError):
-        return None
-    whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
-    mine = whole and written.get("store") == store
-    return (Segment(numbers, index), int(written["sequence"])) if mine else None
+        whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
+        if whole and written["store"] == store:
+            return Segment(numbers, index), int(written["sequence"])
+        reason = "is of another store or encoder"
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = f"is damaged: {error!r}"
+    _log.warning("the index in %s %s; it is built again", directory, reason)
+    return None
 
 
 def _filled(vectors: np.ndarray, description: str) -> faiss.Index:
@@ -191,7 +198,7 @@ def _filled(vectors: np.ndarray, description: str) -> faiss.Index:
 
 
 def main() -> None:
-    """Build a graph over a file of vectors; what `built` starts."""
+    """Build a graph over a file of vectors; what `Builder` starts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("vectors", type=Path)
     parser.add_argument("out", type=Path)

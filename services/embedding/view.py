@@ -19,8 +19,8 @@ import numpy as np
 from services import deadline, filters
 from services.embedding.index import Neighbours, Places, Selection, SpaceIndex
 from services.embedding.items import ItemStore, Record
+from services.embedding.pools import run_in
 from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
-from services.errors import Unavailable
 from services.item_table import Change, ItemTable
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class CatalogueView:
 
     async def read(self, function: Callable[[], T]) -> T:
         """Run a read of the store off the event loop."""
-        return await self._on(self._pool, function)
+        return await run_in(self._pool, function)
 
     async def search(
         self,
@@ -103,7 +103,7 @@ class CatalogueView:
             found = index.search(queries, limit + len(excluded), selection)
             return [_without(near, excluded, limit) for near in found]
 
-        return await self._on(self._pool, run)
+        return await run_in(self._pool, run)
 
     async def changes(
         self, after: int, *, until_current: bool
@@ -135,20 +135,11 @@ class CatalogueView:
     async def follow(self) -> None:
         """Let search and table follow what was committed, and wake who waits for that."""
         sequence = self.sequence
-        await self._on(self._pool, self._advance)
+        await run_in(self._pool, self._advance)
         if self.sequence == sequence:
             return
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
-
-    @staticmethod
-    async def _on(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(pool, function)
-        except RuntimeError as error:
-            if "shutdown" in str(error):
-                raise Unavailable("the service is shutting down") from None
-            raise
 
     def _batch(self, after: int) -> tuple[list[Record], dict[str, dict[int, np.ndarray]]]:
         records = self.items.changes(after, _BATCH)
