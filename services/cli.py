@@ -68,6 +68,9 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--out", type=Path, required=True, help="the directory of bundles")
     train.add_argument("--until", type=_moment, help="use only events before this date or time")
     train.add_argument(
+        "--training", type=Path, help="a file whose keys replace shop.toml's: less training, or more"
+    )
+    train.add_argument(
         "--text-base", help="a Hugging Face BERT, hub name or directory, in place of shop.toml's"
     )
     train.add_argument("--image-base", help="an open_clip model:tag or directory, in place of shop.toml's")

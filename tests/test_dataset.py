@@ -19,6 +19,7 @@ import pytest
 from services.errors import FailedPrecondition, InvalidArgument
 from tests.conftest import skip_without
 from training.dataset import parse_time, read_shop
+from training.shop_settings import read_settings, with_training
 
 Rows = list[dict[str, Any]]
 ITEMS: Rows = [
@@ -166,6 +167,23 @@ def test_a_wrong_shop_toml_names_the_key(tmp_path: Path, text: str, where: str) 
     (tmp_path / "shop.toml").write_text(text)
     with pytest.raises(InvalidArgument, match=where):
         read_shop(tmp_path)
+
+
+def test_a_training_file_replaces_keys_of_how_much_is_trained_and_no_others(tmp_path: Path) -> None:
+    shop, less = tmp_path / "shop.toml", tmp_path / "less.toml"
+    shop.write_text("[time]\ngranularity = 'day'\n[text]\nlayers = 2\nsteps = 150\n[image]\nepochs = 4\n")
+    less.write_text("[text]\nsteps = 20\n[ranking]\nqueries = 50\n")
+    settings = with_training(read_settings(shop), less)
+    assert (settings.time.granularity, settings.text.layers, settings.text.steps) == ("day", 2, 20)
+    assert (settings.image.epochs, settings.ranking.queries) == (4, 50)
+    assert settings.graph == read_settings(shop).graph
+    wrong = {"[time]\ngranularity = 'hour'\n": "less.toml: time", "[text]\nstep = 1\n": "text.step"}
+    for text, where in wrong.items():
+        less.write_text(text)
+        with pytest.raises(InvalidArgument, match=where):
+            with_training(read_settings(shop), less)
+    with pytest.raises(InvalidArgument, match="cannot be read"):
+        with_training(read_settings(shop), tmp_path / "nothing.toml")
 
 
 def test_photographs_are_found_in_files_and_tars(tmp_path: Path) -> None:

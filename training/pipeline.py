@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,7 @@ from training.encoding import Encoded
 from training.queries import DAY, baskets
 from training.replay import Replay
 from training.report import write_report
-from training.shop_settings import ShopSettings
+from training.shop_settings import ShopSettings, with_training
 from training.stages import Stages, alone, digest_of
 
 _TUNED = "tuned.json"
@@ -116,6 +117,7 @@ def train(
     *,
     shop_file: Path | None,
     until: datetime | None,
+    training: Path | None = None,
     text_base: str | None = None,
     image_base: str | None = None,
     unjudged: bool = False,
@@ -126,6 +128,8 @@ def train(
     kept under `out`/.stages and taken from there.
     """
     shop = read_shop(data, shop_file, until)
+    if training:
+        shop = replace(shop, settings=with_training(shop.settings, training))
     for report in shop.reports.values():
         _log.info("%s: %d rows read, %d kept %s", report.file, report.read, report.kept, dict(report.reasons))
     settings = _with_bases(shop.settings, text_base, image_base)

@@ -1,12 +1,15 @@
 """What `shop.toml` may say: which columns hold what, what events weigh, how time is cut."""
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.errors import FieldViolation, InvalidArgument
+
+_TRAINING = ("text", "image", "graph", "sequence", "ranking")
 
 
 class _Section(BaseModel):
@@ -184,10 +187,31 @@ def read_settings(path: Path | None) -> ShopSettings:
     Raises:
         InvalidArgument: names the file and the key.
     """
-    if path is None:
-        return ShopSettings()
+    return ShopSettings() if path is None else _validated(path, {})
+
+
+def with_training(settings: ShopSettings, path: Path) -> ShopSettings:
+    """The settings with the keys of a TOML file in place of theirs: how much is trained, not what is read.
+
+    Raises:
+        InvalidArgument: names the file and the key.
+    """
+    return _validated(path, settings.model_dump(exclude_unset=True), _TRAINING)
+
+
+def _validated(path: Path, known: dict[str, Any], sections: Collection[str] | None = None) -> ShopSettings:
+    """The file's keys over `known`, in `sections` alone if they are given."""
     try:
-        return ShopSettings.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        if sections is not None and (other := sorted(said.keys() - set(sections))):
+            allowed = ", ".join(sections)
+            raise InvalidArgument.of(f"{path.name}: {other[0]}", f"must be one of {allowed}")
+        for name, section in said.items():
+            before = known.get(name, {})
+            known[name] = {**before, **section} if isinstance(section, dict) else section
+        return ShopSettings.model_validate(known)
+    except OSError as error:
+        raise InvalidArgument.of(str(path), f"cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidArgument.of(str(path), f"is no TOML: {error}") from None
     except ValidationError as error:

@@ -3,6 +3,7 @@
     python -m bench.hm --split val
     python -m bench.hm --split test     # appends to docs/test-ledger.jsonl; needs a val run before
     python -m bench.hm --split val --universe all    # ranks the never-sold articles as well
+    python -m bench.hm --split val --training bench/hm/smaller.toml --out build/hm-smaller
 
 Everything lands under --out: bundles, RUN.jsonl and SCORE.json of each split.
 """
@@ -31,6 +32,7 @@ def main() -> None:
     default = os.environ.get("VITRINE_HM", str(ROOT.parent / "shared" / "data" / "hm"))
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hm")
+    parser.add_argument("--training", type=Path, help="as `vitrine train` takes it")
     options = parser.parse_args()
     if not options.data.is_dir():
         sys.exit(f"{options.data} is not there: set VITRINE_HM to the H&M data")
@@ -43,8 +45,9 @@ def main() -> None:
     bundles = options.out / "bundles"
     # What each part is worth is asked before test is.
     judged = ["--unjudged"] if options.split == "test" else []
+    training = [f"--training={options.training}"] if options.training else []
     until = f"--until={day:%Y-%m-%d}"
-    bundle = vitrine("train", *shop, *judged, f"--out={bundles}", until).split()[-1]
+    bundle = vitrine("train", *shop, *training, *judged, f"--out={bundles}", until).split()[-1]
     name = _name(options.split, options.universe)
     run, score = options.out / f"{name}.jsonl", options.out / f"{name}-score.json"
     more = ["--unfiltered"] if options.universe == "all" else []
