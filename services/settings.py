@@ -39,4 +39,8 @@ class Settings(BaseSettings):
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
     )
+    milvus: str = Field(
+        "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"
+    )
+    milvus_token: str = Field("", description="USER:PASSWORD or a token of that Milvus")
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

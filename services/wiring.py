@@ -61,9 +61,14 @@ class App:
         self._view: Any = None
         self._catalogue: Any = None
         self._local: dict[str, Any] = {}
-        for name, build in ((EMBEDDING, self._embedding), (RANKING, self._ranking), (GATEWAY, self._gateway)):
-            if name in hosted:
-                build()
+        builds = {EMBEDDING: self._embedding, RANKING: self._ranking, GATEWAY: self._gateway}
+        try:
+            for name, build in builds.items():
+                if name in hosted:
+                    build()
+        except BaseException:
+            self._close()
+            raise
 
     async def start(self) -> None:
         """Accept calls; a service is SERVING once it has what it needs."""
@@ -88,6 +93,10 @@ class App:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close()
+
+    def _close(self) -> None:
+        """Close what was opened, the last first."""
         for close in reversed(self._closing):
             close()
 
@@ -115,9 +124,7 @@ class App:
             blocks = _blocks(brought, text, image)
             kept.load(self.bundle.version, brought.items, blocks, since).result()
         work = encoding.Encoding(text, image)
-        self._view = view.CatalogueView(
-            kept, work.digests, work.dimensions, self.settings.state / "index", self.settings.graph_rows
-        )
+        self._view = view.CatalogueView(kept, work.digests, self._indexes(kept.name, work))
         self._catalogue = catalogue.Catalogue(self._view, work)
         self._background += [self._view.maintain, self._look_for_the_next]
         self._closing.append(self._catalogue.close)
@@ -129,6 +136,30 @@ class App:
         self._services.append(
             Service(NAMES[EMBEDDING], hosted, grpc_stubs.add_EmbeddingServiceServicer_to_server)
         )
+
+    def _indexes(self, store: str, work: Any) -> dict[str, Any]:
+        """What searches each space: Milvus, if there is one, else FAISS in this process."""
+        if self.settings.milvus:
+            from services.embedding import milvus
+
+            client = milvus.connect(self.settings.milvus, self.settings.milvus_token)
+            self._closing.append(client.close)
+            return {
+                space: milvus.MilvusIndex(client, store, space, work.digests[space], dimension)
+                for space, dimension in work.dimensions.items()
+            }
+        from services.embedding import segmented, segments
+
+        builder, folder = segments.Builder(), self.settings.state / "index"
+        return {
+            space: segmented.SegmentedIndex(
+                dimension,
+                self.settings.graph_rows,
+                builder,
+                segmented.Keep(folder / f"{space}-{work.digests[space]}", store),
+            )
+            for space, dimension in work.dimensions.items()
+        }
 
     def _encoders(self, bundle: Bundle) -> tuple[Any, Any]:
         from services.embedding import encoders

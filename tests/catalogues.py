@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 from vitrine.catalog.v1 import item_pb2
@@ -20,9 +21,13 @@ from services.embedding.catalogue import Catalogue
 from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
 from services.embedding.items import ItemStore
+from services.embedding.segmented import Keep, SegmentedIndex
+from services.embedding.segments import Builder
 from services.embedding.servicer import EmbeddingServicer
 from services.embedding.view import CatalogueView
 from services.server import CHANNEL_OPTIONS, Server, Service
+from services.settings import Settings
+from services.wiring import EMBEDDING, App
 from tests.conftest import Clock
 from tests.models import make_image_encoder, make_text_encoder
 
@@ -47,8 +52,12 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
         async def main() -> None:
             engine = store.open_engine(f"sqlite:///{tmp_path / 'items.sqlite'}")
             encoding = Encoding(*encoders)
-            spaces = encoding.digests, encoding.dimensions
-            view = CatalogueView(ItemStore(engine, clock), *spaces, tmp_path / "index", 50)
+            items, builder = ItemStore(engine, clock), Builder()
+            indexes = {
+                space: SegmentedIndex(dimension, 50, builder, Keep(tmp_path / "index" / space, items.name))
+                for space, dimension in encoding.dimensions.items()
+            }
+            view = CatalogueView(items, encoding.digests, indexes)
             catalogue = Catalogue(view, encoding)
             add = pb_grpc.add_EmbeddingServiceServicer_to_server
             server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1"), add)], "127.0.0.1:0")
@@ -100,3 +109,29 @@ async def violations(call: Awaitable[Any]) -> tuple[grpc.StatusCode, list[str]]:
     bad = error_details_pb2.BadRequest()
     fields = [v.field for d in status.details if d.Unpack(bad) for v in bad.field_violations]
     return caught.value.code(), fields
+
+
+def served(root: Path, body: Callable[[App, Any, Any], Awaitable[None]], **more: Any) -> None:
+    """Run `body` with an app on the newest bundle of `root`, and stubs of embedding and health."""
+
+    async def main() -> None:
+        app = App(
+            Settings(bundle=root / "bundles", state=root / "state", address="127.0.0.1:0", **more),
+            (EMBEDDING,),
+        )
+        await app.start()
+        target = f"127.0.0.1:{app.port}"
+        try:
+            async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+                stubs = pb_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(channel)
+                await asyncio.wait_for(body(app, *stubs), 90)
+        finally:
+            await app.stop()
+
+    asyncio.run(main())
+
+
+async def nearest(stub: Any, text: str) -> str:
+    request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE)
+    request.spaces.append(item_pb2.SPACE_TEXT)
+    return str((await stub.Search(request)).results[0].hits[0].item_id)

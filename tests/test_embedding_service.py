@@ -16,9 +16,10 @@ from vitrine.catalog.v1 import filter_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
 from services.catalog import Item
-from services.embedding import index as index_module
+from services.embedding import segmented
 from services.embedding.catalogue import Catalogue
 from services.embedding.items import Block
+from services.embedding.segmented import SegmentedIndex
 from services.follower import Follower
 from services.item_table import ItemTable
 from tests.catalogues import NAME, Run, encoders, found, item, picture, run, upsert, violations
@@ -188,7 +189,7 @@ def test_filters_deletions_and_restarts_keep_the_answer_exact(run: Run) -> None:
 def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_module, "_FRESH_ROWS", 8)
+    monkeypatch.setattr(segmented, "_FRESH_ROWS", 8)
     words = [f"{a}{b}-{b}{a}" for a in "abcdefgh" for b in "stuvwxyz"]
 
     async def title(stub: Any, text: str) -> list[str]:
@@ -201,16 +202,18 @@ def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
         for start in range(0, len(words), 16):
             outcomes = await upsert(stub, *(item(word, word) for word in words[start : start + 16]))
             assert {o.code for o in outcomes} == {item_pb2.ITEM_OUTCOME_CODE_CREATED}
-        while not (task.done() or list((tmp_path / "index").glob("text-*/segment.json"))):
+        while not (task.done() or list((tmp_path / "index").glob("text/segment.json"))):
             await asyncio.sleep(0.05)
         await upsert(stub, item(words[0], "something else"))
         await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=[words[1]]))
         task.cancel()
 
     async def second(stub: Any, catalogue: Catalogue, port: int) -> None:
-        kept, *_ = catalogue.view.spaces["text"]._snapshot.parts
+        index = catalogue.view.spaces["text"]
+        assert isinstance(index, SegmentedIndex)
+        kept, *_ = index._snapshot.parts
         assert kept.segment.has_graph
-        assert len(catalogue.view.spaces["text"]) == len(words) - 1
+        assert len(index) == len(words) - 1
         assert catalogue.encoding.finished["text"] == 0
         for word in words[2:]:
             assert (await title(stub, word))[0] == word

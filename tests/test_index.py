@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.embedding import index as index_module
-from services.embedding.index import Places, Selection, SpaceIndex
+from services.embedding import segmented
+from services.embedding.index import Places, Selection
+from services.embedding.segmented import SegmentedIndex
 from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
 
 D = 8
@@ -61,9 +62,9 @@ def test_search_equals_brute_force_after_any_changes(
     allowed: set[int] | None,
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "_FRESH_ROWS", 5)
+        patch.setattr(segmented, "_FRESH_ROWS", 5)
         known = {n: _vector(n) for n in range(1, start + 1)}
-        index, places, seen = SpaceIndex(D), Places(), list(known)
+        index, places, seen = SegmentedIndex(D), Places(), list(known)
         index.replace_all(_segment(known))
         for upserts, deletions, compacts in steps:
             changed = {n: _vector(seed) for n, seed in upserts}
@@ -84,7 +85,7 @@ def test_search_equals_brute_force_after_any_changes(
 
 
 def test_what_changes_while_it_is_compacted_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_FRESH_ROWS", 5)
+    monkeypatch.setattr(segmented, "_FRESH_ROWS", 5)
     building, goes_on = threading.Event(), threading.Event()
 
     def build(numbers: np.ndarray, vectors: np.ndarray) -> Segment:
@@ -93,7 +94,7 @@ def test_what_changes_while_it_is_compacted_is_not_lost(monkeypatch: pytest.Monk
         return scanned(numbers, vectors)
 
     known = {n: _vector(n) for n in range(50)}
-    index = SpaceIndex(D, 10, build)
+    index = SegmentedIndex(D, 10, build)
     index.replace_all(_segment(known))
     compacting = threading.Thread(target=index.compact)
     compacting.start()
@@ -115,9 +116,9 @@ def test_searches_beside_changes_and_compactions_never_miss_what_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fifth of the catalogue is replaced over and over; the rest is found all the while."""
-    monkeypatch.setattr(index_module, "_FRESH_ROWS", 16)
+    monkeypatch.setattr(segmented, "_FRESH_ROWS", 16)
     stays = {n: _vector(n) for n in range(80)}
-    index, done, wrong = SpaceIndex(D), threading.Event(), list[int]()
+    index, done, wrong = SegmentedIndex(D), threading.Event(), list[int]()
     index.replace_all(_segment(stays))
 
     def search() -> None:
@@ -145,7 +146,7 @@ def test_searches_beside_changes_and_compactions_never_miss_what_stays(
 
 def test_what_is_written_again_is_found_all_the_while() -> None:
     known = {n: _vector(n) for n in range(300)}
-    index, done, missed = SpaceIndex(D), threading.Event(), list[int]()
+    index, done, missed = SegmentedIndex(D), threading.Event(), list[int]()
     index.change(known)
 
     def search() -> None:
@@ -186,7 +187,7 @@ def test_a_graph_finds_what_a_scan_finds_however_few_qualify(
     graph: Segment, clustered: tuple[np.ndarray, np.ndarray, np.ndarray], share: float
 ) -> None:
     numbers, vectors, queries = clustered
-    index, exact = SpaceIndex(32), SpaceIndex(32)
+    index, exact = SegmentedIndex(32), SegmentedIndex(32)
     index.replace_all(graph)
     exact.replace_all(scanned(numbers, vectors))
     mask = np.random.default_rng(1).random(len(numbers)) < share
@@ -202,7 +203,7 @@ def test_a_graph_finds_what_a_scan_finds_however_few_qualify(
 
 
 def test_tombstones_of_a_graph_are_not_found(graph: Segment) -> None:
-    index = SpaceIndex(32)
+    index = SegmentedIndex(32)
     gone = graph.numbers[: len(graph) // 3]
     index.replace_all(graph, gone=gone)
     _, vectors = index.vectors([*graph.numbers[-5:], *gone[:5]])
@@ -262,7 +263,7 @@ def test_a_builder_that_fails_says_why_and_one_that_was_stopped_ends_at_once() -
 
 
 def test_a_snapshot_taken_before_a_change_does_not_change() -> None:
-    index = SpaceIndex(D)
+    index = SegmentedIndex(D)
     index.change({1: _vector(1), 2: _vector(2)})
     before = index._snapshot
     rows, length = before.fresh[: before.length].copy(), before.length
@@ -281,7 +282,7 @@ def test_of_equal_items_the_same_ones_are_found_wherever_they_stand(seed: int) -
     query = np.stack([_vector(n) for n in range(4)])
     found = []
     for order in (np.arange(300), generator.permutation(300)):
-        index = SpaceIndex(D)
+        index = SegmentedIndex(D)
         index.replace_all(scanned(numbers[order], vectors[order]))
         found.append([near.numbers.tolist() for near in index.search(query, 50)])
     assert found[0] == found[1]

@@ -1,45 +1,20 @@
 """A newer bundle: its vectors are made beside the calls, and a start on it encodes nothing."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from vitrine.catalog.v1 import item_pb2
-from vitrine.embedding.v1 import embedding_service_pb2 as pb
-from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
-from services.server import CHANNEL_OPTIONS
-from services.settings import Settings
-from services.wiring import EMBEDDING, NEXT_BUNDLE, App
-from tests.catalogues import item, picture, upsert
+from services.wiring import NEXT_BUNDLE, App
+from tests.catalogues import item, nearest, picture, served, upsert
 from tests.shops import UNTIL, make_bundle
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
-
-
-def served(root: Path, body: Callable[[App, Any, Any], Awaitable[None]]) -> None:
-    """Run `body` with an app on the newest bundle of `root`, and stubs of embedding and health."""
-
-    async def main() -> None:
-        app = App(
-            Settings(bundle=root / "bundles", state=root / "state", address="127.0.0.1:0", look_every=0.02),
-            (EMBEDDING,),
-        )
-        await app.start()
-        target = f"127.0.0.1:{app.port}"
-        try:
-            async with grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
-                stubs = pb_grpc.EmbeddingServiceStub(channel), health_pb2_grpc.HealthStub(channel)
-                await asyncio.wait_for(body(app, *stubs), 90)
-        finally:
-            await app.stop()
-
-    asyncio.run(main())
 
 
 async def next_bundle(health: Any) -> Any:
@@ -54,12 +29,6 @@ async def next_bundle(health: Any) -> Any:
 async def prepared(health: Any) -> None:
     while await next_bundle(health) != SERVING:
         await asyncio.sleep(0.02)
-
-
-async def nearest(stub: Any, text: str) -> str:
-    request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE)
-    request.spaces.append(item_pb2.SPACE_TEXT)
-    return str((await stub.Search(request)).results[0].hits[0].item_id)
 
 
 @pytest.fixture
@@ -91,8 +60,8 @@ def test_a_start_on_a_bundle_that_was_prepared_encodes_nothing(root: Path) -> No
         assert await nearest(stub, "zebra 5") == "own-5"
         assert await nearest(stub, "walrus") == "later"
 
-    served(root, before)
-    served(root, after)
+    served(root, before, look_every=0.02)
+    served(root, after, look_every=0.02)
 
 
 def test_an_interrupted_preparation_goes_on_and_a_broken_bundle_changes_nothing(root: Path) -> None:
@@ -116,5 +85,5 @@ def test_an_interrupted_preparation_goes_on_and_a_broken_bundle_changes_nothing(
             await asyncio.sleep(0.05)
         assert await nearest(stub, "zebra 7") == "own-7"
 
-    served(root, interrupted)
-    served(root, goes_on)
+    served(root, interrupted, look_every=0.02)
+    served(root, goes_on, look_every=0.02)

@@ -17,6 +17,7 @@ from services.embedding.catalogue import Catalogue
 from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
 from services.embedding.items import ItemStore
+from services.embedding.segmented import SegmentedIndex
 from services.embedding.servicer import EmbeddingServicer
 from services.embedding.view import CatalogueView
 from services.server import Server, Service, until_told_to_stop
@@ -41,7 +42,8 @@ async def _serve(options: argparse.Namespace) -> None:
     image = ImageEncoder(options.image, options.device) if options.image else None
     encoding = Encoding(TextEncoder(options.text, options.device), image)
     items = ItemStore(engine, lambda: datetime.now(UTC))
-    catalogue = Catalogue(CatalogueView(items, encoding.digests, encoding.dimensions), encoding)
+    indexes = {space: SegmentedIndex(size) for space, size in encoding.dimensions.items()}
+    catalogue = Catalogue(CatalogueView(items, encoding.digests, indexes), encoding)
     add = pb_grpc.add_EmbeddingServiceServicer_to_server
     server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench"), add)], "127.0.0.1:0")
     await server.start()

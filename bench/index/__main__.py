@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from usearch.index import Index
 
-from services.embedding.index import Places, Selection, SpaceIndex
+from services.embedding.index import Places, Selection
+from services.embedding.segmented import SegmentedIndex
 from services.embedding.segments import Builder, Segment, scanned
 
 _DIMENSION = 384
@@ -68,11 +69,11 @@ def _measured(count: int, storages: list[str]) -> list[dict[str, Any]]:
         build = Builder(storage) if count >= _GRAPH_ROWS else lambda n, v, s=storage: scanned(n, v, s)
         segment = build(numbers, vectors)
         seconds = time.perf_counter() - began
-        index = SpaceIndex(_DIMENSION)
+        index = SegmentedIndex(_DIMENSION)
         index.replace_all(segment)
         row_of = np.argsort(numbers)
 
-        def ours(query: np.ndarray, index: SpaceIndex = index, row_of: np.ndarray = row_of) -> np.ndarray:
+        def ours(query: np.ndarray, index: SegmentedIndex = index, row_of: np.ndarray = row_of) -> np.ndarray:
             rows: np.ndarray = row_of[index.search(query, _LIMIT)[0].numbers]
             return rows
 
@@ -161,7 +162,7 @@ def _bytes(segment: Segment) -> float:
 
 
 def _filtered(
-    index: SpaceIndex, vectors: np.ndarray, numbers: np.ndarray, queries: np.ndarray
+    index: SegmentedIndex, vectors: np.ndarray, numbers: np.ndarray, queries: np.ndarray
 ) -> list[dict[str, Any]]:
     """Recall and time where a share of the items qualifies, against brute force over those."""
     found, places = [], Places()

@@ -1,27 +1,20 @@
-"""Nearest items of one vector space, by cosine, while items come and go.
+"""What searches the vectors of a space, by cosine, while items come and go: the interface, and its terms.
 
-Segments that never change, a fresh one that is only appended to, and tombstones that name rows.
-A reader takes one snapshot and needs no lock; a published snapshot never changes. Compaction makes
-one segment of all while readers and writers go on. Knows items by number alone.
+`segmented.py` does it within the process, `milvus.py` by an engine of its own. Knows items by number alone.
 """
 
-import sys
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from services.embedding.segments import Segment, scanned
+from services.embedding.numbered import Numbered
 
-_FRESH_ROWS = 4096
-_MOST_SEGMENTS = 12
-# FAISS cuts equal items off by their row, which differs from one process to the next: so many more are
-# asked for, and the cut is by number.
-_TIES = 64
-
-Build = Callable[[np.ndarray, np.ndarray], Segment]
+TIES = 64
+"""Engines cut equal items off by where they stand, which differs from one process to the next: so many
+more are asked of them, and the cut is by number."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +25,8 @@ class Neighbours:
     scores: np.ndarray
 
 
-Places = WeakKeyDictionary[Segment, tuple[np.ndarray, int]]
-"""Where the items of a segment's rows stand in a table, -1 for nowhere, and among how many it looked."""
+Places = WeakKeyDictionary[Numbered, tuple[np.ndarray, int]]
+"""Where the items of some rows stand in a table, -1 for nowhere, and among how many it looked."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +34,19 @@ class Selection:
     """The items that may be found: where `mask`, bool (M,), is set among `numbers`, int64 (M,).
 
     Of several selections the one with more numbers begins with those of the other, as the
-    rows of an item table do; they share `kept`, where segments' rows were found.
+    rows of an item table do; they share `kept`, where an index's rows were found.
     """
 
     numbers: np.ndarray
     mask: np.ndarray
     kept: Places
 
-    def of(self, segment: Segment) -> np.ndarray:
-        """Which rows of a segment may be found, bool (N,)."""
-        places, looked_among = self.kept.get(segment, (None, 0))
+    def of(self, rows: Numbered) -> np.ndarray:
+        """Which of some rows may be found, bool (N,)."""
+        places, looked_among = self.kept.get(rows, (None, 0))
         if places is None or (len(self.numbers) > looked_among and places.min(initial=0) < 0):
-            places = _places(self.numbers, segment.numbers)
-            self.kept[segment] = places, len(self.numbers)
+            places = Numbered(self.numbers).rows(rows.numbers)
+            self.kept[rows] = places, len(self.numbers)
         # Those of no item known here are the last of the mask, which is unset.
         mask = np.append(self.mask, np.zeros(max(looked_among - len(self.mask), 0) + 1, bool))
         allowed: np.ndarray = mask[places]
@@ -64,192 +57,54 @@ class Selection:
         return np.isin(numbers, self.numbers[self.mask])
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A segment and which of its rows are tombstones, bool (N,)."""
+@dataclass(frozen=True, eq=False)
+class Held(Numbered):
+    """Items that an index had when it was opened, each as of the change `sequences`, int64 (N,), or later."""
 
-    segment: Segment
-    dead: np.ndarray
-    alive: int
-
-    def without(self, numbers: np.ndarray) -> "_Part":
-        rows = np.unique(self.segment.rows(numbers))
-        rows = rows[rows >= 0]
-        rows = rows[~self.dead[rows]]
-        if not len(rows):
-            return self
-        dead = self.dead.copy()
-        dead[rows] = True
-        return _Part(self.segment, dead, self.alive - len(rows))
-
-    def living(self) -> np.ndarray:
-        return np.flatnonzero(~self.dead)
+    sequences: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Snapshot:
-    """What readers see: `parts`, and rows [0, length) of the fresh matrix that are not `dead`."""
+class VectorIndex(Protocol):
+    """The vectors of one space, `dimension` floats each, of unit length.
 
-    parts: tuple[_Part, ...]
-    fresh: np.ndarray
-    numbers: np.ndarray
-    dead: np.ndarray
-    length: int
+    Derived from the store: `open` and `hold` come first and make it the store's equal. Any thread may search;
+    one at a time may change, and one may tidy beside it. Of 63-bit item numbers no two are of one item.
 
-    def fresh_rows(self) -> np.ndarray:
-        return np.flatnonzero(~self.dead[: self.length])
-
-
-class SpaceIndex:
-    """The vectors of one space; `dimension` floats each, of unit length, kept as float16.
-
-    Any thread may search; one thread at a time may change, and one may compact beside it.
-    From `graph_rows` items on a compacted segment is one that `build` makes; 0 means never.
+    Raises:
+        Unavailable: an engine of its own does not answer. A change that failed may be made again.
     """
 
-    def __init__(self, dimension: int, graph_rows: int = 0, build: Build = scanned) -> None:
-        self.dimension, self._build = dimension, build
-        self._graph_rows = graph_rows or sys.maxsize
-        self._changes, self._compacting = threading.Lock(), threading.Lock()
-        self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
-        self._snapshot = self._empty(())
+    dimension: int
 
-    def __len__(self) -> int:
-        snapshot = self._snapshot
-        return sum(part.alive for part in snapshot.parts) + len(snapshot.fresh_rows())
+    def open(self) -> Held:
+        """What is left from an earlier life."""
 
-    def replace_all(self, first: Segment, more: Sequence[Segment] = (), gone: Iterable[int] = ()) -> None:
-        """Hold exactly these segments: of the first all but `gone`, so that no two share an item."""
-        with self._changes:
-            self._row_of.clear()
-            left = _part(first).without(np.fromiter(gone, np.int64))
-            self._snapshot = self._empty((left, *(_part(segment) for segment in more)))
+    def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
+        """Of what `open` told drop the items `gone`, int64, and put `vectors`, float (N, D), of `numbers`.
 
-    def change(self, upserts: Mapping[int, np.ndarray], deletions: Sequence[int] = ()) -> None:
+        With them the store as of the change `sequence` is held.
+        """
+
+    def change(self, upserts: Mapping[int, np.ndarray], deletions: Sequence[int], sequence: int) -> None:
         """Put vectors in place of what their items had, and drop items; unknown ones are passed over."""
-        numbers = list(upserts)
-        with self._changes:
-            # Published once: a reader finds an item by what it had or by what it has, never by neither.
-            snapshot = self._buried(self._snapshot, [*numbers, *deletions])
-            for start in range(0, len(numbers), _FRESH_ROWS):
-                some = numbers[start : start + _FRESH_ROWS]
-                snapshot = self._appended(snapshot, some, np.stack([upserts[number] for number in some]))
-            self._snapshot = snapshot
 
     def vectors(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Positions (M,) in `numbers` that are known, rising, and their vectors float32 (M, D)."""
-        snapshot, wanted = self._snapshot, np.fromiter(numbers, np.int64)
-        found = np.zeros((len(wanted), self.dimension), np.float32)
-        known = np.zeros(len(wanted), bool)
-        for part in snapshot.parts:
-            rows = part.segment.rows(wanted)
-            here = np.flatnonzero(rows >= 0)
-            here = here[~part.dead[rows[here]]]
-            found[here], known[here] = part.segment.vectors(rows[here]), True
-        rows = snapshot.fresh_rows()
-        for at in np.flatnonzero(np.isin(wanted, snapshot.numbers[rows])):
-            found[at] = snapshot.fresh[rows[np.flatnonzero(snapshot.numbers[rows] == wanted[at])[-1]]]
-            known[at] = True
-        return np.flatnonzero(known), found[known]
 
     def search(self, queries: np.ndarray, limit: int, selection: Selection | None = None) -> list[Neighbours]:
         """The `limit` nearest items of each query, float32 (Q, D), among those of `selection`."""
-        snapshot, queries = self._snapshot, np.ascontiguousarray(queries, np.float32)
-        found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
-        for part in snapshot.parts:
-            live = None if part.alive == len(part.segment) else ~part.dead
-            if selection is not None:
-                allowed = selection.of(part.segment)
-                live = allowed if live is None else live & allowed
-            scores, rows = part.segment.search(queries, limit + _TIES, live)
-            for mine, score, row in zip(found, scores, rows, strict=True):
-                mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
-        rows = snapshot.fresh_rows()
-        if selection is not None:
-            rows = rows[selection.among(snapshot.numbers[rows])]
-        for mine, score in zip(found, queries @ snapshot.fresh[rows].T, strict=True):
-            mine.append((snapshot.numbers[rows], score))
-        return [_best(mine, limit) for mine in found]
 
-    @property
-    def worn(self) -> bool:
-        """Whether compaction is worth its cost: much is dead, or outside of the first segment, or scanned."""
-        parts = self._snapshot.parts
-        total, alive = sum(len(p.segment) for p in parts), sum(p.alive for p in parts)
-        if total < self._graph_rows:
-            return len(parts) > _MOST_SEGMENTS or alive < total // 2
-        first = parts[0].segment
-        return not first.has_graph or alive < total * 3 // 4 or len(first) < total * 7 // 8
+    def tidy(self, sequence: int) -> None:
+        """What has to be done now and then; may take minutes. All up to the change `sequence` is held."""
 
-    def compact(self) -> Segment:
-        """Make one segment of everything; it, with what was live when this began."""
-        with self._compacting:
-            with self._changes:
-                sealed = self._sealed(self._snapshot)
-                before = tuple(part for part in sealed.parts if part.alive)
-                self._snapshot = replace(sealed, parts=before)
-            rows = [part.living() for part in before]
-            numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
-            vectors = [part.segment.vectors(mine) for part, mine in zip(before, rows, strict=True)]
-            build = self._build if sum(map(len, numbers)) >= self._graph_rows else scanned
-            made = build(
-                np.concatenate([np.empty(0, np.int64), *numbers]),
-                np.concatenate([np.empty((0, self.dimension), np.float32), *vectors]),
-            )
-            with self._changes:
-                snapshot = self._snapshot
-                now = snapshot.parts[: len(before)]
-                died = [
-                    part.segment.numbers[part.dead & ~old.dead] for part, old in zip(now, before, strict=True)
-                ]
-                first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
-                self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
-            return made
+    def close(self) -> None:
+        """Let go of what is held open, and end what goes on."""
 
-    def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
-        fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
-        return _Snapshot(parts, fresh, np.zeros(_FRESH_ROWS, np.int64), np.zeros(_FRESH_ROWS, bool), 0)
-
-    def _buried(self, snapshot: _Snapshot, numbers: list[int]) -> _Snapshot:
-        """A snapshot without these items."""
-        gone, dead = np.array(numbers, np.int64), snapshot.dead.copy()
-        for number in numbers:
-            if (row := self._row_of.pop(number, None)) is not None:
-                dead[row] = True
-        return replace(snapshot, parts=tuple(part.without(gone) for part in snapshot.parts), dead=dead)
-
-    def _appended(self, snapshot: _Snapshot, numbers: list[int], vectors: np.ndarray) -> _Snapshot:
-        if snapshot.length + len(numbers) > len(snapshot.fresh):
-            snapshot = self._sealed(snapshot)
-        rows = slice(snapshot.length, snapshot.length + len(numbers))
-        # Rows past a reader's length are not its own, so writing them needs no copy.
-        snapshot.fresh[rows] = vectors.astype(np.float16)
-        snapshot.numbers[rows] = numbers
-        self._row_of |= zip(numbers, range(rows.start, rows.stop), strict=True)
-        return replace(snapshot, length=rows.stop)
-
-    def _sealed(self, snapshot: _Snapshot) -> _Snapshot:
-        """A snapshot whose fresh rows are a segment, with a matrix that is empty."""
-        rows = snapshot.fresh_rows()
-        sealed = (_part(scanned(snapshot.numbers[rows], snapshot.fresh[rows])),) if len(rows) else ()
-        self._row_of.clear()
-        return self._empty((*snapshot.parts, *sealed))
+    def __len__(self) -> int: ...
 
 
-def _part(segment: Segment) -> _Part:
-    return _Part(segment, np.zeros(len(segment), bool), len(segment))
-
-
-def _places(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each wanted number stands in `numbers`, int64; -1 for nowhere."""
-    if not len(numbers):
-        return np.full(len(wanted), -1, np.int64)
-    order = np.argsort(numbers)
-    at = np.minimum(np.searchsorted(numbers[order], wanted), len(numbers) - 1)
-    return np.where(numbers[order[at]] == wanted, order[at], -1)
-
-
-def _best(found: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Neighbours:
+def best(found: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Neighbours:
+    """The `limit` best of several lists of numbers and scores."""
     numbers = np.concatenate([np.empty(0, np.int64), *(some for some, _ in found)])
     scores = np.concatenate([np.empty(0, np.float32), *(some for _, some in found)])
     # A matrix product gives equal vectors scores that differ in the last bit, by their place.

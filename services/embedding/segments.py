@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 import faiss
 import numpy as np
 
+from services.embedding.numbered import Numbered
+
 _LINKS, _BUILD_WIDTH = 32, 80
 _LEAST_WIDTH = 400
 # On 105,542 texts of H&M x 384 a row scanned took a twentieth of a node visited.
@@ -31,30 +33,10 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class Segment(Numbered):
     """`numbers` int64 (N,), all different, are the items of the rows of `index`."""
 
-    numbers: np.ndarray
     index: faiss.Index
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    @cached_property
-    def _order(self) -> np.ndarray:
-        return np.argsort(self.numbers)
-
-    @cached_property
-    def _sorted(self) -> np.ndarray:
-        ordered: np.ndarray = self.numbers[self._order]
-        return ordered
-
-    def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The row of each number, int64 (M,); -1 where it has none."""
-        if not len(self.numbers):
-            return np.full(len(numbers), -1, np.int64)
-        at = np.minimum(np.searchsorted(self._sorted, numbers), len(self.numbers) - 1)
-        return np.where(self._sorted[at] == numbers, self._order[at], -1)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""

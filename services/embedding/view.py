@@ -6,21 +6,19 @@ Reads the store change by change. Search, table and change feed are answered fro
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from services import deadline, filters
-from services.embedding.index import Neighbours, Places, Selection, SpaceIndex
+from services.embedding.index import Neighbours, Places, Selection, VectorIndex
 from services.embedding.items import ItemStore, Record
 from services.embedding.pools import run_in
-from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+from services.errors import Unavailable
 from services.item_table import Change, ItemTable
 
 T = TypeVar("T")
@@ -31,35 +29,29 @@ _log = logging.getLogger(__name__)
 
 
 class CatalogueView:
-    """The items of a store by their vectors of `digests`, `dimensions` floats each, both by space.
+    """The items of a store by their vectors of `digests`, searched by the indexes `spaces`, both by space.
 
-    SQL and search run on a few threads. Compacted segments are kept in `directory`, from one start to the
-    next; spaces of `graph_rows` items are searched by a graph, 0 means never.
+    SQL and search run on a few threads.
+
+    Raises:
+        Unavailable: an index's engine does not answer.
     """
 
     def __init__(
-        self,
-        items: ItemStore,
-        digests: Mapping[str, str],
-        dimensions: Mapping[str, int],
-        directory: Path | None = None,
-        graph_rows: int = 0,
+        self, items: ItemStore, digests: Mapping[str, str], spaces: Mapping[str, VectorIndex]
     ) -> None:
-        self.items, self._digests, self._directory = items, digests, directory
-        self._builder = Builder()
-        self.spaces = {
-            space: SpaceIndex(dimension, graph_rows, self._builder) for space, dimension in dimensions.items()
-        }
+        self.items, self._digests, self.spaces = items, digests, spaces
         self._places = Places()
         self.table, self._sequence = ItemTable(), 0
-        self._advancing = threading.Lock()
+        self._advancing, self._behind = threading.Lock(), False
         self._pool = ThreadPoolExecutor(4, "catalogue")
         self._moved = asyncio.Event()
         self._follow_from_the_beginning()
 
     def close(self) -> None:
         """Stop; what waits is answered."""
-        self._builder.stop()
+        for index in self.spaces.values():
+            index.close()
         self._pool.shutdown()
 
     @property
@@ -133,9 +125,18 @@ class CatalogueView:
                 await moved.wait()
 
     async def follow(self) -> None:
-        """Let search and table follow what was committed, and wake who waits for that."""
+        """Let search and table follow what was committed, and wake who waits for that.
+
+        While an index's engine is away they stay behind: `maintain` tries again.
+        """
         sequence = self.sequence
-        await run_in(self._pool, self._advance)
+        try:
+            await run_in(self._pool, self._advance)
+            self._behind = False
+        except Unavailable as error:
+            if not self._behind:  # said once, not every second
+                _log.warning("search stays behind what was written: %s", error)
+            self._behind = True
         if self.sequence == sequence:
             return
         moved, self._moved = self._moved, asyncio.Event()
@@ -150,32 +151,32 @@ class CatalogueView:
         """Let index and table follow what was committed."""
         with self._advancing:
             while True:
-                records, vectors = self._batch(self.table.sequence)
+                # After what the indexes hold: a change that one refused is made again, in the table as well.
+                records, vectors = self._batch(self._sequence)
                 if not records:
                     return
                 # The table first: what is found has a row there.
                 self.table.apply(_change(record, vectors) for record in records)
                 for space, index in self.spaces.items():
                     gone = [r.number for r in records if r.number not in vectors[space]]
-                    index.change(vectors[space], gone)
+                    index.change(vectors[space], gone, self.table.sequence)
                 self._sequence = self.table.sequence
 
     def _follow_from_the_beginning(self) -> None:
-        """Read the whole store; what a kept segment holds unchanged is not indexed again."""
-        kept = {space: self._kept(space) for space in self.spaces}
+        """Read the whole store; what an index holds from before, unchanged, is not put into it again."""
+        held = {space: index.open() for space, index in self.spaces.items()}
         fresh = {space: (list[int](), list[np.ndarray]()) for space in self.spaces}
-        live = {space: np.zeros(len(segment), bool) for space, (segment, _) in kept.items()}
+        live = {space: np.zeros(len(of), bool) for space, of in held.items()}
         while True:
             records, vectors = self._batch(self.table.sequence)
             if not records:
                 break
             changed = {record.number: record.sequence for record in records}
             for space, (numbers, values) in fresh.items():
-                segment, until = kept[space]
                 mine = np.fromiter(vectors[space], np.int64)
-                rows = segment.rows(mine)
+                rows = held[space].rows(mine)
                 for number, row in zip(mine.tolist(), rows.tolist(), strict=True):
-                    if row >= 0 and changed[number] <= until:
+                    if row >= 0 and changed[number] <= held[space].sequences[row]:
                         live[space][row] = True
                     else:
                         numbers.append(number)
@@ -183,48 +184,24 @@ class CatalogueView:
             self.table.apply(_change(record, vectors) for record in records)
         self._sequence = self.table.sequence
         for space, (numbers, values) in fresh.items():
-            segment, index = kept[space][0], self.spaces[space]
-            more = [scanned(np.array(numbers, np.int64), np.stack(values))] if numbers else []
-            index.replace_all(segment, more, segment.numbers[~live[space]])
-
-    def _kept(self, space: str) -> tuple[Segment, int]:
-        """The segment that was kept for a space, and up to which change; an empty one if there is none."""
-        dimension = self.spaces[space].dimension
-        found = load(self._folder(space), self.items.name, dimension) if self._directory else None
-        return found or (scanned(np.empty(0, np.int64), np.empty((0, dimension), np.float32)), 0)
-
-    def _folder(self, space: str) -> Path:
-        return (self._directory or Path()) / f"{space}-{self._digests[space]}"
+            index, gone = self.spaces[space], held[space].numbers[~live[space]]
+            stacked = np.array(values, np.float16).reshape(len(values), index.dimension)
+            index.hold(gone, np.array(numbers, np.int64), stacked, self._sequence)
 
     async def maintain(self) -> None:
-        """Compact the indexes when they are worn, and follow what nobody told of, until cancelled.
+        """Tidy the indexes, and follow what nobody told of, until cancelled.
 
         A call that was left after its commit tells nobody, nor does another process.
         """
         loop = asyncio.get_running_loop()
         while True:
             sequence = self.sequence
-            for space, index in self.spaces.items():
-                if index.worn:
-                    await loop.run_in_executor(None, partial(self._compact, space))
+            for index in self.spaces.values():
+                await loop.run_in_executor(None, partial(index.tidy, sequence))
             try:
                 await asyncio.wait_for(self.moved(sequence), _LOOK_EVERY)
             except TimeoutError:
                 await self.follow()
-
-    def _compact(self, space: str) -> None:
-        until, began = self.table.sequence, time.monotonic()
-        try:
-            segment = self.spaces[space].compact()
-            if self._directory and segment.has_graph:
-                save(segment, self.items.name, until, self._folder(space))
-        except BuilderStopped:
-            return
-        except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
-            _log.exception("the %s index was not compacted or not kept", space)
-            return
-        seconds = time.monotonic() - began
-        _log.info("the %s index was compacted: %d items in %.1f s", space, len(segment), seconds)
 
 
 def _change(record: Record, vectors: Mapping[str, Mapping[int, np.ndarray]]) -> Change:

@@ -1,0 +1,246 @@
+"""Nearest items within the process: segments of FAISS that never change, and what changed since.
+
+A fresh matrix is only appended to, and tombstones name rows. A reader takes one snapshot and needs
+no lock; a published snapshot never changes. Compaction makes one segment of all while readers and writers
+go on; one with a graph is kept from one start to the next.
+"""
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from services.embedding.index import TIES, Held, Neighbours, Selection, best
+from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+
+_FRESH_ROWS = 4096
+_MOST_SEGMENTS = 12
+_log = logging.getLogger(__name__)
+
+Build = Callable[[np.ndarray, np.ndarray], Segment]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where the segment with everything is kept: a directory, of the store of that name."""
+
+    directory: Path
+    store: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A segment and which of its rows are tombstones, bool (N,)."""
+
+    segment: Segment
+    dead: np.ndarray
+    alive: int
+
+    def without(self, numbers: np.ndarray) -> "_Part":
+        rows = np.unique(self.segment.rows(numbers))
+        rows = rows[rows >= 0]
+        rows = rows[~self.dead[rows]]
+        if not len(rows):
+            return self
+        dead = self.dead.copy()
+        dead[rows] = True
+        return _Part(self.segment, dead, self.alive - len(rows))
+
+    def living(self) -> np.ndarray:
+        return np.flatnonzero(~self.dead)
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What readers see: `parts`, and rows [0, length) of the fresh matrix that are not `dead`."""
+
+    parts: tuple[_Part, ...]
+    fresh: np.ndarray
+    numbers: np.ndarray
+    dead: np.ndarray
+    length: int
+
+    def fresh_rows(self) -> np.ndarray:
+        return np.flatnonzero(~self.dead[: self.length])
+
+
+class SegmentedIndex:
+    """A `VectorIndex`, kept as float16.
+
+    From `graph_rows` items on a compacted segment is one that `build` makes, and goes where `keep` says; 0
+    means never.
+    """
+
+    def __init__(
+        self, dimension: int, graph_rows: int = 0, build: Build = scanned, keep: Keep | None = None
+    ) -> None:
+        self.dimension, self._build, self._keep = dimension, build, keep
+        self._graph_rows = graph_rows or sys.maxsize
+        self._changes, self._compacting = threading.Lock(), threading.Lock()
+        self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
+        self._snapshot = self._empty(())
+
+    def __len__(self) -> int:
+        snapshot = self._snapshot
+        return sum(part.alive for part in snapshot.parts) + len(snapshot.fresh_rows())
+
+    def open(self) -> Held:
+        """What the kept segment holds."""
+        kept = self._keep and load(self._keep.directory, self._keep.store, self.dimension)
+        segment, until = kept or (scanned(np.empty(0, np.int64), np.empty((0, self.dimension))), 0)
+        self.replace_all(segment)
+        return Held(segment.numbers, np.full(len(segment), until))
+
+    def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
+        """See `VectorIndex`."""
+        [kept] = self._snapshot.parts
+        self.replace_all(kept.segment, [scanned(numbers, vectors)] if len(numbers) else [], gone)
+
+    def close(self) -> None:
+        """Stop the building of graphs."""
+        if isinstance(self._build, Builder):
+            self._build.stop()
+
+    def replace_all(self, first: Segment, more: Sequence[Segment] = (), gone: Iterable[int] = ()) -> None:
+        """Hold exactly these segments: of the first all but `gone`, so that no two share an item."""
+        with self._changes:
+            self._row_of.clear()
+            left = _part(first).without(np.fromiter(gone, np.int64))
+            self._snapshot = self._empty((left, *(_part(segment) for segment in more)))
+
+    def change(
+        self, upserts: Mapping[int, np.ndarray], deletions: Sequence[int] = (), sequence: int = 0
+    ) -> None:
+        """Put vectors in place of what their items had, and drop items; unknown ones are passed over."""
+        numbers = list(upserts)
+        with self._changes:
+            # Published once: a reader finds an item by what it had or by what it has, never by neither.
+            snapshot = self._buried(self._snapshot, [*numbers, *deletions])
+            for start in range(0, len(numbers), _FRESH_ROWS):
+                some = numbers[start : start + _FRESH_ROWS]
+                snapshot = self._appended(snapshot, some, np.stack([upserts[number] for number in some]))
+            self._snapshot = snapshot
+
+    def vectors(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (M,) in `numbers` that are known, rising, and their vectors float32 (M, D)."""
+        snapshot, wanted = self._snapshot, np.fromiter(numbers, np.int64)
+        found = np.zeros((len(wanted), self.dimension), np.float32)
+        known = np.zeros(len(wanted), bool)
+        for part in snapshot.parts:
+            rows = part.segment.rows(wanted)
+            here = np.flatnonzero(rows >= 0)
+            here = here[~part.dead[rows[here]]]
+            found[here], known[here] = part.segment.vectors(rows[here]), True
+        rows = snapshot.fresh_rows()
+        for at in np.flatnonzero(np.isin(wanted, snapshot.numbers[rows])):
+            found[at] = snapshot.fresh[rows[np.flatnonzero(snapshot.numbers[rows] == wanted[at])[-1]]]
+            known[at] = True
+        return np.flatnonzero(known), found[known]
+
+    def search(self, queries: np.ndarray, limit: int, selection: Selection | None = None) -> list[Neighbours]:
+        """The `limit` nearest items of each query, float32 (Q, D), among those of `selection`."""
+        snapshot, queries = self._snapshot, np.ascontiguousarray(queries, np.float32)
+        found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
+        for part in snapshot.parts:
+            live = None if part.alive == len(part.segment) else ~part.dead
+            if selection is not None:
+                allowed = selection.of(part.segment)
+                live = allowed if live is None else live & allowed
+            scores, rows = part.segment.search(queries, limit + TIES, live)
+            for mine, score, row in zip(found, scores, rows, strict=True):
+                mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
+        rows = snapshot.fresh_rows()
+        if selection is not None:
+            rows = rows[selection.among(snapshot.numbers[rows])]
+        for mine, score in zip(found, queries @ snapshot.fresh[rows].T, strict=True):
+            mine.append((snapshot.numbers[rows], score))
+        return [best(mine, limit) for mine in found]
+
+    @property
+    def worn(self) -> bool:
+        """Whether compaction is worth its cost: much is dead, or outside of the first segment, or scanned."""
+        parts = self._snapshot.parts
+        total, alive = sum(len(p.segment) for p in parts), sum(p.alive for p in parts)
+        if total < self._graph_rows:
+            return len(parts) > _MOST_SEGMENTS or alive < total // 2
+        first = parts[0].segment
+        return not first.has_graph or alive < total * 3 // 4 or len(first) < total * 7 // 8
+
+    def tidy(self, sequence: int) -> None:
+        """Compact when that is worth its cost, and keep what came of it."""
+        if not self.worn:
+            return
+        began = time.monotonic()
+        try:
+            segment = self.compact()
+            if self._keep and segment.has_graph:
+                save(segment, self._keep.store, sequence, self._keep.directory)
+        except BuilderStopped:
+            return
+        except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
+            _log.exception("an index was not compacted or not kept")
+            return
+        _log.info("an index was compacted: %d items in %.1f s", len(segment), time.monotonic() - began)
+
+    def compact(self) -> Segment:
+        """Make one segment of everything; it, with what was live when this began."""
+        with self._compacting:
+            with self._changes:
+                sealed = self._sealed(self._snapshot)
+                before = tuple(part for part in sealed.parts if part.alive)
+                self._snapshot = replace(sealed, parts=before)
+            rows = [part.living() for part in before]
+            numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
+            vectors = [part.segment.vectors(mine) for part, mine in zip(before, rows, strict=True)]
+            build = self._build if sum(map(len, numbers)) >= self._graph_rows else scanned
+            made = build(
+                np.concatenate([np.empty(0, np.int64), *numbers]),
+                np.concatenate([np.empty((0, self.dimension), np.float32), *vectors]),
+            )
+            with self._changes:
+                snapshot = self._snapshot
+                now = snapshot.parts[: len(before)]
+                died = [
+                    part.segment.numbers[part.dead & ~old.dead] for part, old in zip(now, before, strict=True)
+                ]
+                first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
+                self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
+            return made
+
+    def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
+        fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
+        return _Snapshot(parts, fresh, np.zeros(_FRESH_ROWS, np.int64), np.zeros(_FRESH_ROWS, bool), 0)
+
+    def _buried(self, snapshot: _Snapshot, numbers: list[int]) -> _Snapshot:
+        """A snapshot without these items."""
+        gone, dead = np.array(numbers, np.int64), snapshot.dead.copy()
+        for number in numbers:
+            if (row := self._row_of.pop(number, None)) is not None:
+                dead[row] = True
+        return replace(snapshot, parts=tuple(part.without(gone) for part in snapshot.parts), dead=dead)
+
+    def _appended(self, snapshot: _Snapshot, numbers: list[int], vectors: np.ndarray) -> _Snapshot:
+        if snapshot.length + len(numbers) > len(snapshot.fresh):
+            snapshot = self._sealed(snapshot)
+        rows = slice(snapshot.length, snapshot.length + len(numbers))
+        # Rows past a reader's length are not its own, so writing them needs no copy.
+        snapshot.fresh[rows] = vectors.astype(np.float16)
+        snapshot.numbers[rows] = numbers
+        self._row_of |= zip(numbers, range(rows.start, rows.stop), strict=True)
+        return replace(snapshot, length=rows.stop)
+
+    def _sealed(self, snapshot: _Snapshot) -> _Snapshot:
+        """A snapshot whose fresh rows are a segment, with a matrix that is empty."""
+        rows = snapshot.fresh_rows()
+        sealed = (_part(scanned(snapshot.numbers[rows], snapshot.fresh[rows])),) if len(rows) else ()
+        self._row_of.clear()
+        return self._empty((*snapshot.parts, *sealed))
+
+
+def _part(segment: Segment) -> _Part:
+    return _Part(segment, np.zeros(len(segment), bool), len(segment))
