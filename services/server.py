@@ -7,8 +7,11 @@ here, and only here, they become statuses.
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -56,14 +59,21 @@ class Service:
 class Server:
     """A grpc.aio server of `services`; serving is announced per service by `set_ready`.
 
-    A call beyond `most_calls` at once is refused with RESOURCE_EXHAUSTED.
+    A call beyond `most_calls` at once is refused with RESOURCE_EXHAUSTED. `called` is told of each that
+    has ended: its method, the name of its status code, and how long it took.
     """
 
-    def __init__(self, services: Sequence[Service], address: str, most_calls: int = 512) -> None:
+    def __init__(
+        self,
+        services: Sequence[Service],
+        address: str,
+        most_calls: int = 512,
+        called: Callable[[str, str, float], None] = lambda method, code, seconds: None,
+    ) -> None:
         self._names = [service.name for service in services]
         self._ready: set[str] = set()
         self._server = grpc.aio.server(
-            interceptors=[_Boundary()], options=_SERVER_OPTIONS, maximum_concurrent_rpcs=most_calls
+            interceptors=[_Boundary(called)], options=_SERVER_OPTIONS, maximum_concurrent_rpcs=most_calls
         )
         self._health = health.aio.HealthServicer()
         for service in services:
@@ -105,7 +115,10 @@ async def until_told_to_stop() -> None:
 
 
 class _Boundary(grpc.aio.ServerInterceptor):
-    """Sets the caller's deadline and turns what a servicer raises into a status."""
+    """Sets the caller's deadline, turns what a servicer raises into a status, says what came of a call."""
+
+    def __init__(self, called: Callable[[str, str, float], None]) -> None:
+        self._called = called
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -117,33 +130,50 @@ class _Boundary(grpc.aio.ServerInterceptor):
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        within = partial(self._within, details.method.lstrip("/"))
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(_call(handler.unary_unary), **codec)
+            return grpc.unary_unary_rpc_method_handler(_call(handler.unary_unary, within), **codec)
         if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream), **codec)
-        return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream), **codec)
+            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, within), **codec)
+        return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, within), **codec)
+
+    @asynccontextmanager
+    async def _within(
+        self, method: str, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> AsyncIterator[None]:
+        began, code = time.perf_counter(), "OK"
+        try:
+            with deadline.within(context.time_remaining()):
+                try:
+                    yield
+                except BaseException as error:
+                    code = status.name_of(error)
+                    if not isinstance(error, Exception):
+                        raise
+                    await status.abort(context, error)  # the boundary: every error becomes a status
+        finally:
+            self._called(method, code, time.perf_counter() - began)
 
 
-def _call(method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+_Within = Callable[["grpc.aio.ServicerContext[Any, Any]"], AbstractAsyncContextManager[None]]
+
+
+def _call(
+    method: Callable[[Any, Any], Awaitable[Any]], within: _Within
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
-        with deadline.within(context.time_remaining()):
-            try:
-                return await method(request, context)
-            except Exception as error:  # the boundary: every error becomes a status
-                await status.abort(context, error)
+        async with within(context):
+            return await method(request, context)
 
     return guarded
 
 
 def _stream(
-    method: Callable[[Any, Any], AsyncIterator[Any]],
+    method: Callable[[Any, Any], AsyncIterator[Any]], within: _Within
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> AsyncIterator[Any]:
-        with deadline.within(context.time_remaining()):
-            try:
-                async for response in method(request, context):
-                    yield response
-            except Exception as error:  # the boundary: every error becomes a status
-                await status.abort(context, error)
+        async with within(context):
+            async for response in method(request, context):
+                yield response
 
     return guarded

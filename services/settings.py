@@ -43,4 +43,5 @@ class Settings(BaseSettings):
         "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"
     )
     milvus_token: str = Field("", description="USER:PASSWORD or a token of that Milvus")
+    metrics: str = Field("", description="host:port where Prometheus finds figures over HTTP; empty: nowhere")
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

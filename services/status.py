@@ -88,6 +88,17 @@ def _violations(error: grpc.aio.AioRpcError) -> list[errors.FieldViolation]:
     return found
 
 
+def name_of(error: BaseException) -> str:
+    """The name of the status code that an error becomes."""
+    code = code_pb2.INTERNAL
+    if isinstance(error, errors.VitrineError):
+        code = _CODES[type(error)]
+    elif not isinstance(error, Exception):  # the caller is gone
+        code = code_pb2.CANCELLED
+    name: str = code_pb2.Code.Name(code)
+    return name
+
+
 async def abort(context: "grpc.aio.ServicerContext[Any, Any]", error: Exception) -> NoReturn:
     """End the call with the status of `error`."""
     status = rpc_status.to_status(to_status(error))

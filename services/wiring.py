@@ -17,6 +17,7 @@ from services.follower import Follower
 from services.item_table import ItemTable
 from services.server import Server, Service
 from services.settings import Settings
+from services.telemetry import Reading, Telemetry
 
 if TYPE_CHECKING:
     from services.gateway.servicer import GatewayServicer
@@ -55,9 +56,11 @@ class App:
         self._server: Server | None = None
         self.gateway: GatewayServicer | None = None
         self.port = 0
+        self._preparation: Any = None
         if EMBEDDING in hosted or RANKING in hosted:
             lock = store.StateLock(settings.state / "-".join(sorted(set(hosted) - {GATEWAY})))
             self._closing.append(lock.release)
+        self.telemetry, self.metrics_port = Telemetry(), 0
         self._view: Any = None
         self._catalogue: Any = None
         self._local: dict[str, Any] = {}
@@ -76,8 +79,11 @@ class App:
             await self._catalogue.reencode()
         self._tasks = [asyncio.ensure_future(follower.run()) for follower in self._followers]
         self._tasks += [asyncio.ensure_future(_kept_up(run)) for run in self._background]
-        self._server = Server(self._services, self.settings.address)
+        self._server = Server(self._services, self.settings.address, called=self.telemetry.called)
         await self._server.start()
+        if self.settings.metrics:
+            self.metrics_port, close = self.telemetry.serve(self.settings.metrics)
+            self._closing.append(close)
         self.port = self._server.port
         waits = {RANKING: self._followers[0].ready} if RANKING in self._hosted and self._followers else {}
         for name in self._hosted:
@@ -126,6 +132,7 @@ class App:
         work = encoding.Encoding(text, image)
         self._view = view.CatalogueView(kept, work.digests, self._indexes(kept.name, work))
         self._catalogue = catalogue.Catalogue(self._view, work)
+        self._tell_of(work)
         self._background += [self._view.maintain, self._look_for_the_next]
         self._closing.append(self._catalogue.close)
         if image:
@@ -135,6 +142,32 @@ class App:
         self._local[EMBEDDING] = hosted
         self._services.append(
             Service(NAMES[EMBEDDING], hosted, grpc_stubs.add_EmbeddingServiceServicer_to_server)
+        )
+
+    def _tell_of(self, work: Any) -> None:
+        self.telemetry.add(
+            Reading("vitrine_encoded_total", "Rows encoded", "kind", lambda: work.finished, counts=True),
+            Reading(
+                "vitrine_encoding_waiting", "Rows that wait for their encoder", "kind", lambda: work.waiting
+            ),
+            Reading(
+                "vitrine_index_items",
+                "Items that can be found, by space",
+                "space",
+                lambda: {space: len(index) for space, index in self._view.spaces.items()},
+            ),
+            Reading(
+                "vitrine_catalogue_sequence",
+                "The last change that search and item table reflect",
+                "of",
+                lambda: {"searchable": self._view.sequence},
+            ),
+            Reading(
+                "vitrine_next_bundle_contents",
+                "Texts and photographs encoded for the next bundle, and those that are left",
+                "state",
+                lambda: {"done": at.done, "left": at.left} if (at := self._preparation) else {},
+            ),
         )
 
     def _indexes(self, store: str, work: Any) -> dict[str, Any]:
@@ -205,6 +238,7 @@ class App:
             work = encoding.Encoding(text, image, self._catalogue.encoding)
             try:
                 preparation = preparing.Preparation(self._view, work, bundle.version)
+                self._preparation = preparation
                 await preparation.bring(brought.items, _blocks(brought, text, image))
                 done = await preparation.run()
                 _log.info("bundle %s is prepared: start again to serve it", bundle.version)

@@ -232,6 +232,15 @@ class ItemStore:
             rows = connection.execute(query).all()
         return [(bytes(getattr(row, content.name)), _record(row).item) for row in rows]
 
+    def count_lacking(self, space: str, digest: str, since: int) -> int:
+        """How many different contents `contents_lacking` has to tell of."""
+        content = _CONTENT[space]
+        query = sa.select(sa.func.count(sa.distinct(content))).where(
+            _lacks(space, digest), _items.c.sequence > since
+        )
+        with self._engine.connect() as connection:
+            return int(connection.scalar(query) or 0)
+
     def keep_vectors(self, space: str, digest: str, found: Mapping[bytes, np.ndarray]) -> Future[None]:
         """Commit vectors of contents by an encoder that is not served yet; no item changes by it."""
         return self._writer.submit(

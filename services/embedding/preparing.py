@@ -30,8 +30,8 @@ class Preparation:
 
     def __init__(self, view: CatalogueView, encoding: Encoding, name: str) -> None:
         self._view, self._encoding, self._name = view, encoding, name
-        self.done = 0
-        """How many contents were encoded so far."""
+        self.done, self.left = 0, 0
+        """How many contents were encoded so far, and how many are known to lack a vector."""
         self._said = time.monotonic()
 
     async def bring(self, items: Sequence[Item], blocks: Sequence[Block]) -> None:
@@ -46,6 +46,11 @@ class Preparation:
     async def run(self, since: int = 0) -> int:
         """Encode what items that changed since a position lack; the position up to which all is done."""
         while since < (reached := self._view.sequence) or not since:
+            counts = [
+                partial(self._view.items.count_lacking, s, d, since)
+                for s, d in self._encoding.digests.items()
+            ]
+            self.left = sum([await self._view.read(count) for count in counts])
             for space, digest in self._encoding.digests.items():
                 await self._space(space, digest, since)
             if since == reached:  # of an empty catalogue
@@ -64,6 +69,7 @@ class Preparation:
             if found:
                 await asyncio.wrap_future(items.keep_vectors(space, digest, found))
             self.done += len(found)
+            self.left -= len(page)
             self._say()
 
     async def _texts(self, page: list[tuple[bytes, Item]]) -> dict[bytes, np.ndarray]:
@@ -80,4 +86,5 @@ class Preparation:
     def _say(self) -> None:
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()
-            _log.info("bundle %s: %d contents encoded beside the calls", self._name, self.done)
+            counted = self._name, self.done, self.left
+            _log.info("bundle %s: %d contents encoded beside the calls, %d are left", *counted)
