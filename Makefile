@@ -38,13 +38,14 @@ bench-amazon: $(VENV)/ready
 # Other libraries pin an older NumPy: they live in an environment of their own.
 RIVALS := build/rivals
 MINUTES ?= 5
+PATIENCE ?= 10
 $(RIVALS)/ready: bench/rivals/requirements.txt
 	$(PYTHON) -m venv $(RIVALS)/venv
 	$(RIVALS)/venv/bin/python -m pip install --quiet --requirement bench/rivals/requirements.txt
 	touch $@
 
 bench-rivals: $(VENV)/ready $(RIVALS)/ready
-	$(BIN)/python -m bench.rivals --python $(RIVALS)/venv/bin/python --out $(RIVALS) --minutes $(MINUTES)
+	$(BIN)/python -m bench.rivals --python $(RIVALS)/venv/bin/python --out $(RIVALS) --minutes $(MINUTES) --patience $(PATIENCE)
 
 bench-index: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt

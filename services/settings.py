@@ -3,7 +3,7 @@
 from datetime import datetime
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -38,6 +38,10 @@ class Settings(BaseSettings):
     )
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
+    )
+    storage: Literal["fp16", "sq8", "fp32"] = Field(
+        "fp16",
+        description="how such a graph keeps components: fp16 loses nothing, sq8 halves it, fp32 doubles it",
     )
     milvus: str = Field(
         "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"

@@ -130,7 +130,7 @@ class App:
             blocks = _blocks(brought, text, image)
             kept.load(self.bundle.version, brought.items, blocks, since).result()
         work = encoding.Encoding(text, image)
-        self._view = view.CatalogueView(kept, work.digests, self._indexes(kept.name, work))
+        self._view = view.CatalogueView(kept, work.digests, self._indexes(kept, work))
         self._catalogue = catalogue.Catalogue(self._view, work)
         self._tell_of(work)
         self._background += [self._view.maintain, self._look_for_the_next]
@@ -170,7 +170,7 @@ class App:
             ),
         )
 
-    def _indexes(self, store: str, work: Any) -> dict[str, Any]:
+    def _indexes(self, items: Any, work: Any) -> dict[str, Any]:
         """What searches each space: Milvus, if there is one, else FAISS in this process."""
         if self.settings.milvus:
             from services.embedding import milvus
@@ -178,18 +178,19 @@ class App:
             client = milvus.connect(self.settings.milvus, self.settings.milvus_token)
             self._closing.append(client.close)
             return {
-                space: milvus.MilvusIndex(client, store, space, work.digests[space], dimension)
+                space: milvus.MilvusIndex(client, items.name, space, work.digests[space], dimension)
                 for space, dimension in work.dimensions.items()
             }
         from services.embedding import segmented, segments
 
-        builder, folder = segments.Builder(), self.settings.state / "index"
+        builder, folder = segments.Builder(self.settings.storage), self.settings.state / "index"
         return {
             space: segmented.SegmentedIndex(
                 dimension,
                 self.settings.graph_rows,
                 builder,
-                segmented.Keep(folder / f"{space}-{work.digests[space]}", store),
+                segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
+                partial(items.vectors, space=space, digest=work.digests[space]),
             )
             for space, dimension in work.dimensions.items()
         }

@@ -240,6 +240,33 @@ def test_storages_keep_the_neighbours(
     assert np.mean([np.isin(e, r).mean() for e, r in zip(exact, rows, strict=True)]) >= least
 
 
+def test_what_lost_components_is_made_again_of_the_originals() -> None:
+    generator = np.random.default_rng(3)
+    many = generator.standard_normal((60, D)).astype(np.float32)
+    unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+    original = dict(enumerate(unit))
+
+    def lossy(numbers: np.ndarray, vectors: np.ndarray) -> Segment:
+        return scanned(numbers, vectors, "sq8")
+
+    def found(index: SegmentedIndex) -> np.ndarray:
+        return index.vectors(list(original))[1]
+
+    index = SegmentedIndex(D, 1, lossy, originals=lambda page: {n: original[n] for n in page})
+    index.change(original)
+    index.compact()
+    once = found(index)
+    assert 0 < np.abs(once - unit).max() < 0.02
+    for _ in range(5):
+        index.compact()
+    np.testing.assert_array_equal(found(index), once)
+    original[7] = -unit[7]
+    index.change({7: original[7]})
+    for _ in range(2):
+        index.compact()
+        np.testing.assert_allclose(found(index)[7], -unit[7], atol=0.02)
+
+
 def test_a_builder_that_fails_says_why_and_one_that_was_stopped_ends_at_once() -> None:
     with pytest.raises(RuntimeError, match="no index was built"):
         Builder("fp7")(np.arange(3), np.zeros((3, 4), np.float32))

@@ -3,8 +3,8 @@
     python -m bench.rivals --python RIVALS_PYTHON --out build/rivals --minutes 5
 
 RIVALS_PYTHON has bench/rivals/requirements.txt installed. Test is never asked here. What Vitrine scores on
-the same questions is what `bench.hm` and `bench.amazon` print. A model that fails is a line that says so, and
-the others go on.
+the same questions is what `bench.hm` and `bench.amazon` print. A model that fails, or has no answer in time, is
+a line that says so, and the others go on; the exit status tells of the former.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def main() -> None:
             tuning = [f"--minutes={options.minutes}", *more]
             most = 60 * (options.minutes + options.patience)
             found = _fit(options.python, asked, runs, model, tuning, most)
-            if "failed" in found:
-                failed = True
+            if "failed" in found or "late" in found:
+                failed |= "failed" in found
                 print(json.dumps({"data": name, **found}), flush=True)  # noqa: T201 - the answer
                 continue
             run = runs / f"{model}.jsonl"
@@ -85,7 +85,7 @@ def _fit(python: Path, asked: Path, runs: Path, model: str, more: list[str], mos
             command, check=False, stdout=subprocess.PIPE, text=True, env=environment, timeout=most
         )
     except subprocess.TimeoutExpired:
-        return {"model": model, "failed": f"no answer within {most / 60:g} minutes"}
+        return {"model": model, "late": f"no answer within {most / 60:g} minutes"}
     if done.returncode:
         return {"model": model, "failed": f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

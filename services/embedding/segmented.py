@@ -20,9 +20,11 @@ from services.embedding.segments import Builder, BuilderStopped, Segment, load, 
 
 _FRESH_ROWS = 4096
 _MOST_SEGMENTS = 12
+_READ_AT_ONCE = 2000
 _log = logging.getLogger(__name__)
 
 Build = Callable[[np.ndarray, np.ndarray], Segment]
+Originals = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,21 @@ class _Snapshot:
 
 
 class SegmentedIndex:
-    """A `VectorIndex`, kept as float16.
+    """A `VectorIndex`, kept as float16 where `build` does not store otherwise.
 
     From `graph_rows` items on a compacted segment is one that `build` makes, and goes where `keep` says; 0
-    means never.
+    means never. Made again from a segment that lost something, it is made of `originals`, vectors by number.
     """
 
     def __init__(
-        self, dimension: int, graph_rows: int = 0, build: Build = scanned, keep: Keep | None = None
+        self,
+        dimension: int,
+        graph_rows: int = 0,
+        build: Build = scanned,
+        keep: Keep | None = None,
+        originals: Originals | None = None,
     ) -> None:
-        self.dimension, self._build, self._keep = dimension, build, keep
+        self.dimension, self._build, self._keep, self._originals = dimension, build, keep, originals
         self._graph_rows = graph_rows or sys.maxsize
         self._changes, self._compacting = threading.Lock(), threading.Lock()
         self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
@@ -91,7 +98,8 @@ class SegmentedIndex:
 
     def open(self) -> Held:
         """What the kept segment holds."""
-        kept = self._keep and load(self._keep.directory, self._keep.store, self.dimension)
+        storage = self._build.storage if isinstance(self._build, Builder) else "fp16"
+        kept = self._keep and load(self._keep.directory, self._keep.store, self.dimension, storage)
         segment, until = kept or (scanned(np.empty(0, np.int64), np.empty((0, self.dimension))), 0)
         self.replace_all(segment)
         return Held(segment.numbers, np.full(len(segment), until))
@@ -196,7 +204,7 @@ class SegmentedIndex:
                 self._snapshot = replace(sealed, parts=before)
             rows = [part.living() for part in before]
             numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
-            vectors = [part.segment.vectors(mine) for part, mine in zip(before, rows, strict=True)]
+            vectors = [self._exact(part.segment, mine) for part, mine in zip(before, rows, strict=True)]
             build = self._build if sum(map(len, numbers)) >= self._graph_rows else scanned
             made = build(
                 np.concatenate([np.empty(0, np.int64), *numbers]),
@@ -211,6 +219,19 @@ class SegmentedIndex:
                 first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
                 self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
             return made
+
+    def _exact(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+        """The vectors of rows; of items that changed meanwhile, whose rows are dead by then, any."""
+        values = segment.vectors(rows)
+        if self._originals is None or segment.storage != "sq8":
+            return values
+        numbers = segment.numbers[rows].tolist()
+        for start in range(0, len(numbers), _READ_AT_ONCE):
+            page = numbers[start : start + _READ_AT_ONCE]
+            known = self._originals(page)
+            for at, number in enumerate(page, start):
+                values[at] = known.get(number, values[at])
+        return values
 
     def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
         fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)

@@ -68,6 +68,13 @@ class Segment(Numbered):
         return self._graph.search(queries, count, params=parameters)
 
     @property
+    def storage(self) -> str:
+        """How components are kept, one of `STORAGES`."""
+        if not isinstance(self._stored, faiss.IndexScalarQuantizer):
+            return "fp32"
+        return "fp16" if self._stored.sq.qtype == faiss.ScalarQuantizer.QT_fp16 else "sq8"
+
+    @property
     def has_graph(self) -> bool:
         """Whether it is searched by a graph, and not scanned."""
         return self._graph is not None
@@ -94,7 +101,7 @@ class Builder:
     """Builds segments with a graph, one at a time, each in a process of low priority; `stop` ends that."""
 
     def __init__(self, storage: str = "fp16") -> None:
-        self._storage = storage
+        self.storage = storage
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -118,7 +125,7 @@ class Builder:
             return Segment(numbers, faiss.read_index(str(made)))
 
     def _start(self, given: Path, made: Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "services.embedding.segments", str(given), str(made), self._storage]
+        command = [sys.executable, "-m", "services.embedding.segments", str(given), str(made), self.storage]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         with self._lock:
             if self._stopped:
@@ -150,7 +157,7 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     (directory / "segment.new").rename(directory / "segment.json")
 
 
-def load(directory: Path, store: str, dimension: int) -> tuple[Segment, int] | None:
+def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> tuple[Segment, int] | None:
     """What `save` kept of a store, and its sequence number; None, with a line in the log, if unusable."""
     if not (directory / "segment.json").is_file():
         return None
@@ -159,9 +166,10 @@ def load(directory: Path, store: str, dimension: int) -> tuple[Segment, int] | N
         numbers = np.load(directory / "numbers")
         index = faiss.read_index(str(directory / "index"))
         whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
-        if whole and written["store"] == store:
-            return Segment(numbers, index), int(written["sequence"])
-        reason = "is of another store or encoder"
+        segment = Segment(numbers, index)
+        if whole and written["store"] == store and segment.storage == storage:
+            return segment, int(written["sequence"])
+        reason = "is of another store, encoder or storage"
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = f"is damaged: {error!r}"
     _log.warning("the index in %s %s; it is built again", directory, reason)
