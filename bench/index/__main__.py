@@ -11,6 +11,7 @@ search width that reaches Vitrine's recall.
 import argparse
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ _LIMIT = 100
 _GRAPH_ROWS = 20_000
 _WIDTHS = (100, 120, 150, 200, 250, 300, 400, 600, 800, 1200, 1600)
 _SHARES = (0.5, 0.1, 0.01, 0.001)
+_WRITTEN, _BETWEEN_WRITES = 200, 0.02
 Search = Callable[[np.ndarray], np.ndarray]
 """The rows found for one query, float32 (1, D)."""
 
@@ -47,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="10000,100000")
     parser.add_argument("--storages", default="fp16,fp32,sq8")
+    parser.add_argument("--churn", type=int, default=100_000, help="items, of which a fifth is replaced")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
@@ -55,6 +58,7 @@ def main() -> None:
         found += _measured(rows, options.storages.split(","))
     _show(found)
     _show_growth(found)
+    found += _churned(options.churn) if options.churn else []
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -216,6 +220,87 @@ def _others(
                 break
         found.append({"rows": len(vectors), "what": f"{name}, width {width}", "build_s": seconds} | figures)
     return found
+
+
+def _churned(count: int) -> list[dict[str, Any]]:
+    """Searches while a fifth of the items is replaced and compaction goes on: before, meanwhile, and after.
+
+    A third of what is replaced is deleted and comes back under other numbers.
+    """
+    vectors, queries = _drawn(count + count // 5)
+    vectors, coming = vectors[:count].copy(), vectors[count:]
+    index = SegmentedIndex(_DIMENSION, _GRAPH_ROWS, Builder())
+    numbers = np.arange(count, dtype=np.int64)
+    index.open()
+    index.hold(np.empty(0, np.int64), numbers, vectors, 0)
+    index.tidy(0)
+    told = [_phase("before", index, numbers, vectors, queries, lambda: False)]
+    random, done = np.random.default_rng(4), threading.Event()
+    places = random.permutation(count)[: len(coming)]
+    memory = [_resident()]
+
+    def replace() -> None:
+        for start in range(0, len(places), _WRITTEN):
+            some = places[start : start + _WRITTEN]
+            gone = numbers[some[::3]].tolist()
+            numbers[some[::3]] += count
+            vectors[some] = coming[start : start + len(some)]
+            index.change(dict(zip(numbers[some].tolist(), vectors[some], strict=True)), gone)
+            memory.append(_resident())
+            time.sleep(_BETWEEN_WRITES)
+        index.tidy(0)
+        memory.append(_resident())
+        done.set()
+
+    writing = threading.Thread(target=replace)
+    writing.start()
+    told.append(_phase("meanwhile", index, numbers, vectors, queries, lambda: not done.is_set()))
+    writing.join()
+    told.append(_phase("after", index, numbers, vectors, queries, lambda: False))
+    grown = (max(memory) - memory[0]) / (count * _DIMENSION * 2)
+    table = Table(title=f"a fifth of {count} items replaced, {_WRITTEN} at a time")
+    columns = ("when", "searches", "recall", "p50_ms", "p99_ms")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "when" else "right")
+    for row in told:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    Console().print(table)
+    Console().print(
+        f"at most {grown:.2f} times the vectors' size more memory meanwhile, graph's process apart"
+    )
+    return [{"rows": count, "what": "churn", "grown": grown, "phases": told}]
+
+
+def _phase(
+    when: str,
+    index: SegmentedIndex,
+    numbers: np.ndarray,
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    goes_on: Callable[[], bool],
+) -> dict[str, Any]:
+    """Each query once and on while it goes on; recall is told of what stands still."""
+    still, seconds = not goes_on(), list[float]()
+    found = []
+    while True:
+        for query in queries:
+            began = time.perf_counter()
+            found.append(index.search(query[None], _LIMIT)[0].numbers)
+            seconds.append(time.perf_counter() - began)
+        if not goes_on():
+            break
+    told: dict[str, Any] = {"when": when, "searches": len(seconds)}
+    if still:
+        exact = numbers[_brute(vectors, queries)]
+        told["recall"] = float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
+    p50, p99 = 1000 * np.percentile(seconds, (50, 99))
+    return told | {"p50_ms": float(p50), "p99_ms": float(p99)}
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _show(found: list[dict[str, Any]]) -> None:

@@ -3,8 +3,8 @@
     python -m bench.rivals --python RIVALS_PYTHON --out build/rivals --minutes 5
 
 RIVALS_PYTHON has bench/rivals/requirements.txt installed. Test is never asked here. What Vitrine scores on
-the same questions is what `bench.hm` and `bench.amazon` print. A model that fails, or has no answer in time, is
-a line that says so, and the others go on; the exit status tells of the former.
+the same questions is what `bench.hm` and `bench.amazon` print. A model that fails, or has no answer in time,
+is a line that says so, and the others go on; the exit status tells of the former.
 """
 
 import argparse

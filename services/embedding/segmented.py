@@ -203,13 +203,17 @@ class SegmentedIndex:
                 before = tuple(part for part in sealed.parts if part.alive)
                 self._snapshot = replace(sealed, parts=before)
             rows = [part.living() for part in before]
-            numbers = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
-            vectors = [self._exact(part.segment, mine) for part, mine in zip(before, rows, strict=True)]
-            build = self._build if sum(map(len, numbers)) >= self._graph_rows else scanned
-            made = build(
-                np.concatenate([np.empty(0, np.int64), *numbers]),
-                np.concatenate([np.empty((0, self.dimension), np.float32), *vectors]),
-            )
+            living = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
+            numbers = np.concatenate([np.empty(0, np.int64), *living])
+            # Page by page into half precision: a copy of everything as float32 would be twice the index.
+            vectors, at = np.empty((len(numbers), self.dimension), np.float16), 0
+            for part, mine in zip(before, rows, strict=True):
+                for start in range(0, len(mine), _READ_AT_ONCE):
+                    page = mine[start : start + _READ_AT_ONCE]
+                    vectors[at : at + len(page)] = self._exact(part.segment, page)
+                    at += len(page)
+            build = self._build if len(numbers) >= self._graph_rows else scanned
+            made = build(numbers, vectors)
             with self._changes:
                 snapshot = self._snapshot
                 now = snapshot.parts[: len(before)]
@@ -226,12 +230,8 @@ class SegmentedIndex:
         if self._originals is None or segment.storage != "sq8":
             return values
         numbers = segment.numbers[rows].tolist()
-        for start in range(0, len(numbers), _READ_AT_ONCE):
-            page = numbers[start : start + _READ_AT_ONCE]
-            known = self._originals(page)
-            for at, number in enumerate(page, start):
-                values[at] = known.get(number, values[at])
-        return values
+        known = self._originals(numbers)
+        return np.stack([known.get(number, value) for number, value in zip(numbers, values, strict=True)])
 
     def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
         fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
