@@ -29,7 +29,7 @@ class Settings(BaseSettings):
         "", description="signs tokens; a shop's gateways share it; empty means one kept in state"
     )
     grace: float = Field(10.0, ge=0, le=600, description="seconds that running calls get at a stop")
-    device: str = Field("cpu", description="the encoders' torch device")
+    device: str = Field("cpu", description="where encoders, and scans of large indices, run: cpu, cuda")
     fetch_networks: Annotated[tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)] = (
         Field((), description="private networks that photographs may be fetched from: 10.1.0.0/16,fd00::/8")
     )

@@ -171,7 +171,7 @@ class App:
         )
 
     def _indexes(self, items: Any, work: Any) -> dict[str, Any]:
-        """What searches each space: Milvus, if there is one, else FAISS in this process."""
+        """What searches each space: Milvus if there is one, else this process, by a GPU if it has one."""
         if self.settings.milvus:
             from services.embedding import milvus
 
@@ -181,14 +181,17 @@ class App:
                 space: milvus.MilvusIndex(client, items.name, space, work.digests[space], dimension)
                 for space, dimension in work.dimensions.items()
             }
-        from services.embedding import segmented, segments
+        from services.embedding import on_device, segmented, segments
 
-        builder, folder = segments.Builder(self.settings.storage), self.settings.state / "index"
+        device, folder = self.settings.device, self.settings.state / "index"
+        build = (
+            segments.Builder(self.settings.storage) if device == "cpu" else on_device.DeviceBuilder(device)
+        )
         return {
             space: segmented.SegmentedIndex(
                 dimension,
                 self.settings.graph_rows,
-                builder,
+                build,
                 segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
                 partial(items.vectors, space=space, digest=work.digests[space]),
             )

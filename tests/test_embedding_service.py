@@ -212,7 +212,7 @@ def test_a_graph_is_built_beside_the_calls_and_kept_for_the_next_start(
         index = catalogue.view.spaces["text"]
         assert isinstance(index, SegmentedIndex)
         kept, *_ = index._snapshot.parts
-        assert kept.segment.has_graph
+        assert kept.segment.large
         assert len(index) == len(words) - 1
         assert catalogue.encoding.finished["text"] == 0
         for word in words[2:]:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vitrine.catalog.v1 import item_pb2
@@ -17,6 +18,7 @@ from vitrine.catalog.v1 import item_pb2
 from services.embedding import milvus
 from services.embedding.index import Places, Selection, VectorIndex
 from services.embedding.milvus import MilvusIndex, connect
+from services.embedding.on_device import DeviceBuilder
 from services.embedding.segmented import Keep, SegmentedIndex
 from services.errors import Unavailable
 from services.wiring import App
@@ -33,11 +35,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Milvus]:
         yield milvus
 
 
-@pytest.fixture(params=["segmented", "milvus"])
+@pytest.fixture(params=["segmented", "device", "milvus"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], VectorIndex]]:
     """Opens the index of a store: a second one of the same name finds what the first left."""
     if request.param == "segmented":
         yield lambda store: SegmentedIndex(D, keep=Keep(tmp_path / store, store))
+        return
+    if request.param == "device":  # a GPU's way of searching, by whatever device there is
+        device = DeviceBuilder("cuda" if torch.cuda.is_available() else "cpu")
+        yield lambda store: SegmentedIndex(D, 5, device)
         return
     client = connect(request.getfixturevalue("server").address)
     yield lambda store: MilvusIndex(client, store, "text", "digest", D)
@@ -138,6 +144,7 @@ def test_the_nearest_are_found_however_few_qualify(
     numbers, queries = random.permutation(6000) + 2**62, unit[:20]
     index = make("clustered")
     opened(index, dict(zip(numbers.tolist(), unit, strict=True)), dict.fromkeys(numbers.tolist(), 1), 1)
+    index.tidy(1)
     mask = random.random(6000) < share
     found = index.search(queries, 30, Selection(numbers, mask, Places()))
     recall = []

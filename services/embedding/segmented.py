@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from services.embedding.index import TIES, Held, Neighbours, Selection, best
+from services.embedding.on_device import DeviceSegment
 from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
 
 _FRESH_ROWS = 4096
@@ -23,7 +24,8 @@ _MOST_SEGMENTS = 12
 _READ_AT_ONCE = 2000
 _log = logging.getLogger(__name__)
 
-Build = Callable[[np.ndarray, np.ndarray], Segment]
+AnySegment = Segment | DeviceSegment
+Build = Callable[[np.ndarray, np.ndarray], AnySegment]
 Originals = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 
 
@@ -39,7 +41,7 @@ class Keep:
 class _Part:
     """A segment and which of its rows are tombstones, bool (N,)."""
 
-    segment: Segment
+    segment: AnySegment
     dead: np.ndarray
     alive: int
 
@@ -114,7 +116,9 @@ class SegmentedIndex:
         if isinstance(self._build, Builder):
             self._build.stop()
 
-    def replace_all(self, first: Segment, more: Sequence[Segment] = (), gone: Iterable[int] = ()) -> None:
+    def replace_all(
+        self, first: AnySegment, more: Sequence[AnySegment] = (), gone: Iterable[int] = ()
+    ) -> None:
         """Hold exactly these segments: of the first all but `gone`, so that no two share an item."""
         with self._changes:
             self._row_of.clear()
@@ -177,7 +181,7 @@ class SegmentedIndex:
         if total < self._graph_rows:
             return len(parts) > _MOST_SEGMENTS or alive < total // 2
         first = parts[0].segment
-        return not first.has_graph or alive < total * 3 // 4 or len(first) < total * 7 // 8
+        return not first.large or alive < total * 3 // 4 or len(first) < total * 7 // 8
 
     def tidy(self, sequence: int) -> None:
         """Compact when that is worth its cost, and keep what came of it."""
@@ -186,7 +190,7 @@ class SegmentedIndex:
         began = time.monotonic()
         try:
             segment = self.compact()
-            if self._keep and segment.has_graph:
+            if self._keep and isinstance(segment, Segment) and segment.has_graph:
                 save(segment, self._keep.store, sequence, self._keep.directory)
         except BuilderStopped:
             return
@@ -195,7 +199,7 @@ class SegmentedIndex:
             return
         _log.info("an index was compacted: %d items in %.1f s", len(segment), time.monotonic() - began)
 
-    def compact(self) -> Segment:
+    def compact(self) -> AnySegment:
         """Make one segment of everything; it, with what was live when this began."""
         with self._compacting:
             with self._changes:
@@ -224,7 +228,7 @@ class SegmentedIndex:
                 self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
             return made
 
-    def _exact(self, segment: Segment, rows: np.ndarray) -> np.ndarray:
+    def _exact(self, segment: AnySegment, rows: np.ndarray) -> np.ndarray:
         """The vectors of rows; of items that changed meanwhile, whose rows are dead by then, any."""
         values = segment.vectors(rows)
         if self._originals is None or segment.storage != "sq8":
@@ -263,5 +267,5 @@ class SegmentedIndex:
         return self._empty((*snapshot.parts, *sealed))
 
 
-def _part(segment: Segment) -> _Part:
+def _part(segment: AnySegment) -> _Part:
     return _Part(segment, np.zeros(len(segment), bool), len(segment))

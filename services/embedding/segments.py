@@ -75,6 +75,11 @@ class Segment(Numbered):
         return "fp16" if self._stored.sq.qtype == faiss.ScalarQuantizer.QT_fp16 else "sq8"
 
     @property
+    def large(self) -> bool:
+        """Whether many rows are searched without looking at each."""
+        return self.has_graph
+
+    @property
     def has_graph(self) -> bool:
         """Whether it is searched by a graph, and not scanned."""
         return self._graph is not None

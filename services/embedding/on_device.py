@@ -1,0 +1,80 @@
+"""Rows of an index in a GPU's memory, all compared: exact, and whatever a filter leaves.
+
+A scan reads every vector once, so memory bandwidth is its floor. Decision 0021 says why FAISS does not do it.
+"""
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from services.embedding.numbered import Numbered
+
+_MORE = 64
+_SCORES_AT_ONCE = 1 << 29  # a gigabyte of them
+_GATHERED = 4
+"""Rows are gathered, and not masked, when no more than one in so many qualifies."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceSegment(Numbered):
+    """`values` float16 (N, D), of unit length, on a device of torch's; nothing of it ever changes."""
+
+    values: torch.Tensor
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    storage = "fp16"
+    large = True
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors float32 (M, D) of rows."""
+        found: np.ndarray = self.values[torch.from_numpy(rows).to(self.values.device)].float().cpu().numpy()
+        return found
+
+    @torch.inference_mode()
+    def search(
+        self, queries: np.ndarray, count: int, live: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 and rows int64 (Q, K), best first: of `live`, bool (N,), or of all.
+
+        Compared in half precision, then the best and some more in float32.
+        """
+        many = len(self) if live is None else int(np.count_nonzero(live))
+        scores = np.empty((len(queries), min(count, many)), np.float32)
+        rows = np.empty(scores.shape, np.int64)
+        if not rows.size:
+            return scores, rows
+        device, gathered, mask = self.values.device, None, None
+        values = self.values
+        if live is not None and many * _GATHERED <= len(self):
+            gathered = torch.from_numpy(np.flatnonzero(live)).to(device)
+            values = values[gathered]
+        elif live is not None and many < len(self):
+            mask = torch.from_numpy(~live).to(device)
+        step = max(_SCORES_AT_ONCE // len(values), 1)
+        with self._turn:  # who comes second would only make both slower, and need twice the memory
+            for start in range(0, len(queries), step):
+                asked = torch.from_numpy(queries[start : start + step]).to(device)
+                near = asked.half() @ values.T
+                if mask is not None:
+                    near.masked_fill_(mask, -torch.inf)
+                at = near.topk(min(count + _MORE, many)).indices
+                exact = torch.einsum("qd,qkd->qk", asked.float(), values[at].float())
+                best, order = exact.topk(rows.shape[1])
+                at = at.gather(1, order)
+                scores[start : start + step] = best.cpu().numpy()
+                rows[start : start + step] = (at if gathered is None else gathered[at]).cpu().numpy()
+        return scores, rows
+
+
+class DeviceBuilder:
+    """Puts rows into the memory of a device of torch's."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def __call__(self, numbers: np.ndarray, vectors: np.ndarray) -> DeviceSegment:
+        """A segment of `numbers` int64 (N,) and `vectors` float (N, D) of unit length."""
+        values = torch.from_numpy(np.ascontiguousarray(vectors, np.float16))
+        return DeviceSegment(numbers, values.to(self._device))
