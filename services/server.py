@@ -5,11 +5,12 @@ here, and only here, they become statuses.
 """
 
 import asyncio
+import inspect
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +55,50 @@ class Service:
     name: str
     servicer: Any
     add: Callable[[Any, grpc.aio.Server], None]
+
+
+class Current:
+    """Stands for a servicer that may be exchanged: a call ends on the one it began on."""
+
+    def __init__(self, servicer: Any) -> None:
+        self._servicer, self._calls = servicer, set[asyncio.Task[Any]]()
+
+    def exchange(self, servicer: Any) -> Awaitable[None]:
+        """Let calls from now on go to another; what waits for those that are on the one before."""
+        calls, self._servicer, self._calls = self._calls, servicer, set()
+
+        async def drained() -> None:
+            while calls:
+                await asyncio.wait(calls)
+
+        return drained()
+
+    def __getattr__(self, name: str) -> Callable[[Any, Any], Any]:
+        """The method of that name, of whichever servicer there is when it is called."""
+        if inspect.isasyncgenfunction(getattr(self._servicer, name)):
+
+            async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+                with self._one_more() as servicer:
+                    async for response in getattr(servicer, name)(request, context):
+                        yield response
+
+            return stream
+
+        async def call(request: Any, context: Any) -> Any:
+            with self._one_more() as servicer:
+                return await getattr(servicer, name)(request, context)
+
+        return call
+
+    @contextmanager
+    def _one_more(self) -> Iterator[Any]:
+        calls, task = self._calls, asyncio.current_task()
+        assert task is not None  # noqa: S101 - a call is one
+        calls.add(task)
+        try:
+            yield self._servicer
+        finally:
+            calls.discard(task)
 
 
 class Server:

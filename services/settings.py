@@ -36,6 +36,10 @@ class Settings(BaseSettings):
     look_every: float = Field(
         10.0, ge=0, description="seconds between looks for a newer bundle to encode for; 0 means never"
     )
+    exchange: bool = Field(
+        True,
+        description="serve it once it is prepared, where one process has all services; else at a start",
+    )
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
     )

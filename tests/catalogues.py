@@ -2,14 +2,14 @@
 
 import asyncio
 import io
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from PIL import Image
 from vitrine.catalog.v1 import item_pb2
@@ -25,9 +25,10 @@ from services.embedding.segmented import Keep, SegmentedIndex
 from services.embedding.segments import Builder
 from services.embedding.servicer import EmbeddingServicer
 from services.embedding.view import CatalogueView
+from services.generation import EMBEDDING
 from services.server import CHANNEL_OPTIONS, Server, Service
 from services.settings import Settings
-from services.wiring import EMBEDDING, App
+from services.wiring import NEXT_BUNDLE, App
 from tests.conftest import Clock
 from tests.models import make_image_encoder, make_text_encoder
 
@@ -111,13 +112,18 @@ async def violations(call: Awaitable[Any]) -> tuple[grpc.StatusCode, list[str]]:
     return caught.value.code(), fields
 
 
-def served(root: Path, body: Callable[[App, Any, Any], Awaitable[None]], **more: Any) -> None:
+def served(
+    root: Path,
+    body: Callable[[App, Any, Any], Awaitable[None]],
+    hosted: Collection[str] = (EMBEDDING,),
+    **more: Any,
+) -> None:
     """Run `body` with an app on the newest bundle of `root`, and stubs of embedding and health."""
 
     async def main() -> None:
         app = App(
             Settings(bundle=root / "bundles", state=root / "state", address="127.0.0.1:0", **more),
-            (EMBEDDING,),
+            hosted,
         )
         await app.start()
         target = f"127.0.0.1:{app.port}"
@@ -135,3 +141,17 @@ async def nearest(stub: Any, text: str) -> str:
     request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE)
     request.spaces.append(item_pb2.SPACE_TEXT)
     return str((await stub.Search(request)).results[0].hits[0].item_id)
+
+
+async def next_bundle(health: Any) -> Any:
+    """The health of the next bundle; None while there is none."""
+    try:
+        return (await health.Check(health_pb2.HealthCheckRequest(service=NEXT_BUNDLE))).status
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is grpc.StatusCode.NOT_FOUND
+        return None
+
+
+async def prepared(health: Any) -> None:
+    while await next_bundle(health) != health_pb2.HealthCheckResponse.SERVING:
+        await asyncio.sleep(0.02)

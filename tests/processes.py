@@ -10,7 +10,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.wiring import GATEWAY, NAMES
+from services.generation import GATEWAY
+from services.wiring import NAMES
 
 
 def free_port() -> int:

@@ -45,7 +45,12 @@ def graph() -> ItemGraph:
     return ItemGraph(numbers, {"baskets": Relation(start, flat, np.full(len(flat), 0.05, np.float32))})
 
 
-def make_bundle(root: Path, *, seed: int = 0, until: datetime = UNTIL) -> Path:
+EVENT_TYPES = {"impression": 0.0, "click": 0.3, "purchase": 1.0}
+
+
+def make_bundle(
+    root: Path, *, seed: int = 0, until: datetime = UNTIL, event_types: dict[str, float] | None = None
+) -> Path:
     staged = root / "staged"
     staged.mkdir(parents=True)
     text = TextEncoder(make_text_encoder(staged / "text", seed=seed))
@@ -60,7 +65,7 @@ def make_bundle(root: Path, *, seed: int = 0, until: datetime = UNTIL) -> Path:
     random.Random(0).shuffle(order)
     np.save(staged / "popular" / "numbers.npy", np.array([item_number(i.id) for i in order], np.int64))
     profile = Profile(
-        event_types={"impression": 0.0, "click": 0.3, "purchase": 1.0},
+        event_types=event_types or EVENT_TYPES,
         targets=("purchase",),
         granularity="hour",
         attributes=("world", "colour"),

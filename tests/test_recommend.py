@@ -18,9 +18,10 @@ from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
+from services.generation import EMBEDDING, GATEWAY, RANKING
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
-from services.wiring import ALL, EMBEDDING, GATEWAY, RANKING, App
+from services.wiring import ALL, App
 from tests.processes import free_port, serving, start_process
 from tests.shops import PER_WORLD, UNTIL, make_bundle
 

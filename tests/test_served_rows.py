@@ -21,7 +21,7 @@ from services.ranking.graph import ItemGraph
 from services.ranking.ranking import Person
 from services.replay import import_events
 from services.settings import Settings
-from services.wiring import RANKING, App
+from services.wiring import App
 from tests.models import make_image_encoder, make_text_encoder
 from tests.pasts import (
     DAYS,
@@ -83,7 +83,7 @@ def serve(
         app = App(settings)
         await app.start()
         assert app.gateway is not None
-        domain = app._local[RANKING]._ranking
+        domain = app.now.ranking
         found = []
         for question in questions:
             session = [event_pb2.SessionItem(item_id=ids[n], type=kind) for n, kind in question.session]

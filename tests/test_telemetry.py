@@ -57,7 +57,7 @@ def test_calls_encoders_index_and_the_next_bundle_are_told(tmp_path: Path) -> No
         assert found["vitrine_encoded_total", "text"] == 32
         items = ("vitrine_index_items", "text")
         assert found[items] == before[items] + 31
-        assert found["vitrine_catalogue_sequence", "searchable"] == app._view.sequence
+        assert found["vitrine_catalogue_sequence", "searchable"] == app.now.view.sequence
         assert found["vitrine_encoding_waiting", "text"] == 0
         assert found["process_resident_memory_bytes", ""] > 0
         make_bundle(tmp_path, seed=1, until=UNTIL + timedelta(days=1))

@@ -212,7 +212,7 @@ def test_writes_are_acknowledged_while_milvus_is_away_and_found_once_it_is_back(
             [outcome] = await upsert(stub, item("late", "walrus"))
             assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_CREATED
             server.start()
-            while app._view.sequence < outcome.sequence:
+            while app.now.view.sequence < outcome.sequence:
                 await asyncio.sleep(0.05)
             assert await nearest(stub, "walrus") == "late"
             server.kill()

@@ -58,6 +58,10 @@ class _Made:
     truncated: set[bytes] = field(default_factory=set)
 
 
+_Encoded = dict[Encoding, tuple[_Made, _Made]]
+"""Texts and photographs of some drafts by each bundle's encoders."""
+
+
 class Catalogue:
     """Writes items, with their vectors by a bundle's encoders; `view` follows what was written.
 
@@ -66,6 +70,8 @@ class Catalogue:
 
     def __init__(self, view: CatalogueView, encoding: Encoding) -> None:
         self.view, self.encoding, self._items = view, encoding, view.items
+        self.beside: Encoding | None = None
+        """Encoders that are to be served next: what is written from now on has vectors by both."""
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
@@ -108,12 +114,10 @@ class Catalogue:
         """
         item = replace(record.item, image=photograph)
         draft = _Draft(0, item, record, hashes_of(item))
-        texts, pictures = await asyncio.gather(
-            self._texts_of([draft], Lane.BULK), self._photographs_of([draft], Lane.BULK, "image.uri")
-        )
-        if refused := pictures.refused.get(draft.hashes["image"]):
+        encoded = await self._encoded([draft], Lane.BULK, "image.uri")
+        if refused := encoded[self.encoding][1].refused.get(draft.hashes["image"]):
             draft, error = replace(draft, item=record.item), str(refused)
-        written = self._submit(draft, self._vectors_of(draft, texts, pictures), error)
+        written = self._submit(draft, _vectors_of(draft, encoded), error)
         if isinstance(written, VitrineError):
             raise written
         with contextlib.suppress(Conflict):
@@ -181,42 +185,46 @@ class Catalogue:
     async def _encode_and_commit(
         self, drafts: Sequence[_Draft], lane: Lane | None
     ) -> tuple[list[tuple[int, Upserted]], list[tuple[int, Item]]]:
-        texts, pictures = await asyncio.gather(
-            self._texts_of(drafts, lane), self._photographs_of(drafts, lane)
-        )
+        encoded = await self._encoded(drafts, lane)
+        texts, pictures = encoded[self.encoding]
         futures: list[tuple[_Draft, list[Vector], Future[Written] | VitrineError]] = []
         for draft in drafts:
-            made = self._vectors_of(draft, texts, pictures)
+            made = _vectors_of(draft, encoded)
             refused = pictures.refused.get(draft.hashes["image"])
             futures.append((draft, made, refused or self._submit(draft, made)))
         return await self._settle(futures, texts.truncated)
 
-    def _vectors_of(self, draft: _Draft, texts: _Made, pictures: _Made) -> list[Vector]:
-        return [
-            Vector(space, self.encoding.digests[space], found[content])
-            for space, found in (("text", texts.vectors), ("image", pictures.vectors))
-            if (content := draft.hashes[space]) in found
-        ]
+    async def _encoded(
+        self, drafts: Sequence[_Draft], lane: Lane | None, field: str = "image.data"
+    ) -> "_Encoded":
+        """Texts and photographs by all encoders there are, those that come meanwhile as well."""
+        done: _Encoded = {}
+        while missing := [e for e in (self.encoding, self.beside) if e is not None and e not in done]:
+            for encoding in missing:
+                texts = self._texts_of(encoding, drafts, lane)
+                pictures = self._photographs_of(encoding, drafts, lane, field)
+                done[encoding] = await asyncio.gather(texts, pictures)
+        return done
 
-    async def _texts_of(self, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:
+    async def _texts_of(self, encoding: Encoding, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:
         wanted = {d.hashes["text"]: item_text(d.item) for d in drafts if d.hashes["text"]}
-        made = _Made(await self._known("text", wanted))
+        made = _Made(await self._known(wanted, "text", encoding))
         missing = [content for content in wanted if content not in made.vectors]
-        encoded = await self.encoding.texts([wanted[content] for content in missing], lane)
+        encoded = await encoding.texts([wanted[content] for content in missing], lane)
         made.vectors |= zip(missing, encoded.vectors, strict=True)
         made.truncated |= {c for c, cut in zip(missing, encoded.truncated, strict=True) if cut}
         return made
 
     async def _photographs_of(
-        self, drafts: Sequence[_Draft], lane: Lane | None, field: str = "image.data"
+        self, encoding: Encoding, drafts: Sequence[_Draft], lane: Lane | None, field: str
     ) -> _Made:
-        if "image" not in self.encoding.digests:
+        if "image" not in encoding.digests:
             return _Made({})
         wanted = {d.hashes["image"]: d.item for d in drafts if d.hashes["image"]}
-        made = _Made(await self._known("image", wanted))
+        made = _Made(await self._known(wanted, "image", encoding))
         missing = [content for content in wanted if content not in made.vectors]
         files = await self.view.read(lambda: {c: file for c in missing if (file := self._file(wanted[c]))})
-        found = await self.encoding.photographs(list(files.values()), field, lane)
+        found = await encoding.photographs(list(files.values()), field, lane)
         for content, vector in zip(files, found, strict=True):
             if isinstance(vector, InvalidArgument):
                 made.refused[content] = vector
@@ -224,8 +232,8 @@ class Catalogue:
                 made.vectors[content] = vector
         return made
 
-    async def _known(self, space: str, hashes: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-        return await self.view.read(lambda: self._items.known(hashes, space, self.encoding.digests[space]))
+    async def _known(self, hashes: Iterable[bytes], space: str, by: Encoding) -> dict[bytes, np.ndarray]:
+        return await self.view.read(lambda: self._items.known(hashes, space, by.digests[space]))
 
     def _submit(
         self, draft: _Draft, made: Sequence[Vector], image_error: str = ""
@@ -270,6 +278,15 @@ class Catalogue:
             return item.image or self._items.image(item.image_hash)
         except NotFound:  # it came with a bundle, which carries vectors and no files
             return b""
+
+
+def _vectors_of(draft: _Draft, encoded: _Encoded) -> list[Vector]:
+    return [
+        Vector(space, encoding.digests[space], found[content])
+        for encoding, (texts, pictures) in encoded.items()
+        for space, found in (("text", texts.vectors), ("image", pictures.vectors))
+        if (content := draft.hashes[space]) in found
+    ]
 
 
 def _image_state(item: Item, spaces: set[str]) -> State:

@@ -6,8 +6,9 @@ cut into pieces, of which a few are in memory at a time. Knows nothing of items 
 
 import asyncio
 import contextlib
+import itertools
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -28,6 +29,7 @@ _PIECE_TEXTS = 1024
 _PIECE_PICTURES = 64
 _PIECES = 4
 _TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
+_NUMBERS = itertools.count()
 
 
 class Encoding:
@@ -40,10 +42,9 @@ class Encoding:
     def __init__(
         self, text: TextEncoder, image: ImageEncoder | None, beside: "Encoding | None" = None
     ) -> None:
-        self.text, self._image, self._beside = text, image, beside
-        self._names = {
-            kind: f"{kind} {text.digest[:8]}" if beside else kind for kind in (_TEXT, _PICTURE, _CAPTION)
-        }
+        self.text, self._image, self._owner = text, image, beside is None
+        number = next(_NUMBERS)  # another bundle may have the same encoder
+        self._names = {kind: f"{kind} {number}" for kind in (_TEXT, _PICTURE, _CAPTION)}
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
         most = _PIECES * _PIECE_TEXTS * text.settings.max_tokens
         models = [Model(self._names[_TEXT], text.run, text.budget, most)]
@@ -77,21 +78,28 @@ class Encoding:
     @property
     def finished(self) -> dict[str, int]:
         """How many texts, photographs ("image") and captions were encoded so far."""
-        return dict(self._batcher.finished)
+        return self._by_kind(self._batcher.finished)
 
     @property
     def waiting(self) -> dict[str, int]:
         """How many of them wait for their encoder."""
-        return self._batcher.waiting()
+        return self._by_kind(self._batcher.waiting())
+
+    def _by_kind(self, counts: Mapping[str, int]) -> dict[str, int]:
+        return {kind: counts[name] for kind, name in self._names.items() if name in counts}
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
         for pool in (self._tokenising, *self._decoding.values()):
             pool.shutdown()
-        if self._beside is None:
+        if self._owner:
             self._batcher.close()
         else:
             self._batcher.remove(self._models)
+
+    def pass_on(self, heir: "Encoding") -> None:
+        """Leave the thread to encoders that were made beside these; `close` then ends these alone."""
+        self._owner, heir._owner = False, True
 
     async def texts(self, texts: Sequence[str], lane: Lane | None = None) -> EncodedTexts:
         """Vectors in the text space; equal texts are encoded once."""

@@ -175,6 +175,10 @@ class ItemStore:
             lambda connection: _write(connection, item, vectors, image_error, expected_sequence, stamp)
         )
 
+    def settled(self) -> "Future[None]":
+        """Done once all that was submitted until now is committed or refused."""
+        return self._writer.submit(lambda connection: None)
+
     def imported(self, version: str) -> bool:
         """Whether the catalogue of a bundle was loaded before."""
         with self._engine.connect() as connection:

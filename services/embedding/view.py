@@ -45,7 +45,7 @@ class CatalogueView:
         self.table, self._sequence = ItemTable(), 0
         self._advancing, self._behind = threading.Lock(), False
         self._pool = ThreadPoolExecutor(4, "catalogue")
-        self._moved = asyncio.Event()
+        self._moved, self._feeds_ended = asyncio.Event(), False
         self._follow_from_the_beginning()
 
     def close(self) -> None:
@@ -116,6 +116,13 @@ class CatalogueView:
             if until_current:
                 return
             await moved.wait()
+            if self._feeds_ended:
+                raise Unavailable("another bundle is served now: follow again")
+
+    def end_feeds(self) -> None:
+        """Let those who follow change feeds ask again, of whoever answers then."""
+        self._feeds_ended = True
+        self._wake()
 
     async def moved(self, sequence: int) -> None:
         """Wait until something was committed after a position."""
@@ -139,6 +146,9 @@ class CatalogueView:
             self._behind = True
         if self.sequence == sequence:
             return
+        self._wake()
+
+    def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 

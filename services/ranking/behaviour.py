@@ -153,7 +153,7 @@ class BehaviourStore:
         self, engine: sa.Engine, event_types: Collection[str], clock: Callable[[], datetime]
     ) -> None:
         self._engine, self._clock = engine, clock
-        self._types = frozenset(event_types)
+        self.types = frozenset(event_types)
         store.create(engine, [_events, _event_items, _identities, _counters], _SEQUENCE)
         self._writer = store.Writer(engine)
 
@@ -177,7 +177,7 @@ class BehaviourStore:
             AlreadyExists: the event_id is taken by an event with other content.
         """
         now = self._clock()
-        validate(event, self._types, now)
+        validate(event, self.types, now)
         return self._writer.submit(lambda connection: _write(connection, event, now))
 
     def load(self, events: Iterable[Event]) -> Future[int]:

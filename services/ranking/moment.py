@@ -43,11 +43,12 @@ def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
     weights = np.where(events.kind >= 0, state.weights[np.maximum(events.kind, 0)], 0)
     seen = np.flatnonzero((events.recorded < tick) & (weights > 0))
     events, weights = events.take(seen), weights[seen]
-    order = np.argsort(table.item_numbers)
-    at = find(table.item_numbers[order], events.number)
+    count = table.length  # the feed may write more meanwhile
+    numbers = table.item_numbers[:count]
+    order = np.argsort(numbers)
+    at = find(numbers[order], events.number)
     known = at >= 0
     events, weights, rows = events.take(np.flatnonzero(known)), weights[known], order[at[known]]
-    count = table.length
     popular = np.zeros((count, len(WINDOWS) + 1), np.float32)
     for column, days in enumerate((*WINDOWS, None)):
         recent = slice(None) if days is None else events.recorded >= tick - days * DAY
@@ -55,7 +56,7 @@ def moment(state: BehaviourState, table: ItemTable, tick: int) -> Moment:
     first, last = np.full(count, np.inf), np.full(count, -np.inf)
     np.minimum.at(first, rows, events.recorded)
     np.maximum.at(last, rows, events.recorded)
-    price = _price(table, rows, events.price)
+    price = _price(table, count, rows, events.price)
     highest = _highest(count, rows, events.price)
     lately = (events.channel >= 0) & (events.recorded >= tick - WINDOWS[-1] * DAY)
     channels = np.zeros((count, len(state.channels)), np.float32)
@@ -67,9 +68,9 @@ def _days(span: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(span), span / DAY, np.nan).astype(np.float32)
 
 
-def _price(table: ItemTable, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
+def _price(table: ItemTable, count: int, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
     stated = table.numbers("price")
-    price = np.full(table.length, np.nan) if stated is None else stated[:, 0].copy()
+    price = np.full(count, np.nan) if stated is None else stated[:count, 0].copy()
     known = ~np.isnan(paid)
     price[rows[known]] = paid[known]  # rows come in time order: the last one stays
     return price.astype(np.float32)

@@ -130,7 +130,6 @@ class Ranking:
     def close(self) -> None:
         """Finish what was accepted and stop."""
         self._pool.shutdown()
-        self.store.close()
 
     async def write(self, events: Sequence[Event | VitrineError]) -> list[Recorded | VitrineError]:
         """Commit events in their order; one that is an error already stays one.

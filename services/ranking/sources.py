@@ -54,10 +54,12 @@ class Sources:
         }
 
     def _near(self, query: Query, moment: Moment) -> np.ndarray:
-        total = np.zeros(self._table.length, np.float32)
-        for relation, near in self.related(query).items():
-            total += _RELATION_WEIGHTS.get(relation, 1.0) * near
-        return total
+        rows, weights = query.interests()
+        # Added up over nodes: of rows there may be one more with every relation.
+        total = np.zeros(self._graph.size, np.float32)
+        for relation in self._graph.names:
+            total += _RELATION_WEIGHTS.get(relation, 1.0) * self._graph.spread(relation, rows, weights)
+        return self._graph.to_rows(total)
 
     @staticmethod
     def _popular(query: Query, moment: Moment) -> np.ndarray:

@@ -1,0 +1,229 @@
+"""One bundle's services in one process, over stores that outlive it.
+
+With `wiring.py` the composition root: what a process does not host it does not import.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from services.bundle import Bundle, Catalogue, created
+from services.errors import FailedPrecondition
+from services.follower import Follower
+from services.item_table import ItemTable
+from services.settings import Settings
+
+if TYPE_CHECKING:
+    from services.embedding.encoding import Encoding
+    from services.embedding.items import Block, ItemStore
+    from services.gateway.servicer import GatewayServicer
+    from services.ranking.behaviour import BehaviourStore
+
+EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
+
+
+@dataclass
+class Shared:
+    """What a process has once, whichever bundle it serves; a store only where its service is `hosted`."""
+
+    settings: Settings
+    hosted: tuple[str, ...]
+    clock: Callable[[], datetime]
+    items: "ItemStore | None" = None
+    events: "BehaviourStore | None" = None
+
+
+class Generation:
+    """The services of a bundle: `servicers` by service, and in `background` what runs for them without end.
+
+    `work` are its encoders when they are at work already; whoever made them closes them unless `succeed` is
+    called.
+
+    Raises:
+        FailedPrecondition: a part of the bundle does not load, or it has other types of events.
+        Unavailable: an index's engine is away.
+    """
+
+    def __init__(self, shared: Shared, bundle: Bundle, work: "Encoding | None" = None) -> None:
+        self.bundle, self._shared, self._settings = bundle, shared, shared.settings
+        self.servicers: dict[str, Any] = {}
+        self.followers: list[Follower] = []
+        self.background: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        # A CatalogueView, Catalogue and Ranking, each None where it is not hosted.
+        self.view: Any = None
+        self.catalogue: Any = None
+        self.ranking: Any = None
+        self.gateway: GatewayServicer | None = None
+        self._mirror: Any = None
+        self._closing: list[Callable[[], None]] = []
+        try:
+            if EMBEDDING in shared.hosted:
+                self._embedding(work)
+            if RANKING in shared.hosted:
+                self._ranking()
+            if GATEWAY in shared.hosted:
+                self._gateway()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close what was opened, the last first."""
+        for close in reversed(self._closing):
+            close()
+
+    async def catch_up(self) -> None:
+        """Make the vectors that items lack, and let the rest follow what was written."""
+        if self.catalogue is not None:
+            await self.catalogue.reencode()
+            await self.catalogue.view.follow()
+        if self.ranking is not None:
+            await asyncio.to_thread(self.ranking.advance)
+
+    async def tidy(self) -> None:
+        """Do now what indexes would do at leisure: a large one is searched slowly until it is compacted."""
+        if self.view is not None:
+            for index in self.view.spaces.values():
+                await asyncio.to_thread(index.tidy, self.view.sequence)
+
+    def succeed(self, other: "Generation") -> None:
+        """Take over the thread of the encoders from another generation, which is closed thereafter."""
+        if self.catalogue is not None and other.catalogue is not None:
+            other.catalogue.encoding.pass_on(self.catalogue.encoding)
+            self._closing.append(self.catalogue.encoding.close)
+
+    def _embedding(self, work: "Encoding | None") -> None:
+        from services.embedding import catalogue, encoding, fetching, pending, servicer, view
+
+        items = self._shared.items
+        assert items is not None  # noqa: S101 - its service is hosted
+        if work is None:
+            work = encoding.Encoding(*encoders_of(self.bundle, self._settings.device))
+            self._closing.append(work.close)
+        if not items.imported(self.bundle.version):
+            brought = self.bundle.catalogue()
+            since = [created(item) for item in brought.items]
+            items.load(self.bundle.version, brought.items, blocks_of(brought, work.digests), since).result()
+        self.view = self._mirror = view.CatalogueView(items, work.digests, self._indexes(items, work))
+        self._closing.append(self.view.close)
+        self.catalogue = catalogue.Catalogue(self.view, work)
+        self.background.append(self.view.maintain)
+        if "image" in work.digests:
+            fetcher = partial(fetching.Fetcher, allowed=self._settings.fetch_networks)
+            self.background.append(pending.PendingPhotographs(self.catalogue, fetcher).run)
+        self.servicers[EMBEDDING] = servicer.EmbeddingServicer(self.catalogue, self.bundle.version)
+
+    def _indexes(self, items: "ItemStore", work: "Encoding") -> dict[str, Any]:
+        """What searches each space: Milvus if there is one, else this process, by a GPU if it has one."""
+        settings = self._settings
+        if settings.milvus:
+            from services.embedding import milvus
+
+            client = milvus.connect(settings.milvus, settings.milvus_token)
+            self._closing.append(client.close)
+            return {
+                space: milvus.MilvusIndex(client, items.name, space, work.digests[space], dimension)
+                for space, dimension in work.dimensions.items()
+            }
+        from services.embedding import on_device, segmented, segments
+
+        on_gpu, folder = settings.device != "cpu", settings.state / "index"
+        build = on_device.DeviceBuilder(settings.device) if on_gpu else segments.Builder(settings.storage)
+        return {
+            space: segmented.SegmentedIndex(
+                dimension,
+                settings.graph_rows,
+                build,
+                segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
+                partial(items.vectors, space=space, digest=work.digests[space]),
+            )
+            for space, dimension in work.dimensions.items()
+        }
+
+    def _ranking(self) -> None:
+        from services.ranking import graph, ranking, servicer
+
+        events, profile = self._shared.events, self.bundle.profile
+        assert events is not None  # noqa: S101 - its service is hosted
+        if events.types != set(profile.event_types):
+            raise FailedPrecondition(f"bundle {self.bundle.version} has other types of events")
+        directory = self.bundle.component("graph")
+        fitted = graph.ItemGraph.load(directory) if directory else graph.ItemGraph.empty()
+        models = [self.bundle.component(part) for part in ("ctr", "reranker", "sequence")]
+        self.ranking = ranking.Ranking(events, self._items(ItemTable()), fitted, profile, *models)
+        self._closing.append(self.ranking.close)
+        self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
+
+    def _gateway(self) -> None:
+        from services.gateway import clients, pipeline, servicer, tokens
+
+        mirror, settings = self._items(None), self._settings
+        embedding: clients.Embedding = (
+            clients.LocalEmbedding(self.servicers[EMBEDDING])
+            if EMBEDDING in self.servicers
+            else clients.RemoteEmbedding(settings.embedding)
+        )
+        ranking: clients.Ranking = (
+            clients.LocalRanking(self.servicers[RANKING])
+            if RANKING in self.servicers
+            else clients.RemoteRanking(settings.ranking)
+        )
+        directory = self.bundle.component("popular")
+        popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
+        stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
+        signed = tokens.Tokens(_secret(settings))
+        self.gateway = servicer.GatewayServicer(
+            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for
+        )
+        self.servicers[GATEWAY] = self.gateway
+
+    def _items(self, table: ItemTable | None) -> Any:
+        """The items: the catalogue of this process, or a follower; a gateway's begins with the bundle's."""
+        if self._mirror is None:
+            from services.gateway import clients
+
+            known = table or _table_of(self.bundle.catalogue())
+            self._mirror = Follower(clients.watch(self._settings.embedding), known)
+            self.followers.append(self._mirror)
+        return self._mirror
+
+
+def encoders_of(bundle: Bundle, device: str) -> tuple[Any, Any]:
+    """The text encoder of a bundle, and the image encoder or None."""
+    from services.embedding import encoders
+
+    photographs = bundle.component("image")
+    text = encoders.TextEncoder(bundle.directory / "text", device)
+    return text, encoders.ImageEncoder(photographs, device) if photographs else None
+
+
+def blocks_of(brought: Catalogue, digests: dict[str, str]) -> "list[Block]":
+    """The vectors that a bundle brings, as encoders of these digests made them."""
+    from services.embedding.items import Block
+
+    return [
+        Block(space, digests.get(space, ""), values, brought.present[space])
+        for space, values in brought.vectors.items()
+    ]
+
+
+def _secret(settings: Settings) -> bytes:
+    if settings.secret:
+        return settings.secret.encode()
+    settings.state.mkdir(parents=True, exist_ok=True)
+    path = settings.state / "secret"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    return path.read_bytes()
+
+
+def _table_of(brought: Catalogue) -> ItemTable:
+    since = [created(item) for item in brought.items]
+    return ItemTable.of(brought.items, brought.vectors, brought.present, since)

@@ -1,0 +1,158 @@
+"""Another bundle is served beside live calls: no call fails, nothing written is lost, all of it at once."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as pb
+from vitrine.gateway.v1 import recommendation_service_pb2 as gateway_pb
+from vitrine.gateway.v1 import recommendation_service_pb2_grpc as gateway_grpc
+
+from services.generation import Generation
+from services.server import CHANNEL_OPTIONS
+from services.wiring import ALL, App
+from tests.catalogues import item, nearest, picture, prepared, served, upsert
+from tests.shops import UNTIL, make_bundle
+
+CREATED = item_pb2.ITEM_OUTCOME_CODE_CREATED
+
+
+class Traffic:
+    """Callers who ask over and over, each something else; what one of them finds wrong is raised."""
+
+    def __init__(self, embedding: Any, gateway: Any) -> None:
+        self._embedding, self._gateway, self._done = embedding, gateway, False
+        self.versions = list[str]()
+        asks = (self._recommend, self._search, self._write, self._happen)
+        self.rounds = [0] * len(asks)
+        self._tasks = [asyncio.ensure_future(self._go_on(at, ask)) for at, ask in enumerate(asks)]
+
+    async def _go_on(self, at: int, ask: Callable[[int], Any]) -> None:
+        while not self._done:
+            await ask(self.rounds[at])
+            self.rounds[at] += 1
+            await asyncio.sleep(0.002)
+
+    async def _recommend(self, n: int) -> None:
+        session = [event_pb2.SessionItem(item_id="garden-03")]
+        response = await self._gateway.Recommend(gateway_pb.RecommendRequest(session=session, page_size=10))
+        assert len(response.items) == 10
+        assert not response.degraded
+        self.versions.append(response.versions.bundle)
+
+    async def _search(self, n: int) -> None:
+        assert await nearest(self._embedding, f"zebra {n % 100}") == f"own-{n % 100}"
+
+    async def _write(self, n: int) -> None:
+        items = [item(f"new-{n}", f"heron {n}", image=item_pb2.Image(data=picture("red")))]
+        answer = await self._gateway.BatchUpsertItems(gateway_pb.BatchUpsertItemsRequest(items=items))
+        assert answer.outcomes[0].code == CREATED
+        request = pb.SearchRequest(text=f"heron {n}", limit=1, view=item_pb2.VIEW_READABLE)
+        request.min_sequence = answer.outcomes[0].sequence
+        request.spaces.append(item_pb2.SPACE_TEXT)
+        assert (await self._embedding.Search(request)).results[0].hits[0].item_id == f"new-{n}"
+
+    async def _happen(self, n: int) -> None:
+        bought = event_pb2.EventItem(item_id="garden-03")
+        event = event_pb2.Event(event_id=f"e{n}", type="purchase", user_id=f"u{n % 7}", items=[bought])
+        answer = await self._gateway.WriteEvents(gateway_pb.WriteEventsRequest(events=[event]))
+        assert answer.outcomes[0].code == event_pb2.EVENT_OUTCOME_CODE_RECORDED
+
+    async def until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            for task in self._tasks:
+                if task.done():
+                    await task
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        self._done = True
+        await asyncio.gather(*self._tasks)
+
+
+async def exchanged_under(traffic: Traffic, app: App, stub: Any, root: Path, seed: int) -> None:
+    """Publish a bundle and see it served, with a feed and a stream of writes that began on the one before."""
+    before = app.bundle.version
+    feed = stub.WatchItems(pb.WatchItemsRequest())
+    while not (await feed.read()).caught_up:
+        pass
+    held = stub.UpsertItems()
+    await held.write(pb.UpsertItemsRequest(items=[item(f"held-{seed}", f"walrus {seed}")]))
+    assert (await held.read()).outcomes[0].code == CREATED
+    make_bundle(root, seed=seed, until=UNTIL + timedelta(days=seed))
+    await traffic.until(lambda: app.bundle.version != before)
+    rounds = list(traffic.rounds)
+    await held.write(pb.UpsertItemsRequest(items=[item(f"late-{seed}", f"gnu {seed}")]))
+    assert (await held.read()).outcomes[0].code == CREATED
+    await held.done_writing()
+    assert await held.read() is grpc.aio.EOF
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        while await feed.read() is not grpc.aio.EOF:
+            pass
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    while await nearest(stub, f"gnu {seed}") != f"late-{seed}":
+        await asyncio.sleep(0.02)
+    await traffic.until(lambda: all(now > then + 5 for now, then in zip(traffic.rounds, rounds, strict=True)))
+
+
+def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+
+    async def body(app: App, stub: Any, health: Any) -> None:
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.port}", options=CHANNEL_OPTIONS)
+        gateway = gateway_grpc.RecommendationServiceStub(channel)
+        await upsert(stub, *(item(f"own-{n}", f"zebra {n}") for n in range(100)))
+        traffic = Traffic(stub, gateway)
+        for seed in (1, 2):
+            await exchanged_under(traffic, app, stub, tmp_path, seed)
+        await traffic.stop()
+        assert app.bundle.until == UNTIL + timedelta(days=2)
+        order = list(dict.fromkeys(traffic.versions))
+        assert len(order) == 3
+        # No answer of a bundle after one of the next.
+        assert traffic.versions == sorted(traffic.versions, key=order.index)
+        for n in range(traffic.rounds[2]):
+            assert await nearest(stub, f"heron {n}") == f"new-{n}"
+        response = await gateway.Recommend(gateway_pb.RecommendRequest(user_id="u1", page_size=5))
+        assert response.versions.event_sequence == traffic.rounds[3]
+        await channel.close()
+
+    served(tmp_path, body, ALL, look_every=0.02)
+
+
+@pytest.mark.parametrize("why", ["other events", "told not to", "it fails"])
+def test_where_nothing_is_exchanged_the_served_bundle_goes_on(
+    tmp_path: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path)
+    tried = asyncio.Event()
+
+    async def body(app: App, stub: Any, health: Any) -> None:
+        before = app.bundle.version
+        await upsert(stub, item("own", "zebra"))
+
+        async def fails(generation: Generation) -> None:
+            tried.set()
+            raise OSError("no space left on device")
+
+        if why == "it fails":
+            monkeypatch.setattr(Generation, "tidy", fails)
+        types = {"purchase": 1.0} if why == "other events" else None
+        make_bundle(tmp_path, seed=1, until=UNTIL + timedelta(days=1), event_types=types)
+        if why == "it fails":
+            await tried.wait()
+        else:
+            await prepared(health)
+        for word in ("heron", "gnu"):
+            await upsert(stub, item(f"later-{word}", word))
+            assert await nearest(stub, word) == f"later-{word}"
+            assert await nearest(stub, "zebra") == "own"
+            await asyncio.sleep(0.2)
+        assert app.bundle.version == before
+
+    served(tmp_path, body, ALL, look_every=0.02, exchange=why != "told not to")
