@@ -322,12 +322,30 @@ def test_labels_of_one_class_are_calibrated_to_numbers_and_nothing_to_nothing() 
     assert (unknown.slope, unknown.offset) == ((1.0,), (0.0,))
 
 
+def shown_lesson(lists: int, vectors: dict[str, np.ndarray]) -> Lesson:
+    asked, pages = taste_rows(lists, vectors, seed=1), taste_rows(lists, vectors, seed=2, size=6)
+    labels = np.stack([pages.label, np.zeros(len(pages.items), np.float32)], axis=1)
+    return Lesson(asked, pages, labels, ["click", "purchase"], shown=True)
+
+
+def test_a_head_that_does_not_help_to_order_is_no_column_and_serves_probabilities_or_nothing() -> None:
+    vectors = catalogue()
+    lesson = shown_lesson(60, vectors)  # too few for it to learn anything
+    settings = ShopSettings(ranking=RankingTraining(trees=20, ctr_epochs=1))
+    told = fit_models(lesson, settings, vectors)
+    assert told.model.choice.columns == list(NAMES)
+    assert told.head is not None
+    asked = replace(lesson.rows, label=np.random.default_rng(5).permutation(lesson.rows.label))
+    alone = Lesson(asked, asked, asked.label[:, None], ["click"], shown=False)
+    silent = fit_models(alone, settings, vectors)
+    assert (silent.head, silent.model.choice.columns) == (None, list(NAMES))
+    assert np.isfinite([told.score(asked, vectors), silent.score(asked, vectors)]).all()
+
+
 def test_models_of_a_shop_that_logs_what_it_showed() -> None:
     vectors = catalogue()
-    asked, pages = taste_rows(60, vectors, seed=1), taste_rows(60, vectors, seed=2, size=6)
-    labels = np.stack([pages.label, np.zeros(len(pages.items), np.float32)], axis=1)
-    lesson = Lesson(asked, pages, labels, ["click", "purchase"], shown=True)
-    settings = ShopSettings(ranking=RankingTraining(trees=20, ctr_epochs=1))
+    lesson = shown_lesson(400, vectors)
+    asked, settings = lesson.rows, ShopSettings(ranking=RankingTraining(trees=20, ctr_epochs=3))
     whole, blind = (fit_models(lesson, settings, vectors, without) for without in ((), ("ctr",)))
     assert whole.model.choice.columns == [*NAMES, "ctr_click", "ctr_purchase"]
     assert whole.columns.tolist() == list(range(len(NAMES) + 2))
@@ -335,7 +353,7 @@ def test_models_of_a_shop_that_logs_what_it_showed() -> None:
     assert whole.head.settings.slope[0] > 0
     assert np.isfinite([*whole.head.settings.slope, *whole.head.settings.offset]).all()
     assert (blind.head, blind.model.choice.columns) == (None, list(NAMES))
-    heads = Heads(lesson, 1)
+    heads = Heads(lesson, 3)
     fit_models(lesson, settings, vectors, ("text",), heads)
     for _ in range(2):  # as fitted anew, and as it was kept
         again = fit_models(lesson, settings, vectors, (), heads)

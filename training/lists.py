@@ -1,7 +1,7 @@
 """Lists to put in order, as the models that learn an order read them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -26,6 +26,10 @@ class Lists:
         return Lists(
             self.matrix[rows], self.grade[rows], self.weight[rows], self.size[chosen], self.when[chosen]
         )
+
+    def only(self, columns: np.ndarray) -> "Lists":
+        """The same lists with some columns, bool (K,)."""
+        return replace(self, matrix=self.matrix[:, columns])
 
     @staticmethod
     def joined(parts: Sequence["Lists"]) -> "Lists":

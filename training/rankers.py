@@ -1,5 +1,6 @@
 """CTR head and reranker together: the reranker reads the head's scores, foretold ones when it learns."""
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -11,10 +12,11 @@ from services.ranking.scoring import ctr_column
 from training import ctr
 from training.lesson import Lesson
 from training.lists import Lists
-from training.reranker import fit_reranker
+from training.reranker import earn, fit_reranker
 from training.rows import Rows
 from training.shop_settings import ShopSettings
 
+_log = logging.getLogger(__name__)
 # Of each part, what its feature columns begin with.
 _COLUMNS = {
     "text": ("text_",),
@@ -82,6 +84,8 @@ def fit_models(
 ) -> Fitted:
     """Both models; `without` names parts that they must not know, as in `belongs`, or "trees".
 
+    A head whose scores do not help the reranker is left out, or serves probabilities alone.
+
     `heads` are those of the same lesson, if other models of it are fitted too.
     """
     heads = heads or Heads(lesson, settings.ranking.ctr_epochs)
@@ -97,6 +101,13 @@ def fit_models(
     lists = [_lists(rows, matrix[:, columns]) for rows, matrix in both]
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
+    doubted = np.array([belongs(name, "ctr") for name in read], bool)
+    if doubted.any() and not earn(lists[0], read, doubted, shown=shown):
+        _log.info("the CTR head does not help to order")
+        columns, read = columns[~doubted], [name for name in read if not belongs(name, "ctr")]
+        lists = [some.only(~doubted) for some in lists]
+        shown = lists[1] if lesson.shown else None
+        head = head if lesson.shown else None  # of what was shown it tells probabilities as well
     trees = 0 if "trees" in without else settings.ranking.trees
     model = fit_reranker(lists[0], read, trees, shown=shown)
     return Fitted(head, model, columns)
