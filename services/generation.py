@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from services.bundle import Bundle, Catalogue, created
-from services.errors import FailedPrecondition
 from services.follower import Follower
 from services.item_table import ItemTable
 from services.settings import Settings
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from services.ranking.behaviour import BehaviourStore
 
 EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
+_MOST_ROUNDS = 100
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Generation:
     called.
 
     Raises:
-        FailedPrecondition: a part of the bundle does not load, or it has other types of events.
+        FailedPrecondition: a part of the bundle does not load.
         Unavailable: an index's engine is away.
     """
 
@@ -78,25 +78,30 @@ class Generation:
         for close in reversed(self._closing):
             close()
 
-    async def catch_up(self) -> None:
-        """Make the vectors that items lack, and let the rest follow what was written."""
-        if self.catalogue is not None:
-            await self.catalogue.reencode()
-            await self.catalogue.view.follow()
-        if self.ranking is not None:
-            await asyncio.to_thread(self.ranking.advance)
-
     async def tidy(self) -> None:
         """Do now what indexes would do at leisure: a large one is searched slowly until it is compacted."""
-        if self.view is not None:
-            for index in self.view.spaces.values():
-                await asyncio.to_thread(index.tidy, self.view.sequence)
+        for index in self.view.spaces.values():
+            await asyncio.to_thread(index.tidy, self.view.sequence)
+
+    async def catch_up(self, other: "Generation") -> None:
+        """Follow what is written until nothing is missing that another generation knows.
+
+        Both have all three services. On return nothing else has run since that was so, unless so
+        much is written that it never is.
+        """
+        for _ in range(_MOST_ROUNDS):
+            await self.view.follow()
+            await asyncio.to_thread(self.ranking.advance)
+            if (
+                self.view.sequence >= other.view.sequence
+                and self.ranking.state.sequence >= other.ranking.state.sequence
+            ):
+                return
 
     def succeed(self, other: "Generation") -> None:
-        """Take over the thread of the encoders from another generation, which is closed thereafter."""
-        if self.catalogue is not None and other.catalogue is not None:
-            other.catalogue.encoding.pass_on(self.catalogue.encoding)
-            self._closing.append(self.catalogue.encoding.close)
+        """Take over the thread of the encoders."""
+        other.catalogue.encoding.pass_on(self.catalogue.encoding)
+        self._closing.append(self.catalogue.encoding.close)
 
     def _embedding(self, work: "Encoding | None") -> None:
         from services.embedding import catalogue, encoding, fetching, pending, servicer, view
@@ -109,7 +114,7 @@ class Generation:
         if not items.imported(self.bundle.version):
             brought = self.bundle.catalogue()
             since = [created(item) for item in brought.items]
-            items.load(self.bundle.version, brought.items, blocks_of(brought, work.digests), since).result()
+            items.load(self.bundle.version, brought.items, blocks_of(brought, work.digests), since)
         self.view = self._mirror = view.CatalogueView(items, work.digests, self._indexes(items, work))
         self._closing.append(self.view.close)
         self.catalogue = catalogue.Catalogue(self.view, work)
@@ -140,7 +145,7 @@ class Generation:
                 dimension,
                 settings.graph_rows,
                 build,
-                segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
+                None if on_gpu else segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
                 partial(items.vectors, space=space, digest=work.digests[space]),
             )
             for space, dimension in work.dimensions.items()
@@ -151,8 +156,6 @@ class Generation:
 
         events, profile = self._shared.events, self.bundle.profile
         assert events is not None  # noqa: S101 - its service is hosted
-        if events.types != set(profile.event_types):
-            raise FailedPrecondition(f"bundle {self.bundle.version} has other types of events")
         directory = self.bundle.component("graph")
         fitted = graph.ItemGraph.load(directory) if directory else graph.ItemGraph.empty()
         models = [self.bundle.component(part) for part in ("ctr", "reranker", "sequence")]

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, st
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.errors import VitrineError
+from services.errors import FailedPrecondition, VitrineError
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _log = logging.getLogger(__name__)
@@ -61,10 +61,13 @@ class Telemetry:
         """Answer HTTP at host:port, on a thread of its own: the port, and what ends it.
 
         Raises:
-            OSError: the address cannot be had.
+            FailedPrecondition: the address is none, or cannot be had.
         """
         host, _, port = address.rpartition(":")
-        server, thread = start_http_server(int(port), host, self._registry)
+        try:
+            server, thread = start_http_server(int(port), host.strip("[]") or "0.0.0.0", self._registry)  # noqa: S104 - as gRPC reads it
+        except (OSError, ValueError, OverflowError) as error:
+            raise FailedPrecondition(f"metrics cannot be served at {address!r}: {error}") from None
 
         def close() -> None:
             server.shutdown()

@@ -1,10 +1,12 @@
 """The composition root: a process, its server, and the bundle that it serves now."""
 
 import asyncio
+import contextlib
 import importlib
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services import store
@@ -33,7 +35,7 @@ _STUBS = {
 }
 NEXT_BUNDLE = "vitrine.next-bundle"
 """The health of a newer bundle than the served one: NOT_SERVING while items are encoded for it."""
-_PAUSE = 5.0
+_PAUSE, _LONGEST_PAUSE, _PATIENCE = 5.0, 600.0, 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ class App:
         self._closing: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._looking: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Future[None]] = set()
         self._preparation: Preparation | None = None
         self._server: Server | None = None
         self.port = 0
@@ -61,6 +64,7 @@ class App:
         try:
             self._open_stores(bundle)
             self.now = Generation(self._shared, bundle)
+            self._alive = [self.now]  # those with calls that go on, the served one last
         except BaseException:
             self._close()
             raise
@@ -79,14 +83,15 @@ class App:
 
     async def start(self) -> None:
         """Accept calls; a service is SERVING once it has what it needs."""
-        await self.now.catch_up()
+        if self.now.catalogue is not None:
+            await self.now.catalogue.reencode()
         self._tasks = _running(self.now)
         services = [Service(NAMES[name], to, _add(name)) for name, to in self._currents.items()]
-        self._server = Server(services, self.settings.address, called=self.telemetry.called)
-        await self._server.start()
         if self.settings.metrics:
             self.metrics_port, close = self.telemetry.serve(self.settings.metrics)
             self._closing.append(close)
+        self._server = Server(services, self.settings.address, called=self.telemetry.called)
+        await self._server.start()
         self.port = self._server.port
         if EMBEDDING in self._shared.hosted:
             self._looking = asyncio.ensure_future(_kept_up(self._look_for_the_next))
@@ -102,6 +107,7 @@ class App:
         if self._server is not None:
             await self._server.stop(self.settings.grace)
         await _ended([self._looking] if self._looking else [])
+        await asyncio.gather(*self._retiring, return_exceptions=True)  # their calls have ended
         await _ended(self._tasks)
         self.now.close()
         self._close()
@@ -154,7 +160,7 @@ class App:
             return {"done": at.done, "left": at.left} if (at := self._preparation) else {}
 
         self.telemetry.add(
-            Reading("vitrine_encoded_total", "Rows encoded", "kind", lambda: work("finished"), counts=True),
+            Reading("vitrine_encoded_total", "Rows encoded", "kind", lambda: work("totals"), counts=True),
             Reading(
                 "vitrine_encoding_waiting",
                 "Rows that wait for their encoder",
@@ -173,91 +179,131 @@ class App:
 
     async def _look_for_the_next(self) -> None:
         """Encode for a newer bundle beside the calls, so that a start on it finds everything done."""
-        seen, preparing = self.bundle.directory.name, None
+        seen, preparing, pause = self.bundle.directory.name, None, self.settings.look_every
         try:
             while self.settings.look_every:
-                await asyncio.sleep(self.settings.look_every)
+                await asyncio.sleep(pause)
                 try:
-                    name = (await asyncio.to_thread(newest, self.settings.bundle)).name
+                    directory = await asyncio.to_thread(newest, self.settings.bundle)
                 except (FailedPrecondition, OSError):  # they are being moved
                     continue
+                name = directory.name
                 if name == seen and (preparing is None or not preparing.done()):
                     continue
+                again = name == seen  # it failed
+                pause = min(2 * pause, _LONGEST_PAUSE) if again else self.settings.look_every
                 if preparing is not None:  # its models leave the encoders' thread before others come
                     preparing.cancel()
                     await asyncio.gather(preparing, return_exceptions=True)
                 if name == self.bundle.directory.name:
                     continue
-                seen, preparing = name, asyncio.ensure_future(self._prepare())
+                seen, preparing = name, asyncio.ensure_future(self._prepare(directory))
         finally:
             if preparing is not None:
                 preparing.cancel()
                 await asyncio.gather(preparing, return_exceptions=True)
 
-    async def _prepare(self) -> None:
-        """Encode for the newest bundle, then serve it, or keep it up until a start on it."""
+    async def _prepare(self, directory: Path) -> None:
+        """Encode for a bundle, then serve it, or keep it up until a start on it."""
         from services.embedding import encoding, preparing
 
-        now = self.now
-        if self._server is None or now.catalogue is None or now.view is None:
+        if self._server is None:
             return
         await self._server.say(NEXT_BUNDLE, False)
+        work: Encoding | None = None
         try:
-            bundle = await asyncio.to_thread(Bundle, self.settings.bundle)
+            bundle = await asyncio.to_thread(Bundle, directory)
             text, image = await asyncio.to_thread(encoders_of, bundle, self.settings.device)
             brought = await asyncio.to_thread(bundle.catalogue)
+            now = self.now
             work = encoding.Encoding(text, image, now.catalogue.encoding)
-            served = False
-            try:
-                self._preparation = preparation = preparing.Preparation(now.view, work, bundle.version)
-                await preparation.bring(brought.items, blocks_of(brought, work.digests))
-                done = await preparation.run()
-                if self.settings.exchange and self._shared.hosted == ALL:
-                    served = await self._exchange(bundle, work)
+            self._preparation = preparation = preparing.Preparation(now.view, work, bundle.version)
+            await preparation.bring(brought.items, blocks_of(brought, work.digests))
+            done = await preparation.run()
+            if self._exchangeable(bundle):
+                new = await self._second(bundle, work, preparation, done)
+                work = None  # the new generation's
+                self._exchange(new)
                 await self._server.say(NEXT_BUNDLE, True)
-                if served:
-                    return
-                _log.info("bundle %s is prepared: start again to serve it", bundle.version)
-                while True:  # what is written until then is encoded for both
-                    await now.view.moved(done)
-                    done = await preparation.run(done)
-            finally:
-                if not served:
-                    await asyncio.to_thread(work.close)
+                return
+            await self._server.say(NEXT_BUNDLE, True)
+            _log.info("bundle %s is prepared: start again to serve it", bundle.version)
+            while True:  # what is written until then is encoded for both
+                await now.view.moved(done)
+                done = await preparation.run(done)
         except Exception:  # the one that is served goes on; it is tried again at the next look
-            _log.exception("the newest bundle in %s cannot be prepared", self.settings.bundle)
+            _log.exception("the bundle in %s cannot be prepared", directory)
             await self._server.say(NEXT_BUNDLE, False)
+        finally:
+            if work is not None:
+                self._encode_no_more(work)
+                await asyncio.shield(asyncio.to_thread(work.close))
 
-    async def _exchange(self, bundle: Bundle, work: "Encoding") -> bool:
-        """Serve another bundle whole; a call ends on the one it began on. Whether that was done."""
-        old = self.now
-        old.catalogue.beside = work
-        await _ended(self._tasks)  # two would compact the same index where the encoder is the same
-        new: Generation | None = None
+    def _encode_no_more(self, work: "Encoding") -> None:
+        for generation in self._alive:
+            generation.catalogue.beside = tuple(e for e in generation.catalogue.beside if e is not work)
+
+    def _exchangeable(self, bundle: Bundle) -> bool:
+        """Whether a bundle can be served without a start; other types of events want another store."""
+        if not self.settings.exchange or self._shared.hosted != ALL or self._shared.events is None:
+            return False
+        same = self._shared.events.types == set(bundle.profile.event_types)
+        if not same:
+            _log.warning("bundle %s has other types of events", bundle.version)
+        return same
+
+    async def _second(
+        self, bundle: Bundle, work: "Encoding", preparation: "Preparation", done: int
+    ) -> Generation:
+        """A generation beside the served one that lacks nothing; as it was before if that fails."""
+        old, making = self.now, None
+        # From now on what is written has vectors by both; what was written before gets them in one more pass.
+        for generation in self._alive:
+            generation.catalogue.beside = (*generation.catalogue.beside, work)
         try:
             await asyncio.wrap_future(old.view.items.settled())
-            new = await asyncio.to_thread(Generation, self._shared, bundle, work)
+            await old.view.follow()
+            await preparation.pass_over(done)
+            making = asyncio.ensure_future(asyncio.to_thread(Generation, self._shared, bundle, work))
+            new = await asyncio.shield(making)
             await new.tidy()
-            await new.catch_up()
-        except Exception as error:
-            old.catalogue.beside = None
-            if new is not None:
-                await asyncio.to_thread(new.close)
-            self._tasks = _running(old)
-            if not isinstance(error, FailedPrecondition):
-                raise
-            _log.warning("%s; start again to serve it", error)
-            return False
+            await new.catch_up(old)
+        except BaseException:
+            if making is not None:  # a thread cannot be cancelled
+                await asyncio.shield(_closed(making))
+            raise
+        return new
+
+    def _exchange(self, new: Generation) -> None:
+        """Let calls go to another generation from now on; each ends on the one that it began on."""
+        old, ended, self._preparation = self.now, self._tasks, None
         drained = [current.exchange(new.servicers[name]) for name, current in self._currents.items()]
-        self.now, self._tasks = new, _running(new)
         new.succeed(old)
-        _log.info("bundle %s is served", bundle.version)
+        for generation in self._alive:  # whose calls go on, writes among them
+            generation.catalogue.view = new.view
+        self._alive.append(new)
+        self.now, self._tasks = new, _running(new)
         old.view.end_feeds()
-        await new.catch_up()  # what was written since it did so first
-        await asyncio.gather(*drained)
-        await new.catch_up()
-        await asyncio.to_thread(old.close)
-        return True
+        _log.info("bundle %s is served", new.bundle.version)
+
+        async def retire() -> None:
+            await _ended(ended)
+            await new.view.follow()
+            await asyncio.gather(*drained)
+            self._alive.remove(old)
+            self._encode_no_more(old.catalogue.encoding)
+            await asyncio.to_thread(self.now.ranking.advance)
+            await asyncio.to_thread(old.close)
+
+        retiring = asyncio.ensure_future(retire())
+        self._retiring.add(retiring)
+        retiring.add_done_callback(self._retiring.discard)
+
+
+async def _closed(making: "asyncio.Future[Generation]") -> None:
+    """Wait for a generation that nobody wants any more, and close it."""
+    with contextlib.suppress(Exception):
+        await asyncio.to_thread((await making).close)
 
 
 def _add(name: str) -> Callable[[Any, Any], None]:
@@ -274,9 +320,11 @@ def _running(generation: Generation) -> list["asyncio.Task[None]"]:
 
 
 async def _ended(tasks: Collection["asyncio.Task[None]"]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_PATIENCE)  # one may have lost a cancellation
 
 
 async def _kept_up(run: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -70,7 +70,9 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
                     await body(pb_grpc.EmbeddingServiceStub(channel), catalogue, server.port)
             finally:
                 await server.stop(1)
-                catalogue.close()
+                encoding.close()
+                view.close()
+                items.close()
                 engine.dispose()
 
         asyncio.run(main())
@@ -137,8 +139,8 @@ def served(
     asyncio.run(main())
 
 
-async def nearest(stub: Any, text: str) -> str:
-    request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE)
+async def nearest(stub: Any, text: str, min_sequence: int = 0) -> str:
+    request = pb.SearchRequest(text=text, limit=1, view=item_pb2.VIEW_READABLE, min_sequence=min_sequence)
     request.spaces.append(item_pb2.SPACE_TEXT)
     return str((await stub.Search(request)).results[0].hits[0].item_id)
 

@@ -1,5 +1,6 @@
 """A Milvus for tests: a server process of its own that can be killed and started again."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,11 @@ class Milvus:
             except MilvusException:
                 time.sleep(0.05)
         raise AssertionError("Milvus did not start")
+
+    def hang(self) -> None:
+        """Let it answer nothing, and keep its connections."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def kill(self) -> None:
         assert self._process is not None

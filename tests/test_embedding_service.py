@@ -149,7 +149,7 @@ def test_a_photograph_that_came_without_its_file_does_not_stand_in_a_change_s_wa
         present, text = np.ones(1, bool), np.eye(1, 32, dtype=np.float32)
         blocks = [Block("text", catalogue.encoding.digests["text"], text, present)]
         blocks.append(Block("image", "an encoder of before", text, present))
-        await asyncio.wrap_future(catalogue.view.items.load("v0", [brought], blocks, [datetime.now(UTC)]))
+        catalogue.view.items.load("v0", [brought], blocks, [datetime.now(UTC)])
         [outcome] = await upsert(stub, item("b", price=3), mask=("price",))
         assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_UPDATED, outcome
         assert outcome.image_state == item_pb2.MODALITY_STATE_PENDING

@@ -1,6 +1,9 @@
 """Another bundle is served beside live calls: no call fails, nothing written is lost, all of it at once."""
 
 import asyncio
+import gc
+import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -52,10 +55,8 @@ class Traffic:
         items = [item(f"new-{n}", f"heron {n}", image=item_pb2.Image(data=picture("red")))]
         answer = await self._gateway.BatchUpsertItems(gateway_pb.BatchUpsertItemsRequest(items=items))
         assert answer.outcomes[0].code == CREATED
-        request = pb.SearchRequest(text=f"heron {n}", limit=1, view=item_pb2.VIEW_READABLE)
-        request.min_sequence = answer.outcomes[0].sequence
-        request.spaces.append(item_pb2.SPACE_TEXT)
-        assert (await self._embedding.Search(request)).results[0].hits[0].item_id == f"new-{n}"
+        sequence = answer.outcomes[0].sequence if n % 2 else 0
+        assert await nearest(self._embedding, f"heron {n}", sequence) == f"new-{n}"
 
     async def _happen(self, n: int) -> None:
         bought = event_pb2.EventItem(item_id="garden-03")
@@ -75,29 +76,32 @@ class Traffic:
         await asyncio.gather(*self._tasks)
 
 
-async def exchanged_under(traffic: Traffic, app: App, stub: Any, root: Path, seed: int) -> None:
-    """Publish a bundle and see it served, with a feed and a stream of writes that began on the one before."""
+async def exchanged_under(traffic: Traffic, app: App, stub: Any, root: Path, seed: int) -> Any:
+    """Publish a bundle and see it served, with a feed and a stream of writes that began before."""
     before = app.bundle.version
     feed = stub.WatchItems(pb.WatchItemsRequest())
     while not (await feed.read()).caught_up:
         pass
     held = stub.UpsertItems()
-    await held.write(pb.UpsertItemsRequest(items=[item(f"held-{seed}", f"walrus {seed}")]))
-    assert (await held.read()).outcomes[0].code == CREATED
+    await written(held, stub, f"walrus {seed}")
     make_bundle(root, seed=seed, until=UNTIL + timedelta(days=seed))
     await traffic.until(lambda: app.bundle.version != before)
     rounds = list(traffic.rounds)
-    await held.write(pb.UpsertItemsRequest(items=[item(f"late-{seed}", f"gnu {seed}")]))
-    assert (await held.read()).outcomes[0].code == CREATED
-    await held.done_writing()
-    assert await held.read() is grpc.aio.EOF
+    await written(held, stub, f"gnu {seed}")
     with pytest.raises(grpc.aio.AioRpcError) as ended:
         while await feed.read() is not grpc.aio.EOF:
             pass
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-    while await nearest(stub, f"gnu {seed}") != f"late-{seed}":
-        await asyncio.sleep(0.02)
     await traffic.until(lambda: all(now > then + 5 for now, then in zip(traffic.rounds, rounds, strict=True)))
+    return held
+
+
+async def written(stream: Any, stub: Any, words: str) -> None:
+    """Write an item by a stream that is open, and find it."""
+    await stream.write(pb.UpsertItemsRequest(items=[item(words.replace(" ", "-"), words)]))
+    [outcome] = (await stream.read()).outcomes
+    assert outcome.code == CREATED
+    assert await nearest(stub, words, outcome.sequence) == words.replace(" ", "-")
 
 
 def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Path) -> None:
@@ -107,10 +111,19 @@ def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Pa
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.port}", options=CHANNEL_OPTIONS)
         gateway = gateway_grpc.RecommendationServiceStub(channel)
         await upsert(stub, *(item(f"own-{n}", f"zebra {n}") for n in range(100)))
-        traffic = Traffic(stub, gateway)
-        for seed in (1, 2):
-            await exchanged_under(traffic, app, stub, tmp_path, seed)
+        traffic, first = Traffic(stub, gateway), weakref.ref(app.now.view)
+        held = [await exchanged_under(traffic, app, stub, tmp_path, seed) for seed in (1, 2)]
+        for stream in held:  # the first began two bundles ago
+            await written(stream, stub, f"okapi {held.index(stream)}")
+            await stream.done_writing()
+            assert await stream.read() is grpc.aio.EOF
         await traffic.stop()
+        while len(app._alive) > 1:
+            await asyncio.sleep(0.02)
+        gc.collect()
+        assert first() is None  # nothing of the first bundle is kept
+        await upsert(stub, item("last", "tapir"))
+        assert await nearest(stub, "tapir") == "last"
         assert app.bundle.until == UNTIL + timedelta(days=2)
         order = list(dict.fromkeys(traffic.versions))
         assert len(order) == 3
@@ -123,6 +136,45 @@ def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Pa
         await channel.close()
 
     served(tmp_path, body, ALL, look_every=0.02)
+
+
+def test_a_third_bundle_comes_while_the_second_is_made_and_then_the_process_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path)
+    begun, tidy = [], Generation.tidy
+
+    async def slow(generation: Generation) -> None:
+        begun.append(generation.bundle.until)
+        if len(begun) != 2:
+            await asyncio.sleep(60)
+        await tidy(generation)
+
+    monkeypatch.setattr(Generation, "tidy", slow)
+
+    async def body(app: App, stub: Any, health: Any) -> None:
+        async def publish(seed: int) -> None:
+            make_bundle(tmp_path, seed=seed, until=UNTIL + timedelta(days=seed))
+            count = len(begun)
+            while len(begun) == count:
+                await asyncio.sleep(0.02)
+
+        await publish(1)
+        for word in ("zebra", "heron"):  # beside the second generation, which never gets ready
+            await upsert(stub, item(word, word))
+            assert await nearest(stub, word) == word
+        await publish(2)
+        while app.bundle.until != UNTIL + timedelta(days=2):
+            await asyncio.sleep(0.02)
+        await upsert(stub, item("gnu", "gnu"))
+        for word in ("zebra", "heron", "gnu"):
+            assert await nearest(stub, word) == word
+        assert begun == [UNTIL + timedelta(days=1), UNTIL + timedelta(days=2)]
+        await publish(3)
+
+    began = threading.active_count()
+    served(tmp_path, body, ALL, look_every=0.02)
+    assert threading.active_count() <= began + 1  # whatever was begun has ended
 
 
 @pytest.mark.parametrize("why", ["other events", "told not to", "it fails"])

@@ -135,7 +135,7 @@ def test_items_without_a_text_share_nothing(items: ItemStore, clock: Clock) -> N
     bare = replace(SCARF, id="bare", title="", description="", attributes=())
     brought = replace(bare, image=b"", image_hash=photograph_hash(bare.image))
     blocks = [Block(v.space, v.digest, v.values[None], np.ones(1, bool)) for v in (TEXT, IMAGE)]
-    items.load("v1", [brought], blocks, [clock.now]).result()
+    items.load("v1", [brought], blocks, [clock.now])
     items.write(replace(bare, id="other"), [IMAGE]).result()
     numbers = [item_number("bare"), item_number("other")]
     assert items.vectors(numbers, "text", "bert1") == {}
@@ -149,7 +149,7 @@ def test_the_file_of_an_item_that_a_bundle_brought_is_kept_when_it_comes(
 ) -> None:
     brought = replace(SCARF, image=b"", image_hash=photograph_hash(SCARF.image))
     blocks = [Block(v.space, v.digest, v.values[None], np.ones(1, bool)) for v in (TEXT, IMAGE)]
-    items.load("v1", [brought], blocks, [clock.now]).result()
+    items.load("v1", [brought], blocks, [clock.now])
     with pytest.raises(NotFound):
         items.image(brought.image_hash)
     assert items.lacking({"text": "bert2", "image": "clip2"}) == ["scarf"]

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
-from services.errors import Unavailable
+from services.errors import FailedPrecondition, Unavailable
 from services.telemetry import Reading, Telemetry
 from services.wiring import App
 from tests.catalogues import NAME, item, nearest, served, upsert
@@ -79,7 +79,8 @@ def test_a_figure_that_cannot_be_read_does_not_hide_the_others() -> None:
         found = told(port)
         assert found["vitrine_b", "x"] == 2
         assert not [name for name, _ in found if name == "vitrine_a"]
-        with pytest.raises(OSError, match="in use"):
-            Telemetry().serve(f"127.0.0.1:{port}")
+        for address in (f"127.0.0.1:{port}", "nowhere.invalid:1", "127.0.0.1:x"):
+            with pytest.raises(FailedPrecondition, match="metrics cannot be served"):
+                Telemetry().serve(address)
     finally:
         close()

@@ -14,6 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vitrine.catalog.v1 import item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
 from services.embedding import milvus
 from services.embedding.index import Places, Selection, VectorIndex
@@ -77,7 +78,6 @@ def opened(index: VectorIndex, known: dict[int, np.ndarray], written: dict[int, 
     }
     missing = [n for n in known if n not in sure]
     gone = np.array([n for n in held.numbers.tolist() if n not in sure or n not in known], np.int64)
-    gone = gone[~np.isin(gone, missing)]
     vectors = np.array([known[n] for n in missing], np.float16).reshape(-1, D)
     index.hold(gone, np.array(missing, np.int64), vectors, sequence)
 
@@ -200,6 +200,7 @@ def test_writes_are_acknowledged_while_milvus_is_away_and_found_once_it_is_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_bundle(tmp_path)
+    monkeypatch.setattr(milvus, "_SOON", 1.0)
     with a_milvus(tmp_path / "milvus") as server:
 
         async def away(app: App, stub: Any, health: Any) -> None:
@@ -209,17 +210,28 @@ def test_writes_are_acknowledged_while_milvus_is_away_and_found_once_it_is_back(
             with pytest.raises(grpc.aio.AioRpcError) as failed:
                 await nearest(stub, "zebra")
             assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+            feed = stub.WatchItems(pb.WatchItemsRequest())
+            while not (await feed.read()).caught_up:
+                pass
             [outcome] = await upsert(stub, item("late", "walrus"))
             assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_CREATED
+            assert [record.item.id for record in (await feed.read()).items] == ["late"]
             server.start()
             while app.now.view.sequence < outcome.sequence:
                 await asyncio.sleep(0.05)
             assert await nearest(stub, "walrus") == "late"
+            server.hang()
+            [outcome] = await upsert(stub, item("hung", "okapi"))
+            assert outcome.code == item_pb2.ITEM_OUTCOME_CODE_CREATED
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await nearest(stub, "zebra")
+            assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
             server.kill()
-            await upsert(stub, item("later", "heron"))  # the process ends before Milvus hears of it
+            # The process ends before Milvus hears of these.
+            await upsert(stub, item("later", "heron"), item("early", "gnu"))
 
         async def after(app: App, stub: Any, health: Any) -> None:
-            for word, there in {"zebra": "early", "walrus": "late", "heron": "later"}.items():
+            for word, there in {"gnu": "early", "walrus": "late", "heron": "later", "okapi": "hung"}.items():
                 assert await nearest(stub, word) == there
 
         served(tmp_path, away, milvus=server.address)

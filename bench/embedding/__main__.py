@@ -1,6 +1,6 @@
 """Encoding through the service against the bare models and other servers, in one run.
 
-    python -m bench.embedding [--texts 2000] [--photographs 400] [--others DIR] [--json FILE]
+    python -m bench.embedding [--texts 600] [--photographs 96] [--others DIR] [--json FILE]
 
 Texts and photographs are H&M's where they are (VITRINE_HM), else drawn by the demo. Texts are encoded by
 MiniLM, photographs by ViT-B/32 with random weights, both in float32 on a CPU. Bare means prepared inputs
@@ -58,8 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--texts", type=int, default=2000)
-    parser.add_argument("--photographs", type=int, default=400)
+    parser.add_argument("--texts", type=int, default=600)
+    parser.add_argument("--photographs", type=int, default=96)
     parser.add_argument("--others", type=Path, default=ROOT / "build" / "embedding-rivals")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

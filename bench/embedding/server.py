@@ -43,14 +43,17 @@ async def _serve(options: argparse.Namespace) -> None:
     encoding = Encoding(TextEncoder(options.text, options.device), image)
     items = ItemStore(engine, lambda: datetime.now(UTC))
     indexes = {space: SegmentedIndex(size) for space, size in encoding.dimensions.items()}
-    catalogue = Catalogue(CatalogueView(items, encoding.digests, indexes), encoding)
+    view = CatalogueView(items, encoding.digests, indexes)
+    catalogue = Catalogue(view, encoding)
     add = pb_grpc.add_EmbeddingServiceServicer_to_server
     server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench"), add)], "127.0.0.1:0")
     await server.start()
     print(server.port, flush=True)  # noqa: T201 - the answer
     await until_told_to_stop()
     await server.stop(1)
-    catalogue.close()
+    encoding.close()
+    view.close()
+    items.close()
     engine.dispose()
 
 

@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable
+from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable, VitrineError
 
 Rows = Sequence[Any]
 _OVERTAKES = 8
@@ -39,13 +39,14 @@ class Model:
     """`run` turns rows into float32 (B, D); a batch has at most `budget` units of padded length.
 
     A single row may exceed the budget. `capacity` units may wait in the lane of small calls; callers of
-    the other lanes see to it themselves that not too much waits.
+    the other lanes see to it themselves that not too much waits. Models of one `kind` are counted together.
     """
 
     name: str
     run: Callable[[Rows], np.ndarray]
     budget: int
     capacity: int
+    kind: str = ""
 
 
 class _Call:
@@ -130,6 +131,11 @@ class _Queue:
         self._remove(call, row, length)
         return self._fill(batch, lengths[: bisect.bisect_right(lengths, length)][::-1], length, now)
 
+    def refuse(self, error: VitrineError) -> None:
+        """End the calls that wait."""
+        for call in self._calls:
+            call.fail(error)
+
     def _oldest(self, now: float) -> tuple[_Call, int] | None:
         while self._calls:
             call = self._calls[0]
@@ -175,6 +181,8 @@ class Batcher:
         self._closed = False
         self.finished: dict[str, int] = {}
         """How many rows each model has run."""
+        self.totals: Counter[str] = Counter()
+        """How many rows models of each kind have run, those that are gone included."""
         self.add(models)
         self._passed_over = dict.fromkeys(Lane, 0)
         self._thread = threading.Thread(target=self._work, name="encoder", daemon=True)
@@ -189,12 +197,12 @@ class Batcher:
             self.finished |= {model.name: 0 for model in models}
 
     def remove(self, names: Iterable[str]) -> None:
-        """Run some no more; nothing of theirs may wait."""
+        """Run some no more; what waits for them is refused."""
         with self._changed:
             for name in names:
                 del self.finished[name]
                 for lane in Lane:
-                    del self._queues[name, lane]
+                    self._queues.pop((name, lane)).refuse(Unavailable("these encoders are served no more"))
 
     def submit(
         self, model: str, rows: Rows, lengths: np.ndarray, lane: Lane, seconds: float | None = None
@@ -214,6 +222,8 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Unavailable("the service is shutting down")
+            if (model, lane) not in self._queues:
+                raise Unavailable("these encoders are served no more")
             self._queues[model, lane].add(call)
             self._changed.notify()
         return call.future
@@ -268,6 +278,7 @@ class Batcher:
                 call.fail(error)
             return
         with self._changed:
+            self.totals[model.kind or model.name] += len(batch)
             if model.name in self.finished:  # else it was removed meanwhile
                 self.finished[model.name] += len(batch)
         for (call, row), vector in zip(batch, vectors, strict=True):

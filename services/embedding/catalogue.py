@@ -70,14 +70,8 @@ class Catalogue:
 
     def __init__(self, view: CatalogueView, encoding: Encoding) -> None:
         self.view, self.encoding, self._items = view, encoding, view.items
-        self.beside: Encoding | None = None
-        """Encoders that are to be served next: what is written from now on has vectors by both."""
-
-    def close(self) -> None:
-        """Finish what was accepted and stop."""
-        self.encoding.close()
-        self.view.close()
-        self._items.close()
+        self.beside: tuple[Encoding, ...] = ()
+        """Encoders of other bundles: what is written from now on has vectors by them as well."""
 
     async def upsert(
         self,
@@ -199,11 +193,15 @@ class Catalogue:
     ) -> "_Encoded":
         """Texts and photographs by all encoders there are, those that come meanwhile as well."""
         done: _Encoded = {}
-        while missing := [e for e in (self.encoding, self.beside) if e is not None and e not in done]:
+        while missing := [e for e in (self.encoding, *self.beside) if e not in done]:
             for encoding in missing:
                 texts = self._texts_of(encoding, drafts, lane)
                 pictures = self._photographs_of(encoding, drafts, lane, field)
-                done[encoding] = await asyncio.gather(texts, pictures)
+                try:
+                    done[encoding] = await asyncio.gather(texts, pictures)
+                except Unavailable:
+                    if encoding is self.encoding or encoding in self.beside:
+                        raise
         return done
 
     async def _texts_of(self, encoding: Encoding, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:

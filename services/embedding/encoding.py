@@ -47,11 +47,11 @@ class Encoding:
         self._names = {kind: f"{kind} {number}" for kind in (_TEXT, _PICTURE, _CAPTION)}
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
         most = _PIECES * _PIECE_TEXTS * text.settings.max_tokens
-        models = [Model(self._names[_TEXT], text.run, text.budget, most)]
+        models = [Model(self._names[_TEXT], text.run, text.budget, most, _TEXT)]
         if image is not None:
             encoders["image"] = image
             models += [
-                Model(self._names[kind], run, image.budget, _PIECES * _PIECE_PICTURES)
+                Model(self._names[kind], run, image.budget, _PIECES * _PIECE_PICTURES, kind)
                 for kind, run in ((_PICTURE, image.run), (_CAPTION, image.run_texts))
             ]
         self.digests = {space: encoder.digest for space, encoder in encoders.items()}
@@ -79,6 +79,11 @@ class Encoding:
     def finished(self) -> dict[str, int]:
         """How many texts, photographs ("image") and captions were encoded so far."""
         return self._by_kind(self._batcher.finished)
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """The same of all encoders that ever ran beside each other, gone ones included."""
+        return dict(self._batcher.totals)
 
     @property
     def waiting(self) -> dict[str, int]:

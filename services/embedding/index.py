@@ -80,8 +80,9 @@ class VectorIndex(Protocol):
         """What is left from an earlier life."""
 
     def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
-        """Of what `open` told drop the items `gone`, int64, and put `vectors`, float (N, D), of `numbers`.
+        """Of what `open` told drop the items `gone`, int64, then put `vectors`, float (N, D), of `numbers`.
 
+        What was changed meanwhile is among both.
         With them the store as of the change `sequence` is held.
         """
 

@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -186,16 +187,23 @@ class ItemStore:
 
     def load(
         self, version: str, items: Sequence[Item], vectors: Sequence["Block"], created: Sequence[datetime]
-    ) -> Future[int]:
-        """Commit a bundle's items that were never here, with their vectors, in one transaction.
+    ) -> int:
+        """Commit a bundle's items that were never here, with their vectors; how many. Blocks.
+
+        Page by page, for which live writes wait, and with the last one that it is done.
 
         An item that is here with the same content gets the vectors it lacks; one with other
-        content, or deleted, stays as it is. The future gives the number of new items.
+        content, or deleted, stays as it is.
         """
-        stamp = _micros(self._clock())
-        return self._writer.submit(
-            lambda connection: _load(connection, version, items, vectors, created, stamp)
-        )
+        stamp, count = _micros(self._clock()), 0
+        for start in range(0, len(items), _LOADED):
+            page = slice(start, start + _LOADED)
+            blocks = [replace(b, values=b.values[page], present=b.present[page]) for b in vectors]
+            load = partial(_load, items=items[page], blocks=blocks, created=created[page], stamp=stamp)
+            count += self._writer.submit(load).result()
+        imported = _imports.insert().values(version=version)
+        self._writer.submit(lambda connection: connection.execute(imported) and None).result()
+        return count
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
         """Ids of live items with a content that could have a vector by its space's digest and has none."""
@@ -362,17 +370,21 @@ def _write(
 
 
 _CHUNK = 2000
+_LOADED = 2000  # in one transaction, for which live writes wait
 
 
 def _load(
     connection: sa.Connection,
-    version: str,
+    *,
     items: Sequence[Item],
     blocks: Sequence[Block],
     created: Sequence[datetime],
     stamp: int,
 ) -> int:
-    known = {row.number: row for row in connection.execute(sa.select(_items.c.number, _items.c.content_hash))}
+    there = sa.select(_items.c.number, _items.c.content_hash).where(
+        _items.c.number.in_([item_number(item.id) for item in items])
+    )
+    known = {row.number: row for row in connection.execute(there)}
     rows: list[dict[str, object]] = []
     made = [(list[bytes](), list[np.ndarray]()) for _ in blocks]
     for at, (item, since) in enumerate(zip(items, created, strict=True)):
@@ -395,7 +407,6 @@ def _load(
         connection.execute(_items.insert(), rows[start : start + _CHUNK])
     for block, (hashes, values) in zip(blocks, made, strict=True):
         contents.keep_many(connection, hashes, block.space, block.digest, values)
-    connection.execute(_imports.insert().values(version=version))
     return len(rows)
 
 

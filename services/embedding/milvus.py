@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
+import grpc
 import numpy as np
 from pymilvus import DataType, MilvusClient, MilvusException
 
@@ -17,6 +18,8 @@ from services.embedding.index import TIES, Held, Neighbours, Selection, best
 from services.errors import Unavailable
 
 _SECONDS, _PAUSE = 30.0, 0.5
+_SOON = 5.0
+"""Seconds for what somebody waits for."""
 _LINKS, _BUILD_WIDTH, _LEAST_WIDTH = 32, 80, 400
 _ROWS_AT_ONCE = 1000
 _NOT_LOADED = 101
@@ -46,6 +49,8 @@ def _answered(ask: Callable[P, T]) -> Callable[P, T]:
             return ask(*arguments, **more)
         except MilvusException as error:
             raise Unavailable(f"Milvus: {error.message}") from error
+        except grpc.RpcError as error:  # of a deadline, for one, pymilvus makes no error of its own
+            raise Unavailable(f"Milvus: {error}") from error
 
     return asked
 
@@ -115,7 +120,7 @@ class MilvusIndex:
     def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
         """See `VectorIndex`."""
         self._put(numbers.tolist(), vectors, sequence)
-        self._drop(gone.tolist())
+        self._drop(gone[~np.isin(gone, numbers)].tolist())
 
     @_answered
     def change(self, upserts: Mapping[int, np.ndarray], deletions: Sequence[int], sequence: int) -> None:
@@ -180,12 +185,12 @@ class MilvusIndex:
     def _ask(self, call: Callable[..., Any], **what: Any) -> Any:
         """What Milvus answers; after a start of its own it may have to be told to load the collection."""
         try:
-            return call(self._collection, timeout=_SECONDS, **what)
+            return call(self._collection, timeout=_SOON, **what)
         except MilvusException as error:
             if error.code != _NOT_LOADED:
                 raise
             self._client.load_collection(self._collection, timeout=_SECONDS)
-            return call(self._collection, timeout=_SECONDS, **what)
+            return call(self._collection, timeout=_SOON, **what)
 
     def _found(
         self, queries: np.ndarray, count: int, condition: str = ""

@@ -12,7 +12,7 @@ import torch
 from services.embedding.numbered import Numbered
 
 _MORE = 64
-_SCORES_AT_ONCE = 1 << 29  # a gigabyte of them
+_NUMBERS_AT_ONCE = 1 << 29  # some gigabytes of them
 _GATHERED = 4
 """Rows are gathered, and not masked, when no more than one in so many qualifies."""
 
@@ -49,17 +49,19 @@ class DeviceSegment(Numbered):
         values = self.values
         if live is not None and many * _GATHERED <= len(self):
             gathered = torch.from_numpy(np.flatnonzero(live)).to(device)
-            values = values[gathered]
         elif live is not None and many < len(self):
             mask = torch.from_numpy(~live).to(device)
-        step = max(_SCORES_AT_ONCE // len(values), 1)
+        deep = min(count + _MORE, many)
         with self._turn:  # who comes second would only make both slower, and need twice the memory
+            if gathered is not None:
+                values = values[gathered]
+            step = max(_NUMBERS_AT_ONCE // max(len(values), deep * values.shape[1]), 1)
             for start in range(0, len(queries), step):
                 asked = torch.from_numpy(queries[start : start + step]).to(device)
                 near = asked.half() @ values.T
                 if mask is not None:
                     near.masked_fill_(mask, -torch.inf)
-                at = near.topk(min(count + _MORE, many)).indices
+                at = near.topk(deep).indices
                 exact = torch.einsum("qd,qkd->qk", asked.float(), values[at].float())
                 best, order = exact.topk(rows.shape[1])
                 at = at.gather(1, order)

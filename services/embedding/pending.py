@@ -34,7 +34,7 @@ class PendingPhotographs:
         running: set[asyncio.Task[None]] = set()
         try:
             while True:
-                reached = self._view.sequence
+                reached = self._view.written
                 records = await self._view.read(partial(self._view.items.pending, seen, _AT_ONCE))
                 for record in records:
                     await self._room.acquire()

@@ -45,18 +45,22 @@ class Preparation:
 
     async def run(self, since: int = 0) -> int:
         """Encode what items that changed since a position lack; the position up to which all is done."""
-        while since < (reached := self._view.sequence) or not since:
+        while since < (reached := self._view.written) or not since:
             counts = [
                 partial(self._view.items.count_lacking, s, d, since)
                 for s, d in self._encoding.digests.items()
             ]
             self.left = sum([await self._view.read(count) for count in counts])
-            for space, digest in self._encoding.digests.items():
-                await self._space(space, digest, since)
+            await self.pass_over(since)
             if since == reached:  # of an empty catalogue
                 break
             since = reached
         return since
+
+    async def pass_over(self, since: int) -> None:
+        """Encode once what items lack that changed since a position, until now."""
+        for space, digest in self._encoding.digests.items():
+            await self._space(space, digest, since)
 
     async def _space(self, space: str, digest: str, since: int) -> None:
         after, items = b"", self._view.items
@@ -69,7 +73,7 @@ class Preparation:
             if found:
                 await asyncio.wrap_future(items.keep_vectors(space, digest, found))
             self.done += len(found)
-            self.left -= len(page)
+            self.left = max(self.left - len(page), 0)
             self._say()
 
     async def _texts(self, page: list[tuple[bytes, Item]]) -> dict[bytes, np.ndarray]:

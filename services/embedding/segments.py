@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -149,17 +150,23 @@ class Builder:
 
 
 def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
-    """Keep a segment that holds everything of a store up to a sequence number; replaces what was kept."""
+    """Keep a segment that holds everything of a store up to a sequence number; replaces what was kept.
+
+    Its files have names of their own, and one that is renamed last names them: of two that save at once one
+    is kept whole.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    faiss.write_index(segment.index, str(directory / "index.new"))
-    with (directory / "numbers.new").open("wb") as file:
+    name = uuid.uuid4().hex
+    files = {"index": f"{name}.index", "numbers": f"{name}.numbers"}
+    faiss.write_index(segment.index, str(directory / files["index"]))
+    with (directory / files["numbers"]).open("wb") as file:
         np.save(file, segment.numbers)
-    (directory / "segment.json").unlink(missing_ok=True)  # nothing is there until all of it is
-    for name in ("index", "numbers"):
-        (directory / f"{name}.new").rename(directory / name)
     written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
-    (directory / "segment.new").write_text(json.dumps(written) + "\n")
-    (directory / "segment.new").rename(directory / "segment.json")
+    (directory / f"{name}.json").write_text(json.dumps(written | files) + "\n")
+    (directory / f"{name}.json").rename(directory / "segment.json")
+    for path in directory.iterdir():
+        if path.name not in ("segment.json", *files.values()):
+            path.unlink(missing_ok=True)
 
 
 def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> tuple[Segment, int] | None:
@@ -168,8 +175,8 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
         return None
     try:
         written = json.loads((directory / "segment.json").read_text())
-        numbers = np.load(directory / "numbers")
-        index = faiss.read_index(str(directory / "index"))
+        numbers = np.load(directory / written["numbers"])
+        index = faiss.read_index(str(directory / written["index"]))
         whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
         segment = Segment(numbers, index)
         if whole and written["store"] == store and segment.storage == storage:

@@ -5,7 +5,7 @@ Reads the store change by change. Search, table and change feed are answered fro
 
 import asyncio
 import logging
-import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -25,6 +25,7 @@ T = TypeVar("T")
 _BATCH = 2000
 _LONGEST_WAIT = 30.0
 _LOOK_EVERY = 1.0
+_FEW = 500
 _log = logging.getLogger(__name__)
 
 
@@ -43,8 +44,9 @@ class CatalogueView:
         self.items, self._digests, self.spaces = items, digests, spaces
         self._places = Places()
         self.table, self._sequence = ItemTable(), 0
-        self._advancing, self._behind = threading.Lock(), False
+        self._away_until = 0.0
         self._pool = ThreadPoolExecutor(4, "catalogue")
+        self._following = ThreadPoolExecutor(1, "follow")  # in turn, and reads do not wait for it
         self._moved, self._feeds_ended = asyncio.Event(), False
         self._follow_from_the_beginning()
 
@@ -52,6 +54,7 @@ class CatalogueView:
         """Stop; what waits is answered."""
         for index in self.spaces.values():
             index.close()
+        self._following.shutdown()
         self._pool.shutdown()
 
     @property
@@ -59,10 +62,15 @@ class CatalogueView:
         """The last change that search and table reflect."""
         return self._sequence
 
+    @property
+    def written(self) -> int:
+        """The last change that table and feeds reflect; search follows, unless its engine is away."""
+        return self.table.sequence
+
     async def wait_for(self, sequence: int) -> None:
         """Wait until a change is searchable; DeadlineExceeded when the caller's time ends first."""
         if self.sequence < sequence:
-            await deadline.wait(self.moved(sequence - 1), _LONGEST_WAIT)
+            await deadline.wait(self._until(lambda: self.sequence >= sequence), _LONGEST_WAIT)
 
     async def read(self, function: Callable[[], T]) -> T:
         """Run a read of the store off the event loop."""
@@ -88,11 +96,15 @@ class CatalogueView:
             if condition is not None:
                 qualifying = filters.evaluate(condition, self.table)
                 mask = mask & qualifying[: len(mask)]
+            few = len(excluded) <= _FEW
+            if not few:
+                rows = self.table.rows(excluded)
+                mask[rows[(rows >= 0) & (rows < len(mask))]] = False
             numbers = self.table.item_numbers[: len(mask)]
             # Even of a mask that is set everywhere: the index may know items by now that it does not.
-            every = condition is None and as_of is None
+            every = condition is None and as_of is None and few
             selection = None if every else Selection(numbers, mask, self._places)
-            found = index.search(queries, limit + len(excluded), selection)
+            found = index.search(queries, limit + few * len(excluded), selection)
             return [_without(near, excluded, limit) for near in found]
 
         return await run_in(self._pool, run)
@@ -107,6 +119,8 @@ class CatalogueView:
         """
         while True:
             moved = self._moved
+            if self._feeds_ended:
+                raise Unavailable("another bundle is served now: follow again")
             batch = await self.read(partial(self._batch, after))
             if batch[0]:
                 after = batch[0][-1].sequence
@@ -116,8 +130,6 @@ class CatalogueView:
             if until_current:
                 return
             await moved.wait()
-            if self._feeds_ended:
-                raise Unavailable("another bundle is served now: follow again")
 
     def end_feeds(self) -> None:
         """Let those who follow change feeds ask again, of whoever answers then."""
@@ -126,9 +138,12 @@ class CatalogueView:
 
     async def moved(self, sequence: int) -> None:
         """Wait until something was committed after a position."""
-        while self.sequence <= sequence:
+        await self._until(lambda: self.written > sequence)
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
             moved = self._moved
-            if self.sequence <= sequence:
+            if not reached():
                 await moved.wait()
 
     async def follow(self) -> None:
@@ -136,17 +151,10 @@ class CatalogueView:
 
         While an index's engine is away they stay behind: `maintain` tries again.
         """
-        sequence = self.sequence
-        try:
-            await run_in(self._pool, self._advance)
-            self._behind = False
-        except Unavailable as error:
-            if not self._behind:  # said once, not every second
-                _log.warning("search stays behind what was written: %s", error)
-            self._behind = True
-        if self.sequence == sequence:
-            return
-        self._wake()
+        before = self.written, self.sequence
+        await run_in(self._following, self._advance)
+        if before != (self.written, self.sequence):
+            self._wake()
 
     def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
@@ -158,19 +166,34 @@ class CatalogueView:
         return records, {s: self.items.vectors(numbers, s, digest) for s, digest in self._digests.items()}
 
     def _advance(self) -> None:
-        """Let index and table follow what was committed."""
-        with self._advancing:
-            while True:
-                # After what the indexes hold: a change that one refused is made again, in the table as well.
-                records, vectors = self._batch(self._sequence)
-                if not records:
-                    return
-                # The table first: what is found has a row there.
-                self.table.apply(_change(record, vectors) for record in records)
-                for space, index in self.spaces.items():
-                    gone = [r.number for r in records if r.number not in vectors[space]]
-                    index.change(vectors[space], gone, self.table.sequence)
-                self._sequence = self.table.sequence
+        """Let table and indexes follow what was committed; the table alone while an engine is away."""
+        level = self.sequence == self.written
+        while (batch := self._batch(self.written))[0]:
+            # The table first: what is found has a row there.
+            self.table.apply(_change(record, batch[1]) for record in batch[0])
+            if level:
+                level = self._indexed(*batch)
+        while self.sequence < self.written and self._indexed(*self._batch(self.sequence)):
+            pass
+
+    def _indexed(self, records: Sequence[Record], vectors: Mapping[str, Mapping[int, np.ndarray]]) -> bool:
+        """Change the indexes; False when the engine of one is away, or was a moment ago."""
+        if time.monotonic() < self._away_until:
+            return False
+        reached = records[-1].sequence
+        try:
+            for space, index in self.spaces.items():
+                gone = [r.number for r in records if r.number not in vectors[space]]
+                index.change(vectors[space], gone, reached)
+        except Unavailable as error:
+            if not self._away_until:  # said once, not every second
+                _log.warning("search stays behind what was written: %s", error)
+            self._away_until = (
+                time.monotonic() + _LOOK_EVERY / 2
+            )  # else each writer would wait for it in turn
+            return False
+        self._sequence, self._away_until = reached, 0.0
+        return True
 
     def _follow_from_the_beginning(self) -> None:
         """Read the whole store; what an index holds from before, unchanged, is not put into it again."""
@@ -205,11 +228,12 @@ class CatalogueView:
         """
         loop = asyncio.get_running_loop()
         while True:
-            sequence = self.sequence
+            written, searchable = self.written, self.sequence
             for index in self.spaces.values():
-                await loop.run_in_executor(None, partial(index.tidy, sequence))
+                await loop.run_in_executor(None, partial(index.tidy, searchable))
             try:
-                await asyncio.wait_for(self.moved(sequence), _LOOK_EVERY)
+                async with asyncio.timeout(_LOOK_EVERY):  # wait_for may lose a cancellation
+                    await self.moved(written)
             except TimeoutError:
                 await self.follow()
 
