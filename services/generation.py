@@ -78,6 +78,16 @@ class Generation:
         for close in reversed(self._closing):
             close()
 
+    def load_items(self) -> None:
+        """Let the items that the bundle brings be in the store; blocks."""
+        self._load_items(self._shared.items, self.catalogue.encoding)
+
+    def _load_items(self, items: Any, work: "Encoding") -> None:
+        if not items.imported(self.bundle.version):
+            brought = self.bundle.catalogue()
+            since = [created(item) for item in brought.items]
+            items.load(self.bundle.version, brought.items, blocks_of(brought, work.digests), since)
+
     async def tidy(self) -> None:
         """Do now what indexes would do at leisure: a large one is searched slowly until it is compacted."""
         for index in self.view.spaces.values():
@@ -111,10 +121,7 @@ class Generation:
         if work is None:
             work = encoding.Encoding(*encoders_of(self.bundle, self._settings.device))
             self._closing.append(work.close)
-        if not items.imported(self.bundle.version):
-            brought = self.bundle.catalogue()
-            since = [created(item) for item in brought.items]
-            items.load(self.bundle.version, brought.items, blocks_of(brought, work.digests), since)
+            self._load_items(items, work)
         self.view = self._mirror = view.CatalogueView(items, work.digests, self._indexes(items, work))
         self._closing.append(self.view.close)
         self.catalogue = catalogue.Catalogue(self.view, work)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import time
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -106,10 +107,13 @@ class App:
         """Drain, then close what was opened, the last first."""
         if self._server is not None:
             await self._server.stop(self.settings.grace)
-        await _ended([self._looking] if self._looking else [])
+        if self._looking:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         await asyncio.gather(*self._retiring, return_exceptions=True)  # their calls have ended
         await _ended(self._tasks)
-        self.now.close()
+        for generation in reversed(self._alive):
+            generation.close()
         self._close()
 
     def _close(self) -> None:
@@ -178,28 +182,30 @@ class App:
         )
 
     async def _look_for_the_next(self) -> None:
-        """Encode for a newer bundle beside the calls, so that a start on it finds everything done."""
-        seen, preparing, pause = self.bundle.directory.name, None, self.settings.look_every
+        """Prepare the bundle that is last in the directory, where that is not the served one."""
+        seen, preparing, failed, again_at = "", None, 0, 0.0
         try:
             while self.settings.look_every:
-                await asyncio.sleep(pause)
+                await asyncio.sleep(self.settings.look_every)
                 try:
                     directory = await asyncio.to_thread(newest, self.settings.bundle)
                 except (FailedPrecondition, OSError):  # they are being moved
                     continue
-                name = directory.name
-                if name == seen and (preparing is None or not preparing.done()):
+                name, served = directory.name, self.bundle.directory.name
+                same = name == seen and name != served
+                if same and preparing and (not preparing.done() or time.monotonic() < again_at):
                     continue
-                again = name == seen  # it failed
-                pause = min(2 * pause, _LONGEST_PAUSE) if again else self.settings.look_every
-                if preparing is not None:  # its models leave the encoders' thread before others come
+                failed = failed + 1 if same else 0
+                if preparing:  # its models leave the encoders' thread before others come
                     preparing.cancel()
                     await asyncio.gather(preparing, return_exceptions=True)
-                if name == self.bundle.directory.name:
-                    continue
-                seen, preparing = name, asyncio.ensure_future(self._prepare(directory))
+                seen, preparing = name, None
+                if name != served:
+                    pause = min(self.settings.look_every * 2**failed, _LONGEST_PAUSE)
+                    again_at = time.monotonic() + pause
+                    preparing = asyncio.ensure_future(self._prepare(directory))
         finally:
-            if preparing is not None:
+            if preparing:
                 preparing.cancel()
                 await asyncio.gather(preparing, return_exceptions=True)
 
@@ -219,13 +225,14 @@ class App:
             work = encoding.Encoding(text, image, now.catalogue.encoding)
             self._preparation = preparation = preparing.Preparation(now.view, work, bundle.version)
             await preparation.bring(brought.items, blocks_of(brought, work.digests))
-            done = await preparation.run()
+            done = await preparation.once()
             if self._exchangeable(bundle):
                 new = await self._second(bundle, work, preparation, done)
                 work = None  # the new generation's
                 self._exchange(new)
                 await self._server.say(NEXT_BUNDLE, True)
                 return
+            done = await preparation.run(done)
             await self._server.say(NEXT_BUNDLE, True)
             _log.info("bundle %s is prepared: start again to serve it", bundle.version)
             while True:  # what is written until then is encoded for both
@@ -260,19 +267,32 @@ class App:
         # From now on what is written has vectors by both; what was written before gets them in one more pass.
         for generation in self._alive:
             generation.catalogue.beside = (*generation.catalogue.beside, work)
+        since = old.view.written
         try:
             await asyncio.wrap_future(old.view.items.settled())
             await old.view.follow()
-            await preparation.pass_over(done)
+            await preparation.once(done)
             making = asyncio.ensure_future(asyncio.to_thread(Generation, self._shared, bundle, work))
             new = await asyncio.shield(making)
             await new.tidy()
+            await asyncio.to_thread(new.load_items)
             await new.catch_up(old)
+            if any(work not in generation.catalogue.beside for generation in self._alive):
+                raise RuntimeError("its encoders failed beside the served ones")
         except BaseException:
             if making is not None:  # a thread cannot be cancelled
-                await asyncio.shield(_closed(making))
+                await asyncio.shield(self._kept(_closed(making)))
+                # It may have put older vectors into an engine's index that both use.
+                await asyncio.shield(self._kept(old.view.repeat(since)))
             raise
         return new
+
+    def _kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Future[None]":
+        """A task that `stop` waits for."""
+        task = asyncio.ensure_future(work)
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return task
 
     def _exchange(self, new: Generation) -> None:
         """Let calls go to another generation from now on; each ends on the one that it began on."""
@@ -280,7 +300,7 @@ class App:
         drained = [current.exchange(new.servicers[name]) for name, current in self._currents.items()]
         new.succeed(old)
         for generation in self._alive:  # whose calls go on, writes among them
-            generation.catalogue.view = new.view
+            generation.catalogue.view, generation.ranking.successor = new.view, new.ranking
         self._alive.append(new)
         self.now, self._tasks = new, _running(new)
         old.view.end_feeds()
@@ -288,16 +308,17 @@ class App:
 
         async def retire() -> None:
             await _ended(ended)
-            await new.view.follow()
+            try:
+                await new.view.follow()
+                await old.view.follow()  # for who waits there
+            except Exception:  # `maintain` tries again
+                _log.exception("the store cannot be followed")
             await asyncio.gather(*drained)
             self._alive.remove(old)
             self._encode_no_more(old.catalogue.encoding)
-            await asyncio.to_thread(self.now.ranking.advance)
             await asyncio.to_thread(old.close)
 
-        retiring = asyncio.ensure_future(retire())
-        self._retiring.add(retiring)
-        retiring.add_done_callback(self._retiring.discard)
+        self._kept(retire())
 
 
 async def _closed(making: "asyncio.Future[Generation]") -> None:

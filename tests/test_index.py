@@ -226,9 +226,21 @@ def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(graph: Segment, tm
         np.testing.assert_array_equal(segment.search(query, 9, None)[1], graph.search(query, 9, None)[1])
     assert load(tmp_path, "store", 31) is None
     assert load(tmp_path, "another store", 32) is None
-    [index, _] = sorted(path for path in tmp_path.iterdir() if path.name != "segment.json")
+    [index, kept] = sorted(path for path in tmp_path.iterdir() if path.name != "segment.json")
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[:100]):
+        kept.write_bytes(damaged)
+        assert load(tmp_path, "store", 32) is None
+    kept.write_bytes(whole)
     index.write_bytes(index.read_bytes()[:1000])
     assert load(tmp_path, "store", 32) is None
+    savers = [threading.Thread(target=save, args=(graph, "store", n, tmp_path)) for n in range(4)]
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join()
+    assert load(tmp_path, "store", 32) is not None
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])

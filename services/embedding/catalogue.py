@@ -6,6 +6,7 @@ no messages.
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
 
 _AT_ONCE = 64  # their photographs are in memory together
 _ATTEMPTS = 5
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -199,9 +201,12 @@ class Catalogue:
                 pictures = self._photographs_of(encoding, drafts, lane, field)
                 try:
                     done[encoding] = await asyncio.gather(texts, pictures)
-                except Unavailable:
-                    if encoding is self.encoding or encoding in self.beside:
+                except Exception:
+                    if encoding is self.encoding:
                         raise
+                    if encoding in self.beside:  # nobody is served by it yet: it must not spoil a write
+                        _log.exception("the encoders of another bundle fail")
+                        self.beside = tuple(e for e in self.beside if e is not encoding)
         return done
 
     async def _texts_of(self, encoding: Encoding, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:

@@ -111,7 +111,9 @@ class MilvusIndex:
 
     def _everything(self) -> Iterator[Mapping[str, int]]:
         fields = ["number", "sequence"]
-        pages = self._client.query_iterator(self._collection, batch_size=_NAMED, output_fields=fields)
+        pages = self._client.query_iterator(
+            self._collection, batch_size=_NAMED, output_fields=fields, timeout=_SECONDS
+        )
         while page := pages.next():
             yield from page
         pages.close()

@@ -44,23 +44,24 @@ class Preparation:
                 await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
 
     async def run(self, since: int = 0) -> int:
-        """Encode what items that changed since a position lack; the position up to which all is done."""
-        while since < (reached := self._view.written) or not since:
-            counts = [
-                partial(self._view.items.count_lacking, s, d, since)
-                for s, d in self._encoding.digests.items()
-            ]
-            self.left = sum([await self._view.read(count) for count in counts])
-            await self.pass_over(since)
-            if since == reached:  # of an empty catalogue
+        """Encode what items that changed since a position lack; the position up to which all is done.
+
+        Goes on while more is written than one pass takes.
+        """
+        while since < self._view.written or not since:
+            since, before = await self.once(since), since
+            if since == before:  # of an empty catalogue
                 break
-            since = reached
         return since
 
-    async def pass_over(self, since: int) -> None:
-        """Encode once what items lack that changed since a position, until now."""
+    async def once(self, since: int = 0) -> int:
+        """The same in one pass."""
+        reached, items = self._view.written, self._view.items
+        counts = [partial(items.count_lacking, s, d, since) for s, d in self._encoding.digests.items()]
+        self.left = sum([await self._view.read(count) for count in counts])
         for space, digest in self._encoding.digests.items():
             await self._space(space, digest, since)
+        return reached
 
     async def _space(self, space: str, digest: str, since: int) -> None:
         after, items = b"", self._view.items

@@ -30,6 +30,7 @@ _ROWS_PER_NODE = 20
 _CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 STORAGES = tuple(_CODES)
 """How components are kept; fp16 is how SQL keeps them, so nothing is lost by it."""
+_KEEPING = threading.Lock()
 _log = logging.getLogger(__name__)
 
 
@@ -152,21 +153,25 @@ class Builder:
 def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     """Keep a segment that holds everything of a store up to a sequence number; replaces what was kept.
 
-    Its files have names of their own, and one that is renamed last names them: of two that save at once one
-    is kept whole.
+    Its files have names of their own, and one that is renamed last names them: nothing is there until all
+    of it is. One process saves and loads one segment at a time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     name = uuid.uuid4().hex
-    files = {"index": f"{name}.index", "numbers": f"{name}.numbers"}
-    faiss.write_index(segment.index, str(directory / files["index"]))
-    with (directory / files["numbers"]).open("wb") as file:
-        np.save(file, segment.numbers)
+    index, numbers, told = (directory / f"{name}.{kind}" for kind in ("index", "numbers", "json"))
     written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
-    (directory / f"{name}.json").write_text(json.dumps(written | files) + "\n")
-    (directory / f"{name}.json").rename(directory / "segment.json")
-    for path in directory.iterdir():
-        if path.name not in ("segment.json", *files.values()):
-            path.unlink(missing_ok=True)
+    with _KEEPING:
+        faiss.write_index(segment.index, str(index))
+        with numbers.open("wb") as file:
+            np.save(file, segment.numbers)
+        told.write_text(json.dumps(written | {"index": index.name, "numbers": numbers.name}) + "\n")
+        for path in (index, numbers, told):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        told.rename(directory / "segment.json")
+        for path in directory.iterdir():
+            if path.name not in ("segment.json", index.name, numbers.name):
+                path.unlink()
 
 
 def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> tuple[Segment, int] | None:
@@ -174,15 +179,16 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
     if not (directory / "segment.json").is_file():
         return None
     try:
-        written = json.loads((directory / "segment.json").read_text())
-        numbers = np.load(directory / written["numbers"])
-        index = faiss.read_index(str(directory / written["index"]))
+        with _KEEPING:
+            written = json.loads((directory / "segment.json").read_text())
+            numbers = np.load(directory / written["numbers"])
+            index = faiss.read_index(str(directory / written["index"]))
         whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
         segment = Segment(numbers, index)
         if whole and written["store"] == store and segment.storage == storage:
             return segment, int(written["sequence"])
         reason = "is of another store, encoder or storage"
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, RuntimeError, KeyError) as error:
         reason = f"is damaged: {error!r}"
     _log.warning("the index in %s %s; it is built again", directory, reason)
     return None

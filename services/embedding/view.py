@@ -156,6 +156,11 @@ class CatalogueView:
         if before != (self.written, self.sequence):
             self._wake()
 
+    async def repeat(self, since: int) -> None:
+        """Change the indexes once more by all that was written since a position."""
+        self._sequence = min(self._sequence, since)
+        await self.follow()
+
     def _wake(self) -> None:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()

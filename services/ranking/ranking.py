@@ -119,6 +119,8 @@ class Ranking:
         self._moment: Moment | None = None
         self._advancing = threading.Lock()
         self._taking = threading.Lock()
+        self.successor: Ranking | None = None
+        """Who answers other calls by now: what is recorded here is seen there at once."""
         self._pool = ThreadPoolExecutor(_THREADS, "ranking")
         self.advance()
 
@@ -150,6 +152,8 @@ class Ranking:
                 done.append(error)
         if any(isinstance(o, Recorded) and o.outcome is Outcome.RECORDED for o in done):
             await self._on(self.advance)
+            if self.successor is not None:
+                await self.successor._on(self.successor.advance)
         return done
 
     async def retrieve(
