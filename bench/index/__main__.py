@@ -1,6 +1,7 @@
 """Search by Vitrine's index against the bare FAISS call, hnswlib and usearch, in one run.
 
-    python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--json FILE]
+    python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--churn 100000] [--json FILE]
+    python -m bench.index --rows 1000000 --storages fp16 --alone --churn 0
 
 Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of texts
 too vary in few directions. Recall is of the 100 nearest, against float32 by brute force. Everything searches
@@ -49,13 +50,14 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="10000,100000")
     parser.add_argument("--storages", default="fp16,fp32,sq8")
+    parser.add_argument("--alone", action="store_true", help="without hnswlib and usearch")
     parser.add_argument("--churn", type=int, default=100_000, help="items, of which a fifth is replaced")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
     found = []
     for rows in map(int, options.rows.split(",")):
-        found += _measured(rows, options.storages.split(","))
+        found += _measured(rows, options.storages.split(","), alone=options.alone)
     _show(found)
     _show_growth(found)
     found += _churned(options.churn) if options.churn else []
@@ -63,7 +65,7 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _measured(count: int, storages: list[str]) -> list[dict[str, Any]]:
+def _measured(count: int, storages: list[str], *, alone: bool) -> list[dict[str, Any]]:
     vectors, queries = _drawn(count)
     exact = _brute(vectors, queries)
     numbers = np.random.default_rng(1).permutation(count).astype(np.int64)
@@ -96,7 +98,7 @@ def _measured(count: int, storages: list[str]) -> list[dict[str, Any]]:
         if storage == storages[0]:
             found.append({"rows": count, "what": f"faiss alone {storage}"} | _figures(faiss_alone, exact))
             found += _filtered(index, vectors, numbers, queries)
-            if count >= _GRAPH_ROWS:
+            if count >= _GRAPH_ROWS and not alone:
                 found += _others(vectors, queries, exact, row["recall"])
     return found
 
