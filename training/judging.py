@@ -94,7 +94,8 @@ def judge(
 
     def fitted_without(*lacking: str) -> list[np.ndarray]:
         _log.info("judging without %s", ", ".join(lacking))
-        score = fit_models(early, settings, vectors, lacking, heads).score(rows, vectors)
+        gone = {*lacking, *(missing & {"ctr"})}  # a head that the whole has not, its parts have not either
+        score = fit_models(early, settings, vectors, gone, heads).score(rows, vectors)
         return _pages(rows, np.where(proposed_without(past, rows, lacking), score, _NONE))
 
     targets = about["targets"]

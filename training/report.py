@@ -295,7 +295,9 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "ladder",
         "Part by part",
         "What each part adds to those above it: candidates, features and a model fitted for just these. "
-        "The cost is that of candidates, features and scores where this was trained, without an index.",
+        "The cost is that of candidates, features and scores where this was trained, without an index. "
+        "What is not listed is not in the bundle: there was nothing for it to read, or, as of a CTR head, "
+        "it did not help.",
         _ladder,
     ),
     (
