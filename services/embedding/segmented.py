@@ -187,7 +187,7 @@ class SegmentedIndex:
         """Compact when that is worth its cost, and keep what came of it."""
         if not self.worn:
             return
-        began = time.monotonic()
+        began, name = time.monotonic(), self._keep.directory.name if self._keep else "unkept"
         try:
             segment = self.compact()
             if self._keep and isinstance(segment, Segment) and segment.has_graph:
@@ -195,9 +195,9 @@ class SegmentedIndex:
         except BuilderStopped:
             return
         except (OSError, RuntimeError):  # the next change tries again; until then it is searched as it is
-            _log.exception("an index was not compacted or not kept")
+            _log.exception("the index %s was not compacted or not kept", name)
             return
-        _log.info("an index was compacted: %d items in %.1f s", len(segment), time.monotonic() - began)
+        _log.info("the index %s: %d items compacted in %.1f s", name, len(segment), time.monotonic() - began)
 
     def compact(self) -> AnySegment:
         """Make one segment of everything; it, with what was live when this began."""
