@@ -20,7 +20,7 @@ from training.dataset import Events, Shop
 from training.ladder import COUNTS, RUNGS, ladder, milliseconds
 from training.lesson import Lesson
 from training.queries import Question
-from training.rankers import Fitted, Heads, fit_models
+from training.rankers import Fitted, Heads, belongs, fit_models
 from training.replay import Replay
 from training.rows import Rows, judging_rows
 from training.shop_settings import ShopSettings
@@ -91,11 +91,14 @@ def judge(
     missing |= {"sequence"} if "sequence model" not in pages else set()
     missing |= {"ctr"} if whole.head is None else set()
     parts = [part for part in RUNGS if part not in missing]
+    unread = not any(belongs(name, "ctr") for name in whole.model.choice.columns)
 
     def fitted_without(*lacking: str) -> list[np.ndarray]:
         _log.info("judging without %s", ", ".join(lacking))
-        gone = {*lacking, *(missing & {"ctr"})}  # a head that the whole has not, its parts have not either
-        score = fit_models(early, settings, vectors, gone, heads).score(rows, vectors)
+        # What the whole has or has not of a head, its parts have or have not either.
+        gone = {*lacking, *({"ctr"} if unread else ())}
+        fitted = fit_models(early, settings, vectors, gone, heads, doubt=False)
+        score = fitted.score(rows, vectors)
         return _pages(rows, np.where(proposed_without(past, rows, lacking), score, _NONE))
 
     targets = about["targets"]

@@ -81,10 +81,13 @@ def fit_models(
     vectors: Mapping[str, np.ndarray],
     without: Collection[str] = (),
     heads: Heads | None = None,
+    *,
+    doubt: bool = True,
 ) -> Fitted:
     """Both models; `without` names parts that they must not know, as in `belongs`, or "trees".
 
-    A head whose scores do not help the reranker is left out, or serves probabilities alone.
+    A head whose scores do not help the reranker is left out, or serves probabilities alone; without `doubt`
+    that is not asked.
 
     `heads` are those of the same lesson, if other models of it are fitted too.
     """
@@ -102,7 +105,7 @@ def fit_models(
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
     doubted = np.array([belongs(name, "ctr") for name in read], bool)
-    if doubted.any() and not earn(lists[0], read, doubted, shown=shown):
+    if doubt and doubted.any() and not earn(lists[0], read, doubted, shown=shown):
         _log.info("the CTR head does not help to order")
         columns, read = columns[~doubted], [name for name in read if not belongs(name, "ctr")]
         lists = [some.only(~doubted) for some in lists]
