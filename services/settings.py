@@ -38,14 +38,14 @@ class Settings(BaseSettings):
     )
     exchange: bool = Field(
         True,
-        description="serve it once it is prepared, where one process has all services; else at a start",
+        description="serve a newer bundle once it is prepared, where one process has all services",
     )
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
     )
     storage: Literal["fp16", "sq8", "fp32"] = Field(
         "fp16",
-        description="how such a graph keeps components: fp16 loses nothing, sq8 halves it, fp32 doubles it",
+        description="how graphs keep components: fp16 loses nothing, sq8 is half of it, fp32 twice",
     )
     milvus: str = Field(
         "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"

@@ -1,7 +1,6 @@
 """The composition root: a process, its server, and the bundle that it serves now."""
 
 import asyncio
-import contextlib
 import importlib
 import logging
 import time
@@ -323,8 +322,14 @@ class App:
 
 async def _closed(making: "asyncio.Future[Generation]") -> None:
     """Wait for a generation that nobody wants any more, and close it."""
-    with contextlib.suppress(Exception):
-        await asyncio.to_thread((await making).close)
+    try:
+        made = await making
+    except Exception:  # whoever waited for it was told
+        return
+    try:
+        await asyncio.to_thread(made.close)
+    except Exception:
+        _log.exception("bundle %s is not served, and did not close", made.bundle.version)
 
 
 def _add(name: str) -> Callable[[Any, Any], None]:

@@ -12,7 +12,7 @@ from services.ranking.scoring import ctr_column
 from training import ctr
 from training.lesson import Lesson
 from training.lists import Lists
-from training.reranker import earn, fit_reranker
+from training.reranker import earns, fit_reranker
 from training.rows import Rows
 from training.shop_settings import ShopSettings
 
@@ -105,7 +105,7 @@ def fit_models(
     read = [names[at] for at in columns]
     shown = lists[1] if lesson.shown else None
     doubted = np.array([belongs(name, "ctr") for name in read], bool)
-    if doubt and doubted.any() and not earn(lists[0], read, doubted, shown=shown):
+    if doubt and doubted.any() and not earns(lists[0], read, doubted, shown=shown):
         _log.info("the CTR head does not help to order")
         columns, read = columns[~doubted], [name for name in read if not belongs(name, "ctr")]
         lists = [some.only(~doubted) for some in lists]

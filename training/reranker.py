@@ -73,7 +73,7 @@ def fit_reranker(
     return RerankerModel(choice, lightgbm.train(_parameters(lists, gain), data, trees))
 
 
-def earn(asked: Lists, columns: Sequence[str], doubted: np.ndarray, *, shown: Lists | None = None) -> bool:
+def earns(asked: Lists, columns: Sequence[str], doubted: np.ndarray, *, shown: Lists | None = None) -> bool:
     """Whether some columns, `doubted` bool (K,), gain a choice model more than chance may give.
 
     Which is one standard error of the gain in nDCG@20 on the lists that are held out, as of trees. True

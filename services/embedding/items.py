@@ -201,8 +201,7 @@ class ItemStore:
             blocks = [replace(b, values=b.values[page], present=b.present[page]) for b in vectors]
             load = partial(_load, items=items[page], blocks=blocks, created=created[page], stamp=stamp)
             count += self._writer.submit(load).result()
-        imported = _imports.insert().values(version=version)
-        self._writer.submit(lambda connection: connection.execute(imported) and None).result()
+        self._writer.submit(partial(_mark_imported, version=version)).result()
         return count
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
@@ -408,6 +407,10 @@ def _load(
     for block, (hashes, values) in zip(blocks, made, strict=True):
         contents.keep_many(connection, hashes, block.space, block.digest, values)
     return len(rows)
+
+
+def _mark_imported(connection: sa.Connection, version: str) -> None:
+    connection.execute(_imports.insert().values(version=version))
 
 
 def _lacks(space: str, digest: str) -> sa.ColumnElement[bool]:

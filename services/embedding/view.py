@@ -149,7 +149,7 @@ class CatalogueView:
     async def follow(self) -> None:
         """Let search and table follow what was committed, and wake who waits for that.
 
-        While an index's engine is away they stay behind: `maintain` tries again.
+        While an index's engine is away search stays behind: `maintain` tries again.
         """
         before = self.written, self.sequence
         await run_in(self._following, self._advance)
@@ -193,9 +193,8 @@ class CatalogueView:
         except Unavailable as error:
             if not self._away_until:  # said once, not every second
                 _log.warning("search stays behind what was written: %s", error)
-            self._away_until = (
-                time.monotonic() + _LOOK_EVERY / 2
-            )  # else each writer would wait for it in turn
+            # Else each writer would wait for it in turn.
+            self._away_until = time.monotonic() + _LOOK_EVERY / 2
             return False
         self._sequence, self._away_until = reached, 0.0
         return True
