@@ -143,10 +143,10 @@ class Generation:
                 space: milvus.MilvusIndex(client, items.name, space, work.digests[space], dimension)
                 for space, dimension in work.dimensions.items()
             }
-        from services.embedding import on_device, segmented, segments
+        from services.embedding import builder, on_device, segmented
 
         on_gpu, folder = settings.device != "cpu", settings.state / "index"
-        build = on_device.DeviceBuilder(settings.device) if on_gpu else segments.Builder(settings.storage)
+        build = on_device.DeviceBuilder(settings.device) if on_gpu else builder.Builder(settings.storage)
         return {
             space: segmented.SegmentedIndex(
                 dimension,

@@ -43,13 +43,17 @@ class Settings(BaseSettings):
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
     )
-    storage: Literal["fp16", "sq8", "fp32"] = Field(
+    storage: Literal["fp16", "sq8", "fp32", "pq"] = Field(
         "fp16",
-        description="how graphs keep components: fp16 loses nothing, sq8 is half of it, fp32 twice",
+        description="how graphs keep components: fp16 loses nothing, sq8 is half of it, fp32 twice, "
+        "pq an eighth, with the vectors in a file beside",
     )
     milvus: str = Field(
         "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"
     )
     milvus_token: str = Field("", description="USER:PASSWORD or a token of that Milvus")
+    scenarios: Path | None = Field(
+        None, description="a TOML file of scenarios, read again when it changes; see docs/rules.md"
+    )
     metrics: str = Field("", description="host:port where Prometheus finds figures over HTTP; empty: nowhere")
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

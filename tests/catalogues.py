@@ -17,12 +17,12 @@ from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
 from services import store
+from services.embedding.builder import Builder
 from services.embedding.catalogue import Catalogue
 from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
 from services.embedding.items import ItemStore
 from services.embedding.segmented import Keep, SegmentedIndex
-from services.embedding.segments import Builder
 from services.embedding.servicer import EmbeddingServicer
 from services.embedding.view import CatalogueView
 from services.generation import EMBEDDING

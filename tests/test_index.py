@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.embedding import segmented
+from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import Places, Selection
 from services.embedding.segmented import SegmentedIndex
-from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+from services.embedding.segments import Segment, load, save, scanned
 
 D = 8
 
@@ -174,11 +175,12 @@ def clustered() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return random.permutation(30_000) + 5, unit[:30_000], unit[30_000:]
 
 
-@pytest.fixture(scope="module")
-def graph(clustered: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Segment:
+@pytest.fixture(scope="module", params=["fp16", "pq"])
+def graph(request: pytest.FixtureRequest, clustered: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Segment:
     numbers, vectors, _ = clustered
-    segment = Builder()(numbers, vectors)
-    assert segment.has_graph
+    segment = Builder(request.param)(numbers, vectors)
+    assert (segment.has_graph, segment.storage) == (True, request.param)
+    np.testing.assert_array_equal(segment.vectors(np.arange(99)), vectors[:99])
     return segment
 
 
@@ -214,33 +216,33 @@ def test_tombstones_of_a_graph_are_not_found(graph: Segment) -> None:
 
 
 def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(graph: Segment, tmp_path: Path) -> None:
-    assert load(tmp_path, "store", 32) is None
+    assert load(tmp_path, "store", 32, graph.storage) is None
     query = graph.vectors(np.array([3]))
     for sequence in (7, 9):
         save(graph, "store", sequence, tmp_path)
-        found = load(tmp_path, "store", 32)
+        found = load(tmp_path, "store", 32, graph.storage)
         assert found is not None
         segment, until = found
         assert (until, segment.has_graph) == (sequence, True)
         np.testing.assert_array_equal(segment.numbers, graph.numbers)
         np.testing.assert_array_equal(segment.search(query, 9, None)[1], graph.search(query, 9, None)[1])
-    assert load(tmp_path, "store", 31) is None
-    assert load(tmp_path, "another store", 32) is None
-    [index, kept] = sorted(path for path in tmp_path.iterdir() if path.name != "segment.json")
-    whole = kept.read_bytes()
-    for damaged in (b"", whole[:100]):
-        kept.write_bytes(damaged)
-        assert load(tmp_path, "store", 32) is None
-    kept.write_bytes(whole)
-    index.write_bytes(index.read_bytes()[:1000])
-    assert load(tmp_path, "store", 32) is None
+    assert load(tmp_path, "store", 31, graph.storage) is None
+    assert load(tmp_path, "another store", 32, graph.storage) is None
+    assert load(tmp_path, "store", 32, "sq8") is None
+    for kept in (path for path in tmp_path.iterdir() if path.name != "segment.json"):
+        whole = kept.read_bytes()
+        for damaged in (b"", whole[:1000]):
+            kept.write_bytes(damaged)
+            assert load(tmp_path, "store", 32, graph.storage) is None
+        kept.write_bytes(whole)
+    assert load(tmp_path, "store", 32, graph.storage) is not None
     savers = [threading.Thread(target=save, args=(graph, "store", n, tmp_path)) for n in range(4)]
     for saver in savers:
         saver.start()
     for saver in savers:
         saver.join()
-    assert load(tmp_path, "store", 32) is not None
-    assert len(list(tmp_path.iterdir())) == 3
+    assert load(tmp_path, "store", 32, graph.storage) is not None
+    assert len(list(tmp_path.iterdir())) == (4 if graph.storage == "pq" else 3)
 
 
 @pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])

@@ -1,10 +1,12 @@
 """Search by Vitrine's index against the bare FAISS call, hnswlib and usearch, in one run.
 
     python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--churn 100000] [--json FILE]
-    python -m bench.index --rows 1000000 --storages fp16 --alone --churn 0
+    python -m bench.index --rows 1000000 --storages fp16,pq --alone --churn 0
+    python -m bench.index --rows 10000000 --storages pq --alone --churn 0        # 40 GB of disk, hours
 
 Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of texts
-too vary in few directions. Recall is of the 100 nearest, against float32 by brute force. Everything searches
+too vary in few directions, and kept as float16, in a file where they are many. Recall is of the 100 nearest,
+against brute force. Everything searches
 one query at a time on one thread; the others' graphs have the same links and building width, and the least
 search width that reaches Vitrine's recall.
 """
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import faiss
@@ -25,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from usearch.index import Index
 
+from services.embedding.builder import Builder
 from services.embedding.index import Places, Selection
 from services.embedding.segmented import SegmentedIndex
-from services.embedding.segments import Builder, Segment, scanned
+from services.embedding.segments import Segment, scanned
 
 _DIMENSION = 384
 _CENTRES = 2000
@@ -36,6 +40,7 @@ _SPREAD, _NOISE = 0.5, 0.02
 _QUERIES = 200
 _LIMIT = 100
 _GRAPH_ROWS = 20_000
+_PAGE, _MAPPED = 100_000, 2_000_000
 _WIDTHS = (100, 120, 150, 200, 250, 300, 400, 600, 800, 1200, 1600)
 _SHARES = (0.5, 0.1, 0.01, 0.001)
 _WRITTEN, _BETWEEN_WRITES = 200, 0.02
@@ -49,7 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", default="10000,100000")
-    parser.add_argument("--storages", default="fp16,fp32,sq8")
+    parser.add_argument("--storages", default="fp16,fp32,sq8,pq")
     parser.add_argument("--alone", action="store_true", help="without hnswlib and usearch")
     parser.add_argument("--churn", type=int, default=100_000, help="items, of which a fifth is replaced")
     parser.add_argument("--json", type=Path)
@@ -72,6 +77,8 @@ def _measured(count: int, storages: list[str], *, alone: bool) -> list[dict[str,
     found = []
     for storage in storages:
         began = time.perf_counter()
+        if storage == "pq" and count < _GRAPH_ROWS:
+            continue  # a graph's alone
         build = Builder(storage) if count >= _GRAPH_ROWS else lambda n, v, s=storage: scanned(n, v, s)
         segment = build(numbers, vectors)
         seconds = time.perf_counter() - began
@@ -104,24 +111,33 @@ def _measured(count: int, storages: list[str], *, alone: bool) -> list[dict[str,
 
 
 def _drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors float16 (count, 384), and queries float32 (200, 384) like them."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((_CENTRES, _FACTORS), np.float32)
     mixing = random.standard_normal((_FACTORS, _DIMENSION), np.float32) / np.float32(_FACTORS**0.5)
-    rows = np.empty((count + _QUERIES, _DIMENSION), np.float32)
-    for start in range(0, len(rows), 100_000):
-        some = rows[start : start + 100_000]
-        factors = centres[random.integers(0, _CENTRES, len(some))]
+    with TemporaryFile() as file:
+        shape = (count + _QUERIES, _DIMENSION)
+        # Mapped, so that memory need not hold them; they stay when the file has no name.
+        rows = np.memmap(file, np.float16, shape=shape) if count > _MAPPED else np.empty(shape, np.float16)
+    for start in range(0, len(rows), _PAGE):
+        some = min(_PAGE, len(rows) - start)
+        factors = centres[random.integers(0, _CENTRES, some)]
         factors += _SPREAD * random.standard_normal(factors.shape, np.float32)
-        some[:] = factors @ mixing + _NOISE * random.standard_normal(some.shape, np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows[:count], rows[count:]
+        drawn = factors @ mixing + _NOISE * random.standard_normal((some, _DIMENSION), np.float32)
+        rows[start : start + some] = drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+    return rows[:count], rows[count:].astype(np.float32)
 
 
 def _brute(vectors: np.ndarray, queries: np.ndarray, limit: int = _LIMIT) -> np.ndarray:
-    index = faiss.IndexFlatIP(_DIMENSION)
-    index.add(vectors)
-    rows: np.ndarray = index.search(queries, limit)[1]
-    return rows
+    heap = faiss.ResultHeap(len(queries), limit, keep_max=True)
+    for start in range(0, len(vectors), _PAGE):
+        index = faiss.IndexFlatIP(_DIMENSION)
+        index.add(np.ascontiguousarray(vectors[start : start + _PAGE], np.float32))
+        scores, rows = index.search(queries, limit)
+        heap.add_result(scores, np.where(rows < 0, rows, rows + start))
+    heap.finalize()
+    found: np.ndarray = heap.I
+    return found
 
 
 def _bare(segment: Segment) -> Search:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import TIES, Held, Neighbours, Selection, best
 from services.embedding.on_device import DeviceSegment
-from services.embedding.segments import Builder, BuilderStopped, Segment, load, save, scanned
+from services.embedding.segments import Segment, load, save, scanned
 
 _FRESH_ROWS = 4096
 _MOST_SEGMENTS = 12

@@ -1,35 +1,33 @@
 """Rows of an index that never change: item numbers and a FAISS index over their vectors.
 
-A small segment is scanned, a large one has a graph over the same rows (HNSW, Malkov and Yashunin, 2016),
-which a process of its own builds, since that takes a core for minutes. Knows nothing of changes, and
-of filters no more than which rows may be found.
+A small segment is scanned, a large one has a graph over the same rows (HNSW, Malkov and Yashunin, 2016).
+Knows nothing of changes, and of filters no more than which rows may be found.
 """
 
-import argparse
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import faiss
 import numpy as np
 
 from services.embedding.numbered import Numbered
 
-_LINKS, _BUILD_WIDTH = 32, 80
 _LEAST_WIDTH = 400
 # On 105,542 texts of H&M x 384 a row scanned took a twentieth of a node visited.
 _ROWS_PER_NODE = 20
-_CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
-STORAGES = tuple(_CODES)
-"""How components are kept; fp16 is how SQL keeps them, so nothing is lost by it."""
+CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
+STORAGES = (*CODES, "pq")
+"""How a graph keeps components; fp16 is how SQL keeps them, so nothing is lost by it."""
+# Of what is found by codes so many times more than asked for is compared by vectors.
+_DEEPER = 3
+_COMPARED_AT_ONCE, _FILLED_AT_ONCE = 1 << 14, 1 << 18
+_BUILD_WIDTH = 80
 _KEEPING = threading.Lock()
 _log = logging.getLogger(__name__)
 
@@ -64,10 +62,20 @@ class Segment(Numbered):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is None or many <= _ROWS_PER_NODE * width:
-            parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-            return self._stored.search(queries, count, params=parameters)
+            return self._scan(queries, count, live, selector)
         parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
-        return self._graph.search(queries, count, params=parameters)
+        return self._walk(self._graph, queries, count, parameters)
+
+    def _scan(
+        self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+        return self._stored.search(queries, count, params=parameters)
+
+    def _walk(
+        self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return graph.search(queries, count, params=parameters)
 
     @property
     def storage(self) -> str:
@@ -95,59 +103,67 @@ class Segment(Numbered):
         return self.index if self._graph is None else faiss.downcast_index(self._graph.storage)
 
 
+@dataclass(frozen=True, eq=False)
+class CodedSegment(Segment):
+    """A graph over codes of product quantisation (Jégou et al., 2011): those lead to what vectors then order.
+
+    `exact` float16 (N, D) are the vectors, mapped from a file, as in DiskANN (Subramanya et al., 2019): of
+    memory only the pages that searches read.
+    """
+
+    exact: np.ndarray
+
+    storage = "pq"
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors float32 (M, D) of rows."""
+        found: np.ndarray = self.exact[rows].astype(np.float32)
+        return found
+
+    def _scan(
+        self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(len(self)) if live is None else np.flatnonzero(live)
+        return self._compared(queries, count, np.broadcast_to(rows, (len(queries), len(rows))))
+
+    def _walk(
+        self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
+    ) -> tuple[np.ndarray, np.ndarray]:
+        _, rows = graph.search(queries, min(_DEEPER * count, len(self)), params=parameters)
+        return self._compared(queries, count, rows)
+
+    def _compared(self, queries: np.ndarray, count: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each query's `rows`, int64 (Q, R), -1 for none, the best by their vectors."""
+        scores = np.empty(rows.shape, np.float32)
+        for query, mine, here in zip(queries, rows, scores, strict=True):
+            for start in range(0, len(mine), _COMPARED_AT_ONCE):
+                some = slice(start, start + _COMPARED_AT_ONCE)
+                here[some] = self.vectors(mine[some]) @ query
+        scores[rows < 0] = -np.inf
+        best = np.argsort(-scores, axis=1)[:, :count]
+        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+
+
 def scanned(numbers: np.ndarray, vectors: np.ndarray, storage: str = "fp16") -> Segment:
     """A segment without a graph: `numbers` int64 (N,), `vectors` float (N, D) of unit length."""
-    return Segment(numbers, _filled(vectors, _CODES[storage]))
+    return Segment(numbers, filled(vectors, CODES[storage]))
 
 
-class BuilderStopped(Exception):
-    """No more graphs are built."""
+def filled(vectors: np.ndarray, description: str) -> faiss.Index:
+    """A FAISS index of vectors, float (N, D), as its factory describes it."""
+    index = faiss.index_factory(vectors.shape[1], description, faiss.METRIC_INNER_PRODUCT)
+    if isinstance(index, faiss.IndexHNSW):
+        index.hnsw.efConstruction = _BUILD_WIDTH
+    if len(vectors) and not index.is_trained:
+        index.train(np.ascontiguousarray(vectors, np.float32))
+    append(index, vectors)
+    return index
 
 
-class Builder:
-    """Builds segments with a graph, one at a time, each in a process of low priority; `stop` ends that."""
-
-    def __init__(self, storage: str = "fp16") -> None:
-        self.storage = storage
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._stopped = False
-
-    def __call__(self, numbers: np.ndarray, vectors: np.ndarray) -> Segment:
-        """A segment of `numbers` int64 (N,) and `vectors` float (N, D) of unit length.
-
-        Raises:
-            BuilderStopped: meanwhile or before.
-            RuntimeError: the process failed; the message holds what it said.
-        """
-        with TemporaryDirectory(prefix="vitrine-index-") as folder:
-            given, made = Path(folder) / "vectors.npy", Path(folder) / "index.faiss"
-            np.save(given, vectors.astype(np.float16))
-            process = self._start(given, made)
-            _, said = process.communicate()
-            if self._stopped:
-                raise BuilderStopped
-            if process.returncode:
-                raise RuntimeError(f"no index was built: {said.strip()[-1000:]}")
-            return Segment(numbers, faiss.read_index(str(made)))
-
-    def _start(self, given: Path, made: Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "services.embedding.segments", str(given), str(made), self.storage]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        with self._lock:
-            if self._stopped:
-                raise BuilderStopped
-            self._process = subprocess.Popen(  # noqa: S603 - this file
-                command, env=environment, stderr=subprocess.PIPE, text=True
-            )
-            return self._process
-
-    def stop(self) -> None:
-        """Kill what runs and start nothing more."""
-        with self._lock:
-            self._stopped = True
-            if self._process is not None:
-                self._process.kill()
+def append(index: faiss.Index, vectors: np.ndarray) -> None:
+    """Add vectors, float (N, D), some at a time: they may be mapped from a file that memory does not hold."""
+    for start in range(0, len(vectors), _FILLED_AT_ONCE):
+        index.add(np.ascontiguousarray(vectors[start : start + _FILLED_AT_ONCE], np.float32))
 
 
 def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
@@ -157,20 +173,25 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     of it is. One process saves and loads one segment at a time.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex
-    index, numbers, told = (directory / f"{name}.{kind}" for kind in ("index", "numbers", "json"))
     written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
+    arrays = {"numbers": segment.numbers}
+    if isinstance(segment, CodedSegment):
+        arrays["vectors"] = segment.exact
     with _KEEPING:
-        faiss.write_index(segment.index, str(index))
-        with numbers.open("wb") as file:
-            np.save(file, segment.numbers)
-        told.write_text(json.dumps(written | {"index": index.name, "numbers": numbers.name}) + "\n")
-        for path in (index, numbers, told):
+        name = uuid.uuid4().hex
+        files = {kind: directory / f"{name}.{kind}" for kind in ("index", *arrays)}
+        faiss.write_index(segment.index, str(files["index"]))
+        for kind, values in arrays.items():
+            with files[kind].open("wb") as file:
+                np.save(file, values)
+        told = directory / f"{name}.json"
+        told.write_text(json.dumps(written | {kind: path.name for kind, path in files.items()}) + "\n")
+        for path in (*files.values(), told):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         told.rename(directory / "segment.json")
         for path in directory.iterdir():
-            if path.name not in ("segment.json", index.name, numbers.name):
+            if path.name != "segment.json" and path not in files.values():
                 path.unlink()
 
 
@@ -183,8 +204,12 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
             written = json.loads((directory / "segment.json").read_text())
             numbers = np.load(directory / written["numbers"])
             index = faiss.read_index(str(directory / written["index"]))
-        whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
-        segment = Segment(numbers, index)
+            whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
+            segment = Segment(numbers, index)
+            if "vectors" in written:
+                exact = np.load(directory / written["vectors"], mmap_mode="r")
+                whole = whole and exact.shape == (len(numbers), dimension)
+                segment = CodedSegment(numbers, index, exact)
         if whole and written["store"] == store and segment.storage == storage:
             return segment, int(written["sequence"])
         reason = "is of another store, encoder or storage"
@@ -192,30 +217,3 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
         reason = f"is damaged: {error!r}"
     _log.warning("the index in %s %s; it is built again", directory, reason)
     return None
-
-
-def _filled(vectors: np.ndarray, description: str) -> faiss.Index:
-    rows = np.ascontiguousarray(vectors, np.float32)
-    index = faiss.index_factory(rows.shape[1], description, faiss.METRIC_INNER_PRODUCT)
-    if isinstance(index, faiss.IndexHNSW):
-        index.hnsw.efConstruction = _BUILD_WIDTH
-    if len(rows):
-        index.train(rows)
-        index.add(rows)
-    return index
-
-
-def main() -> None:
-    """Build a graph over a file of vectors; what `Builder` starts."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("vectors", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("storage", choices=STORAGES)
-    options = parser.parse_args()
-    os.nice(10)
-    index = _filled(np.load(options.vectors), f"HNSW{_LINKS},{_CODES[options.storage]}")
-    faiss.write_index(index, str(options.out))
-
-
-if __name__ == "__main__":
-    main()
