@@ -189,9 +189,17 @@ class Generation:
         stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
         signed = tokens.Tokens(_secret(settings))
         self.gateway = servicer.GatewayServicer(
-            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for
+            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for, self._scenarios()
         )
         self.servicers[GATEWAY] = self.gateway
+
+    def _scenarios(self) -> Any:
+        from services.gateway import scenarios
+
+        found = scenarios.Scenarios(self._settings.scenarios)
+        if self._settings.scenarios is not None:
+            self.background.append(found.follow)
+        return found
 
     def _items(self, table: ItemTable | None) -> Any:
         """The items: the catalogue of this process, or a follower; a gateway's begins with the bundle's."""

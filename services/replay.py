@@ -26,7 +26,8 @@ from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 from services import deadline, store
 from services.bundle import Bundle
 from services.errors import FailedPrecondition, VitrineError
-from services.gateway.pipeline import Ordered, Pipeline, Wish
+from services.gateway.pipeline import Pipeline
+from services.gateway.wish import Ordered, Wish
 from services.ranking.behaviour import BehaviourStore, Event, EventItem
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings

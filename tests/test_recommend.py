@@ -4,30 +4,23 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
-from services.generation import EMBEDDING, GATEWAY, RANKING
-from services.server import CHANNEL_OPTIONS
+from services.generation import GATEWAY
 from services.settings import Settings
-from services.wiring import ALL, App
+from services.wiring import App
 from tests.processes import free_port, serving, start_process
-from tests.shops import PER_WORLD, UNTIL, make_bundle
-
-NOW = UNTIL + timedelta(hours=12)
-EVENT = event_pb2.Event
-Body = Callable[[Any], Awaitable[None]]
+from tests.recommending import EVENT, NOW, Shop, ids, only, purchase, session, violations
+from tests.shops import PER_WORLD, make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -35,62 +28,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-class Shop:
-    """Runs bodies against one state, hosted in one process' worth of services or in three."""
-
-    def __init__(self, bundle: Path, state: Path, layout: str) -> None:
-        self._bundle, self._state, self.layout = bundle, state, layout
-
-    def settings(self, **more: Any) -> Settings:
-        base: dict[str, Any] = {"bundle": self._bundle, "state": self._state, "address": "127.0.0.1:0"}
-        return Settings(**(base | {"clock": NOW} | more))
-
-    def run(self, body: Body) -> None:
-        asyncio.run(self._run(body))
-
-    async def _run(self, body: Body) -> None:
-        async with AsyncExitStack() as stack:
-
-            async def start(hosted: tuple[str, ...], **more: Any) -> App:
-                app = App(self.settings(**more), hosted)
-                stack.push_async_callback(app.stop)
-                await app.start()
-                return app
-
-            if self.layout == "one":
-                app = await start(ALL)
-            else:
-                embedding = f"127.0.0.1:{(await start((EMBEDDING,))).port}"
-                ranking_app = await start((RANKING,), embedding=embedding)
-                await serving(ranking_app.port, RANKING)
-                ranking = f"127.0.0.1:{ranking_app.port}"
-                app = await start((GATEWAY,), embedding=embedding, ranking=ranking)
-            target = f"127.0.0.1:{app.port}"
-            channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-            stack.push_async_callback(channel.close)
-            await body(pb_grpc.RecommendationServiceStub(channel))
-
-
 @pytest.fixture(params=["one", "three"])
 def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
     return Shop(bundle, tmp_path / "state", request.param)
-
-
-def session(*ids: str) -> list[event_pb2.SessionItem]:
-    return [event_pb2.SessionItem(item_id=i) for i in ids]
-
-
-def ids(response: Any) -> list[str]:
-    return [item.item_id for item in response.items]
-
-
-def purchase(event_id: str, user: str, *items: str, kind: str = "purchase") -> Any:
-    wanted = [event_pb2.EventItem(item_id=i) for i in items]
-    return EVENT(event_id=event_id, user_id=user, type=kind, items=wanted)
-
-
-def only(attribute: str, text: str) -> filter_pb2.Filter:
-    return filter_pb2.Filter(equals=filter_pb2.Equals(attribute=attribute, text=text))
 
 
 def test_a_session_decides_the_page_and_every_item_says_where_it_came_from(shop: Shop) -> None:
@@ -129,9 +69,7 @@ def test_an_event_changes_the_next_page_and_what_was_bought_is_left_out(shop: Sh
 
 
 def test_events_of_a_running_clock_count_at_once(bundle: Path, tmp_path: Path) -> None:
-    shop = Shop(bundle, tmp_path / "state", "one")
-    plain = shop.settings
-    shop.settings = lambda **more: plain(**(more | {"clock": None}))  # type: ignore[method-assign]
+    shop = Shop(bundle, tmp_path / "state", "one", clock=None)
 
     async def body(stub: Any) -> None:
         await stub.WriteEvents(pb.WriteEventsRequest(events=[purchase("e1", "ann", "kitchen-01")]))
@@ -230,15 +168,6 @@ def test_one_process_and_three_answer_alike(bundle: Path, tmp_path: Path) -> Non
 
         Shop(bundle, tmp_path / layout, layout).run(body)
     assert answers["one"] == answers["three"]
-
-
-async def violations(call: Awaitable[Any]) -> list[str]:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    bad = error_details_pb2.BadRequest()
-    details = rpc_status.from_call(caught.value).details
-    return [v.field for d in details if d.Unpack(bad) for v in bad.field_violations]
 
 
 def test_a_wrong_request_names_its_field_and_an_unknown_thing_is_not_found(shop: Shop) -> None:

@@ -15,7 +15,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import deadline, store
 from services.bundle import Bundle, Catalogue, publish, write_catalogue
 from services.catalog import item_number
-from services.gateway.pipeline import Wish
+from services.gateway.wish import Wish
 from services.ranking.behaviour import BehaviourStore
 from services.ranking.graph import ItemGraph
 from services.ranking.ranking import Person

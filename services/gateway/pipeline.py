@@ -1,17 +1,16 @@
-"""A Recommend, step by step: retrieve and search side by side, hard rules, rank, page.
+"""A Recommend, step by step: retrieve and search side by side, hard rules, rank, the shop's rules.
 
 Each stage takes and gives `Page`-building values and knows no other stage. One that is
 down, slow or unready never fails the call: retrieval order stands in for ranking, the
 bundle's popularity for retrieval, and `degraded` says so.
 """
 
-from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
+from vitrine.catalog.v1 import event_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
@@ -25,7 +24,9 @@ from services.errors import (
     Unavailable,
     VitrineError,
 )
+from services.gateway.assortment import Assortment
 from services.gateway.clients import Embedding, Ranking
+from services.gateway.wish import SOURCES, Candidates, Ordered, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
@@ -41,6 +42,8 @@ _SOURCES = {
     ranking_pb.SOURCE_WORDS: "words",
 }
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
+_OF_BEHAVIOUR = {name: source for source, name in _SOURCES.items()}
+_PER_QUOTA = 200
 _MAX_EXCLUDED = 100_000
 
 
@@ -57,46 +60,6 @@ class Limits:
     per_interest: int = PER_INTEREST
     budget: float = 2.0
     retrieval_share: float = 0.6
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is asked for, validated. `excluded` are item numbers; `condition` is `filter` decoded."""
-
-    person: ranking_pb.Person
-    as_of: datetime
-    excluded: frozenset[int] = frozenset()
-    exclude_bought: bool = True
-    filter: filter_pb2.Filter | None = None
-    condition: filters.Filter | None = None
-    min_sequence: int = 0
-    diversity: float = 0.0
-
-
-@dataclass
-class Candidates:
-    """Candidate numbers to the score that each of their sources gave."""
-
-    sources: dict[int, dict[str, float]] = field(default_factory=dict)
-
-    def add(self, source: str, numbers: Sequence[int], scores: Sequence[float]) -> None:
-        """Take a list of a source; of an item that comes twice the better score stays."""
-        for number, score in zip(numbers, scores, strict=True):
-            known = self.sources.setdefault(number, {})
-            known[source] = max(score, known.get(source, score))
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """Every candidate that may be shown, best first, with what its place rests on."""
-
-    numbers: list[int]
-    scores: list[float]
-    components: Mapping[str, Mapping[int, float]]
-    probabilities: Mapping[str, Mapping[int, float]]
-    candidates: Candidates
-    degraded: Sequence[pb.Degradation]
-    state_sequence: int
 
 
 class Pipeline:
@@ -116,6 +79,7 @@ class Pipeline:
     ) -> None:
         self._embedding, self._ranking, self.table = embedding, ranking, table
         self._popular, self.bundle, self._limits = popular, bundle, limits or Limits()
+        self._assortment = Assortment(table, popular)
 
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
@@ -124,21 +88,44 @@ class Pipeline:
         degraded: list[pb.Degradation] = []
         first = budget * self._limits.retrieval_share
         retrieved = await _attempt("retrieve", self._retrieve(wish), first, degraded)
-        candidates = Candidates()
-        for found in retrieved.candidates if retrieved else ():
-            candidates.add(_SOURCES[found.source], found.item_numbers, found.scores)
-        groups = self._groups(wish, retrieved)
-        if groups:
-            searched = await _attempt("search", self._search(wish, retrieved, groups), first, degraded)
-            for result in searched.results if searched else ():
-                candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
-        kept = self._allowed(wish, retrieved, list(candidates.sources))
-        if not kept:
-            kept = self._allowed(wish, retrieved, self._popular.tolist())
+        candidates = await self._candidates(wish, retrieved, first, degraded)
+        kept = self._assortment.allowed(wish, retrieved, list(candidates.sources))
+        if not kept and wish.items is None:
+            kept = self._assortment.allowed(wish, retrieved, self._popular.tolist())
             candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
-        if not kept:
-            return Ordered([], [], {}, {}, candidates, degraded, 0)
-        return await self._order(wish, retrieved, kept, candidates, degraded, budget)
+        ranked = await self._order(wish, retrieved, kept, candidates, degraded, budget)
+        shown = set(kept)
+        left_out = [n for n in wish.items or () if n not in shown]
+        return self._assortment.arranged(wish, retrieved, replace(ranked, left_out=left_out))
+
+    async def _candidates(
+        self,
+        wish: Wish,
+        retrieved: ranking_pb.RetrieveResponse | None,
+        seconds: float,
+        degraded: list[pb.Degradation],
+    ) -> Candidates:
+        candidates = Candidates()
+        if wish.items is not None:
+            candidates.add("request", wish.items, [1.0 / place for place in range(1, len(wish.items) + 1)])
+            return candidates
+        wanted = set(wish.sources) or SOURCES
+        for found in retrieved.candidates if retrieved else ():
+            if _SOURCES[found.source] in wanted:
+                candidates.add(_SOURCES[found.source], found.item_numbers, found.scores)
+        groups = self._groups(wish, retrieved) if wanted.intersection(_SPACES.values()) else []
+        if groups:
+            searched = await _attempt("search", self._search(wish, retrieved, groups), seconds, degraded)
+            for result in searched.results if searched else ():
+                if _SPACES[result.space] in wanted:
+                    candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
+        for quota in wish.rules.quotas:
+            if quota.condition is not None:
+                mask = self.table.available(wish.as_of)
+                qualify = filters.evaluate(quota.condition, self.table)[: len(mask)]
+                numbers = self._assortment.most_popular(mask & qualify, _PER_QUOTA)
+                candidates.add("quota", numbers, [quota.share] * len(numbers))
+        return candidates
 
     async def _order(
         self,
@@ -151,7 +138,8 @@ class Pipeline:
     ) -> Ordered:
         sequence = retrieved.state_sequence if retrieved else 0
         ranked = None
-        if retrieved is not None:  # a ranking service that could not retrieve is not asked again
+        # A ranking service that could not retrieve is not asked again.
+        if retrieved is not None and kept and not wish.by_source:
             request = ranking_pb.RankRequest(
                 person=wish.person,
                 as_of=wire.time_to(wish.as_of),
@@ -170,10 +158,8 @@ class Pipeline:
                 probabilities[of_type.type] = dict(zip(kept, of_type.probabilities, strict=True))
         else:
             scores = _by_rank(kept, candidates)
-        order = np.lexsort((np.array(kept), -scores))
+        order = np.lexsort((np.array(kept, np.int64), -scores))
         numbers, ordered = [kept[i] for i in order], scores[order].tolist()
-        if wish.diversity > 0:
-            numbers, ordered = self._diversified(numbers, ordered, wish.diversity)
         return Ordered(numbers, ordered, components, probabilities, candidates, degraded, sequence)
 
     def _retrieve(self, wish: Wish) -> Awaitable[ranking_pb.RetrieveResponse]:
@@ -186,8 +172,18 @@ class Pipeline:
             exclude_bought=wish.exclude_bought,
             min_sequence=wish.min_sequence,
             bundle=self.bundle,
+            sources=self._asked(wish),
+            include_shown=wish.rules.rotation,
         )
         return self._ranking.retrieve(request)
+
+    @staticmethod
+    def _asked(wish: Wish) -> list[ranking_pb.Source.ValueType]:
+        """Behaviour's sources to ask; empty for all. Where none is wanted, the person's state still is."""
+        if not wish.sources and wish.items is None:
+            return []
+        wanted = [] if wish.items is not None else wish.sources
+        return [_OF_BEHAVIOUR[s] for s in wanted if s in _OF_BEHAVIOUR] or [ranking_pb.SOURCE_POPULAR]
 
     def _groups(
         self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None
@@ -210,64 +206,19 @@ class Pipeline:
             groups=groups,
             limit=self._limits.per_interest,
             filter=wish.filter,
-            exclude_item_numbers=sorted(self._excluded(wish, retrieved))[:_MAX_EXCLUDED],
+            exclude_item_numbers=sorted(self._assortment.excluded(wish, retrieved))[:_MAX_EXCLUDED],
             min_sequence=wish.min_sequence,
             bundle=self.bundle,
             as_of=wire.time_to(wish.as_of),
         )
         return self._embedding.search(request)
 
-    def _allowed(
-        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, numbers: Sequence[int]
-    ) -> list[int]:
-        """The hard rules, on every path: live, available, under the filter, not excluded."""
-        mask = self.table.available(wish.as_of)
-        if wish.condition is not None:
-            condition = filters.evaluate(wish.condition, self.table)
-            mask = mask[: len(condition)] & condition[: len(mask)]
-        rows = self.table.rows(numbers)
-        held = (rows >= 0) & (rows < len(mask)) & np.append(mask, False)[np.minimum(rows, len(mask))]
-        out = self._excluded(wish, retrieved)
-        return [n for n, ok in zip(numbers, held.tolist(), strict=True) if ok and n not in out]
-
-    @staticmethod
-    def _excluded(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> set[int]:
-        out = {*wish.excluded, *(item_number(item.item_id) for item in wish.person.session)}
-        if retrieved is not None and wish.exclude_bought:
-            out.update(retrieved.bought_item_numbers)
-        return out
-
-    def _diversified(
-        self, numbers: list[int], scores: list[float], diversity: float, depth: int = 200
-    ) -> tuple[list[int], list[float]]:
-        """Maximal marginal relevance (Carbonell and Goldstein, 1998) over the first `depth`."""
-        column = self.table.vectors("text") or self.table.vectors("image")
-        head = numbers[:depth]
-        if column is None or len(head) < 2:  # noqa: PLR2004 - one item is as different as can be
-            return numbers, scores
-        vectors = column[0][self.table.rows(head)].astype(np.float32)
-        relevance = np.array(scores[:depth])
-        span = float(np.ptp(relevance)) or 1.0
-        relevance = (relevance - relevance.min()) / span
-        near = np.zeros(len(head))
-        order: list[int] = []
-        left = np.ones(len(head), bool)
-        for _ in head:
-            value = np.where(left, (1 - diversity) * relevance - diversity * near, -np.inf)
-            chosen = int(value.argmax())
-            order.append(chosen)
-            left[chosen] = False
-            near = np.maximum(near, vectors @ vectors[chosen])
-        return (
-            [head[i] for i in order] + numbers[depth:],
-            [scores[i] for i in order] + scores[depth:],
-        )
-
 
 def _by_rank(kept: Sequence[int], candidates: Candidates) -> np.ndarray:
     """Reciprocal rank fusion of the sources (Cormack et al., 2009), float32 (C,)."""
     total = np.zeros(len(kept), np.float32)
-    names = sorted({source for number in kept for source in candidates.sources[number]})
+    # A quota brings items without saying which is better.
+    names = sorted({source for number in kept for source in candidates.sources[number]} - {"quota"})
     for name in names:
         scores = np.array([candidates.sources[n].get(name, -np.inf) for n in kept])
         order = np.lexsort((np.array(kept), -scores))

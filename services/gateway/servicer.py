@@ -4,28 +4,33 @@ import hashlib
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
-from services import wire
+from services import filters, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
 from services.gateway.clients import Embedding, Ranking
-from services.gateway.pipeline import Ordered, Pipeline, Wish, person_of
+from services.gateway.pipeline import Pipeline, person_of
+from services.gateway.rules import Rules
+from services.gateway.scenarios import HOME, SIMILAR, Scenario, Scenarios, rules_from
 from services.gateway.tokens import Tokens
+from services.gateway.wish import DEEPEST, Ordered, Wish
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 20
 MAX_SESSION = 200
 MAX_EXCLUDED = 10_000
-SCENARIO = "home"
+MAX_CONTEXT = 50
+MAX_ITEMS = 2000
 _SEARCH_DEPTH = 2000
 _RRF = 60
 _CROSS_MODAL_WEIGHT = 0.3
@@ -42,8 +47,10 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         tokens: Tokens,
         clock: Callable[[], datetime],
         wait_for: Callable[[int], Awaitable[None]],
+        scenarios: Scenarios,
     ) -> None:
         self.pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
+        self._scenarios = scenarios
         self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
 
     async def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
@@ -51,17 +58,20 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         now = self._clock()
         size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
         start, as_of = self._page(request, now)
-        wish = self._wish(request, as_of)
+        page = slice(start, start + size)
+        wish = self._wish(request, as_of, page.stop + 1)
+        request_id = request.request_id or uuid.uuid4().hex
+        if request.validate_only:
+            return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
         ordered = await self.pipeline.run(wish)
-        request_id = request.request_id or uuid.uuid4().hex
-        page = slice(start, start + size)
         response = pb.RecommendResponse(
             items=self._items(ordered, page),
-            attribution_token=self._attribution(request_id, request.scenario or SCENARIO, now),
+            attribution_token=self._attribution(request_id, request.scenario or HOME, now),
             versions=self._versions(as_of, ordered.state_sequence),
             degraded=ordered.degraded,
             request_id=request_id,
+            left_out_item_ids=[i for i in request.item_ids if item_number(i) in set(ordered.left_out)],
         )
         if page.stop < len(ordered.numbers):
             content = {"o": page.stop, "a": as_of.isoformat(), "h": _digest(request)}
@@ -77,18 +87,25 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         await self._wait_for(request.min_sequence)
         if not self._exists(request.item_id, now):
             raise NotFound("item", request.item_id)
+        scenario = self._scenarios.find(SIMILAR)
+        sent, condition = _both(scenario, request.filter if request.HasField("filter") else None)
         wish = Wish(
             person=person_of("", "", [event_pb2.SessionItem(item_id=request.item_id)]),
             as_of=now,
             excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
-            filter=request.filter if request.HasField("filter") else None,
-            condition=wire.filter_from(request.filter) if request.HasField("filter") else None,
+            filter=sent,
+            condition=condition,
             min_sequence=request.min_sequence,
+            sources=scenario.sources,
+            by_source=scenario.by_source,
+            rules=scenario.rules,
+            depth=size,
+            loose=scenario.condition,
         )
         ordered = await self.pipeline.run(wish)
         return pb.SimilarItemsResponse(
             items=self._items(ordered, slice(0, size)),
-            attribution_token=self._attribution(uuid.uuid4().hex, "similar", now),
+            attribution_token=self._attribution(uuid.uuid4().hex, SIMILAR, now),
             versions=self._versions(now, ordered.state_sequence),
             degraded=ordered.degraded,
         )
@@ -182,38 +199,31 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             raise InvalidArgument.of("page_token", "belongs to another request; only page_size may change")
         return content["o"], datetime.fromisoformat(content["a"])
 
-    def _wish(self, request: pb.RecommendRequest, as_of: datetime) -> Wish:
-        if request.scenario not in ("", SCENARIO):
-            raise NotFound("scenario", request.scenario)
-        for name in ("user_id", "visitor_id", "session_id", "request_id"):
-            value = getattr(request, name)
-            if value and (problem := identifier_problem(value)):
-                raise InvalidArgument.of(name, problem)
-        if len(request.session) > MAX_SESSION:
-            raise InvalidArgument.of(
-                "session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed"
-            )
-        for at, item in enumerate(request.session):
-            if problem := identifier_problem(item.item_id):
-                raise InvalidArgument.of(f"session[{at}].item_id", problem)
-        if not 0 <= request.diversity <= 1:
-            raise InvalidArgument.of("diversity", "must be between 0 and 1")
-        if request.exploration:
-            raise InvalidArgument.of("exploration", "must be 0: this server does not explore yet")
-        if request.rotation:
-            raise InvalidArgument.of("rotation", "must be false: this server does not rotate yet")
-        if request.include_reasons:
-            raise InvalidArgument.of("include_reasons", "must be false: this server gives no reasons yet")
-        has_filter = request.HasField("filter")
+    def _wish(self, request: pb.RecommendRequest, as_of: datetime, depth: int) -> Wish:
+        scenario = self._scenarios.find(request.scenario)
+        _check(request)
+        sent, condition = _both(scenario, request.filter if request.HasField("filter") else None)
+        context = [event_pb2.SessionItem(item_id=item_id) for item_id in request.context_item_ids]
+        policy, named = request.bought_policy, bool(request.item_ids)
         return Wish(
-            person=person_of(request.user_id, request.visitor_id, request.session),
+            person=person_of(
+                request.user_id, request.visitor_id, [*request.session, *context][-MAX_SESSION:]
+            ),
             as_of=as_of,
             excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
-            exclude_bought=request.bought_policy != pb.BOUGHT_POLICY_KEEP,
-            filter=request.filter if has_filter else None,
-            condition=wire.filter_from(request.filter) if has_filter else None,
+            exclude_bought=(
+                policy == pb.BOUGHT_POLICY_EXCLUDE if policy or named else scenario.exclude_bought
+            ),
+            filter=sent,
+            condition=condition,
             min_sequence=request.min_sequence,
-            diversity=request.diversity,
+            sources=scenario.sources,
+            by_source=scenario.by_source,
+            items=tuple(dict.fromkeys(map(item_number, request.item_ids))) if named else None,
+            rules=_rules(request, scenario),
+            depth=min(depth, DEEPEST),
+            fill=not named,
+            loose=scenario.condition,
         )
 
     def _items(self, ordered: Ordered, page: slice) -> list[pb.Recommendation]:
@@ -226,10 +236,12 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 item_id=item_id, score=score, sources=_sources(ordered.candidates.sources[number])
             )
             for name, scores in ordered.components.items():
-                item.components.add(component=name, score=scores[number])
+                if number in scores:
+                    item.components.add(component=name, score=scores[number])
             for name, probabilities in ordered.probabilities.items():
-                if not math.isnan(probabilities[number]):
+                if not math.isnan(probabilities.get(number, math.nan)):
                     item.probabilities.add(type=name, probability=probabilities[number])
+            item.rules.extend(ordered.moved.get(number, ()))
             items.append(item)
         return items
 
@@ -250,6 +262,45 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         )
 
 
+def _check(request: pb.RecommendRequest) -> None:
+    """InvalidArgument names the first field that is wrong by itself."""
+    for name in ("user_id", "visitor_id", "session_id", "request_id"):
+        value = getattr(request, name)
+        if value and (problem := identifier_problem(value)):
+            raise InvalidArgument.of(name, problem)
+    if len(request.session) > MAX_SESSION:
+        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
+    for at, item in enumerate(request.session):
+        if problem := identifier_problem(item.item_id):
+            raise InvalidArgument.of(f"session[{at}].item_id", problem)
+    for name, most in (("context_item_ids", MAX_CONTEXT), ("item_ids", MAX_ITEMS)):
+        for at, item_id in enumerate(ids := getattr(request, name)):
+            if problem := identifier_problem(item_id):
+                raise InvalidArgument.of(f"{name}[{at}]", problem)
+        if len(ids) > most:
+            raise InvalidArgument.of(name, f"has {len(ids)}, at most {most} are allowed")
+    if not 0 <= request.diversity <= 1:
+        raise InvalidArgument.of("diversity", "must be between 0 and 1")
+    if request.exploration:
+        raise InvalidArgument.of("exploration", "must be 0: this server does not explore yet")
+    if request.include_reasons:
+        raise InvalidArgument.of("include_reasons", "must be false: this server gives no reasons yet")
+
+
+def _rules(request: pb.RecommendRequest, scenario: Scenario) -> Rules:
+    """The rules of a scenario with those of a request in their place; InvalidArgument where it is locked."""
+    own: tuple[Literal["rules", "diversity", "rotation"], ...] = ("rules", "diversity", "rotation")
+    for part in own:
+        if scenario.locked and request.HasField(part):
+            raise InvalidArgument.of(part, f"is not for a request: scenario {request.scenario!r} is locked")
+    rules = rules_from(request.rules, scenario.rules)
+    if request.HasField("diversity"):
+        rules = replace(rules, diversity=request.diversity)
+    if request.HasField("rotation"):
+        rules = replace(rules, rotation=request.rotation)
+    return rules
+
+
 def _sources(scores: dict[str, float]) -> list[pb.SourceScore]:
     return [pb.SourceScore(source=name, score=score) for name, score in sorted(scores.items())]
 
@@ -258,6 +309,19 @@ def _numbers(ids: Sequence[str], field: str) -> frozenset[int]:
     if len(ids) > MAX_EXCLUDED:
         raise InvalidArgument.of(field, f"has {len(ids)}, at most {MAX_EXCLUDED} are allowed")
     return frozenset(item_number(item_id) for item_id in ids)
+
+
+def _both(
+    scenario: Scenario, sent: filter_pb2.Filter | None
+) -> tuple[filter_pb2.Filter | None, filters.Filter | None]:
+    """What both a scenario and a request ask of items, as a message and decoded."""
+    if sent is None:
+        return scenario.filter, scenario.condition
+    mine = wire.filter_from(sent)
+    if scenario.filter is None or scenario.condition is None:
+        return sent, mine
+    both = filter_pb2.AllOf(filters=[scenario.filter, sent])
+    return filter_pb2.Filter(all_of=both), filters.AllOf((scenario.condition, mine))
 
 
 def _digest(request: pb.RecommendRequest) -> str:

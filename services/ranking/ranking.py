@@ -36,6 +36,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 20_000
 _THREADS = 2
 _SECONDS_A_DAY = 86_400
+_SHOWN_DAYS = 30
 
 
 class CatalogueView(Protocol):
@@ -79,6 +80,8 @@ class Retrieved:
     bought: np.ndarray
     candidates: Mapping[str, Candidates]
     sequence: int
+    shown: tuple[np.ndarray, np.ndarray] | None = None
+    """What was shown of late and not followed up, when asked for: see `BehaviourState.ignored`."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +170,20 @@ class Ranking:
         exclude_bought: bool = False,
         sources: Collection[str] = (),
         min_sequence: int = 0,
+        include_shown: bool = False,
     ) -> Retrieved:
         """A person's state and at most `limit` candidates per source, under the filter."""
         await self.view.wait_for(min_sequence)
-        return await self._on(
-            lambda: self._retrieve(person, as_of, limit, condition, excluded, exclude_bought, sources)
-        )
+
+        def retrieve() -> Retrieved:
+            found = self._retrieve(person, as_of, limit, condition, excluded, exclude_bought, sources)
+            if not include_shown:
+                return found
+            cut, ids = self.cut(as_of), (person.user_id, person.visitor_id)
+            shown = self.state.ignored(*ids, cut - _SHOWN_DAYS * DAY, cut, found.sequence)
+            return replace(found, shown=shown)
+
+        return await self._on(retrieve)
 
     async def rank(
         self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None = None

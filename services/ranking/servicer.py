@@ -68,6 +68,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             exclude_bought=request.exclude_bought,
             sources=[_NAMES[s] for s in request.sources],
             min_sequence=request.min_sequence,
+            include_shown=request.include_shown,
         )
         return self._retrieved(retrieved)
 
@@ -121,6 +122,8 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             state_sequence=retrieved.sequence,
             bought_item_numbers=retrieved.bought.tolist(),
             bundle=self._bundle,
+            shown_item_numbers=retrieved.shown[0].tolist() if retrieved.shown else (),
+            shown_counts=retrieved.shown[1].tolist() if retrieved.shown else (),
         )
 
     def _person(self, message: pb.Person) -> Person:

@@ -36,6 +36,7 @@ class Columns:
 
 
 MAX_CHANNELS = 16
+_WEEK = 7 * 86_400 * 1e6
 _DTYPES = (np.int64, np.int64, np.int16, np.int16, np.int64, np.int64, np.float64, np.int64)
 
 
@@ -102,10 +103,7 @@ class BehaviourState:
         `upto` leaves out what was committed after that sequence number. Types that weigh
         nothing as an interest, such as impressions, are left out.
         """
-        keys = {self._keys.get(("user", user_id)), self._keys.get(("visitor", visitor_id))} - {None}
-        found = [np.array(self._rows_of[key], np.int64) for key in keys if key in self._rows_of]
-        rows = np.concatenate(found) if found else np.empty(0, np.int64)
-        columns = self._columns
+        rows, columns = self._rows(user_id, visitor_id), self._columns
         kinds = columns.kind[rows]
         keep = (columns.recorded[rows] < before) & (kinds >= 0)
         keep &= self.weights[np.maximum(kinds, 0)] > 0
@@ -114,6 +112,33 @@ class BehaviourState:
         rows = rows[keep]
         order = np.lexsort((-rows, -columns.occurred[rows]))[:limit]
         return columns.take(rows[order])
+
+    def ignored(
+        self, user_id: str, visitor_id: str, since: int, before: int, upto: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What a person was shown from `since` on and did not engage with after: numbers int64 (N,), rising.
+
+        And how often, float32 (N,), each showing halved by a week's age at `before`; both as in `history`.
+        """
+        rows, columns = self._rows(user_id, visitor_id), self._columns
+        keep = (columns.recorded[rows] < before) & (columns.kind[rows] >= 0)
+        if upto is not None:
+            keep &= columns.sequence[rows] <= upto
+        mine = columns.take(rows[keep])
+        engaged = self.weights[mine.kind] > 0
+        numbers, item = np.unique(mine.number, return_inverse=True)
+        last = np.full(len(numbers), np.iinfo(np.int64).min)
+        np.maximum.at(last, item[engaged], mine.occurred[engaged])
+        shown = ~engaged & (mine.occurred >= since) & (mine.occurred > last[item])
+        counts = np.zeros(len(numbers))
+        np.add.at(counts, item[shown], np.exp2(-np.maximum(before - mine.occurred[shown], 0) / _WEEK))
+        return numbers[counts > 0], counts[counts > 0].astype(np.float32)
+
+    def _rows(self, user_id: str, visitor_id: str) -> np.ndarray:
+        """The rows of a person, int64, under either id."""
+        keys = {self._keys.get(("user", user_id)), self._keys.get(("visitor", visitor_id))} - {None}
+        found = [np.array(self._rows_of[key], np.int64) for key in keys if key in self._rows_of]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 def _appended(values: np.ndarray, length: int, new: np.ndarray) -> np.ndarray:

@@ -48,6 +48,30 @@ BOUGHT_POLICY_KEEP: BoughtPolicy.ValueType  # 2
 """Let them be recommended again."""
 Global___BoughtPolicy: _TypeAlias = BoughtPolicy  # noqa: Y015
 
+class _Ordering:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OrderingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ordering.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ORDERING_UNSPECIFIED: _Ordering.ValueType  # 0
+    """The scenario's own setting; RANKED by default."""
+    ORDERING_RANKED: _Ordering.ValueType  # 1
+    """By the ranking service, for the person."""
+    ORDERING_SOURCES: _Ordering.ValueType  # 2
+    """By their sources' own scores, several fused by reciprocal rank: what is popular is first."""
+
+class Ordering(_Ordering, metaclass=_OrderingEnumTypeWrapper):
+    """What candidates are ordered by, before the rules."""
+
+ORDERING_UNSPECIFIED: Ordering.ValueType  # 0
+"""The scenario's own setting; RANKED by default."""
+ORDERING_RANKED: Ordering.ValueType  # 1
+"""By the ranking service, for the person."""
+ORDERING_SOURCES: Ordering.ValueType  # 2
+"""By their sources' own scores, several fused by reciprocal rank: what is popular is first."""
+Global___Ordering: _TypeAlias = Ordering  # noqa: Y015
+
 class _DegradationCode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -85,6 +109,216 @@ DEGRADATION_CODE_RULE_RELAXED: DegradationCode.ValueType  # 5
 Global___DegradationCode: _TypeAlias = DegradationCode  # noqa: Y015
 
 @_typing.final
+class Cap(_message.Message):
+    """No more than so many items of one value close together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    AMONG_FIELD_NUMBER: _builtins.int
+    attribute: _builtins.str
+    """Required. A text attribute, or the built-in "family_id". Items without it are
+    not counted.
+    """
+    most: _builtins.int
+    """Required. The most items of one value, 1 to 500."""
+    among: _builtins.int
+    """Optional. Among so many consecutive items, 2 to 500; 0 means 20."""
+    def __init__(
+        self,
+        *,
+        attribute: _builtins.str = ...,
+        most: _builtins.int = ...,
+        among: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["among", b"among", "attribute", b"attribute", "most", b"most"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cap: _TypeAlias = Cap  # noqa: Y015
+
+@_typing.final
+class Boost(_message.Message):
+    """Items that are worth more, or less."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    amount: _builtins.float
+    """Required. -1 to 1, not 0: 1 lifts the worst candidate to the best, -1 the other
+    way round.
+    """
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Required. Which items."""
+
+    def __init__(
+        self,
+        *,
+        filter: _filter_pb2.Filter | None = ...,
+        amount: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "filter", b"filter"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Boost: _TypeAlias = Boost  # noqa: Y015
+
+@_typing.final
+class Quota(_message.Message):
+    """Items that have a share of the slots: of the first n at least floor(share * n),
+    as long as there are any.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    source: _builtins.str
+    """Those of a source, such as "new"."""
+    share: _builtins.float
+    """Required. Their share, above 0, at most 1; all shares add up to 1 at most."""
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Those that qualify. The 200 most popular of them become candidates."""
+
+    def __init__(
+        self,
+        *,
+        source: _builtins.str = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "items", b"items", "source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "items", b"items", "share", b"share", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_items: _TypeAlias = _typing.Literal["source", "filter"]  # noqa: Y015
+    _WhichOneofArgType_items: _TypeAlias = _typing.Literal["items", b"items"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_items) -> _WhichOneofReturnType_items | None: ...
+
+Global___Quota: _TypeAlias = Quota  # noqa: Y015
+
+@_typing.final
+class Rules(_message.Message):
+    """What a page must keep to, beside its order. A page is filled slot by slot with the
+    best item that is allowed there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPS_FIELD_NUMBER: _builtins.int
+    BOOSTS_FIELD_NUMBER: _builtins.int
+    QUOTAS_FIELD_NUMBER: _builtins.int
+    MIN_RELEVANCE_FIELD_NUMBER: _builtins.int
+    RELAX_FIELD_NUMBER: _builtins.int
+    min_relevance: _builtins.float
+    """Optional. The least relevance, 0 to 1, where 0 is the worst candidate and 1 the
+    best: what is below is not shown, and nothing else fills its place.
+    """
+    @_builtins.property
+    def caps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cap]:
+        """Optional. At most 16."""
+
+    @_builtins.property
+    def boosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Boost]:
+        """Optional. At most 32; of an item they add up, to 1 or -1 at most."""
+
+    @_builtins.property
+    def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]:
+        """Optional. At most 8."""
+
+    @_builtins.property
+    def relax(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. What is given up, in this order, before a page stays short: "caps",
+        "min_relevance", "filter", which is the request's. degraded says what was.
+        """
+
+    def __init__(
+        self,
+        *,
+        caps: _abc.Iterable[Global___Cap] | None = ...,
+        boosts: _abc.Iterable[Global___Boost] | None = ...,
+        quotas: _abc.Iterable[Global___Quota] | None = ...,
+        min_relevance: _builtins.float | None = ...,
+        relax: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_relevance", b"_min_relevance", "min_relevance", b"min_relevance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_relevance", b"_min_relevance", "boosts", b"boosts", "caps", b"caps", "min_relevance", b"min_relevance", "quotas", b"quotas", "relax", b"relax"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_relevance: _TypeAlias = _typing.Literal["min_relevance"]  # noqa: Y015
+    _WhichOneofArgType__min_relevance: _TypeAlias = _typing.Literal["_min_relevance", b"_min_relevance"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_relevance) -> _WhichOneofReturnType__min_relevance | None: ...
+
+Global___Rules: _TypeAlias = Rules  # noqa: Y015
+
+@_typing.final
+class Scenario(_message.Message):
+    """A place on the site: what a server does there when a request does not say otherwise."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOURCES_FIELD_NUMBER: _builtins.int
+    ORDERING_FIELD_NUMBER: _builtins.int
+    BOUGHT_POLICY_FIELD_NUMBER: _builtins.int
+    DIVERSITY_FIELD_NUMBER: _builtins.int
+    ROTATION_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    LOCKED_FIELD_NUMBER: _builtins.int
+    ordering: Global___Ordering.ValueType
+    """Optional. What they are ordered by."""
+    bought_policy: Global___BoughtPolicy.ValueType
+    """Optional. What to do with items bought before."""
+    diversity: _builtins.float
+    """Optional. 0 orders by score alone, 1 by difference alone."""
+    rotation: _builtins.bool
+    """Optional. True lets what was shown and ignored sink."""
+    locked: _builtins.bool
+    """Optional. True refuses requests that bring rules, a diversity or a rotation of
+    their own.
+    """
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. The sources that candidates come from; empty means all."""
+
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Optional. Only items that qualify, whatever a request says."""
+
+    @_builtins.property
+    def rules(self) -> Global___Rules:
+        """Optional. Its rules."""
+
+    def __init__(
+        self,
+        *,
+        sources: _abc.Iterable[_builtins.str] | None = ...,
+        ordering: Global___Ordering.ValueType = ...,
+        bought_policy: Global___BoughtPolicy.ValueType = ...,
+        diversity: _builtins.float = ...,
+        rotation: _builtins.bool = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        rules: Global___Rules | None = ...,
+        locked: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "rules", b"rules"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Scenario: _TypeAlias = Scenario  # noqa: Y015
+
+@_typing.final
 class RecommendRequest(_message.Message):
     """For whom, where, and under which conditions."""
 
@@ -106,8 +340,12 @@ class RecommendRequest(_message.Message):
     INCLUDE_REASONS_FIELD_NUMBER: _builtins.int
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    CONTEXT_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
-    """Optional. The place on the site, such as "home"; empty means the default.
+    """Optional. The place on the site, such as "home"; empty means that one.
     NOT_FOUND when the server has no such scenario.
     """
     user_id: _builtins.str
@@ -142,6 +380,8 @@ class RecommendRequest(_message.Message):
     """Optional. Waits, within the deadline, for this catalogue change."""
     request_id: _builtins.str
     """Optional. The caller's id of this request, for logs; made up when empty."""
+    validate_only: _builtins.bool
+    """Optional. Checks the request and answers without items."""
     @_builtins.property
     def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
         """Optional. What the person did in this visit, oldest first, at most 200. These
@@ -155,6 +395,25 @@ class RecommendRequest(_message.Message):
     @_builtins.property
     def exclude_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. Items never to show, at most 10,000."""
+
+    @_builtins.property
+    def rules(self) -> Global___Rules:
+        """Optional. Rules for this page: caps, boosts, quotas, min_relevance and relax, each
+        in place of the scenario's where it is given. INVALID_ARGUMENT when the scenario
+        is locked.
+        """
+
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Orders these items alone, at most 2000, such as the results of another
+        search. What was bought before stays among them unless bought_policy is EXCLUDE.
+        """
+
+    @_builtins.property
+    def context_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. What the person looks at: the item of the page, or those in the
+        basket, at most 50. They count as the latest of the session.
+        """
 
     def __init__(
         self,
@@ -175,10 +434,14 @@ class RecommendRequest(_message.Message):
         include_reasons: _builtins.bool = ...,
         min_sequence: _builtins.int = ...,
         request_id: _builtins.str = ...,
+        rules: Global___Rules | None = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        context_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        validate_only: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "rotation", b"rotation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
@@ -205,7 +468,8 @@ class SourceScore(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The source: "graph", "popular", "rising", "new", "family", "affinity", "sequence", "words",
-    "text", "image".
+    "text", "image"; "request" for item_ids, "quota" for what a quota brought, "catalogue" for
+    what only fills a page.
     """
     score: _builtins.float
     """Its score, on its own scale."""
@@ -317,6 +581,7 @@ class Recommendation(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     PROBABILITIES_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """The item's id."""
     score: _builtins.float
@@ -337,6 +602,12 @@ class Recommendation(_message.Message):
     def probabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probability]:
         """Probabilities, where they are known."""
 
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The rules that moved it: "boost", "rotation", "quota". Caps, filters and
+        diversity keep others away and are not named.
+        """
+
     def __init__(
         self,
         *,
@@ -346,10 +617,11 @@ class Recommendation(_message.Message):
         sources: _abc.Iterable[Global___SourceScore] | None = ...,
         reasons: _abc.Iterable[Global___Reason] | None = ...,
         probabilities: _abc.Iterable[Global___Probability] | None = ...,
+        rules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "item_id", b"item_id", "probabilities", b"probabilities", "reasons", b"reasons", "score", b"score", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "item_id", b"item_id", "probabilities", b"probabilities", "reasons", b"reasons", "rules", b"rules", "score", b"score", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,6 +705,7 @@ class RecommendResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     DEGRADED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_ITEM_IDS_FIELD_NUMBER: _builtins.int
     attribution_token: _builtins.str
     """Return it with every event on these items."""
     next_page_token: _builtins.str
@@ -451,6 +724,10 @@ class RecommendResponse(_message.Message):
     def degraded(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
         """What was done without; empty when all is well."""
 
+    @_builtins.property
+    def left_out_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of item_ids those that cannot be shown: unknown, unavailable or excluded."""
+
     def __init__(
         self,
         *,
@@ -460,10 +737,11 @@ class RecommendResponse(_message.Message):
         versions: Global___Versions | None = ...,
         degraded: _abc.Iterable[Global___Degradation] | None = ...,
         request_id: _builtins.str = ...,
+        left_out_item_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "next_page_token", b"next_page_token", "request_id", b"request_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "left_out_item_ids", b"left_out_item_ids", "next_page_token", b"next_page_token", "request_id", b"request_id", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

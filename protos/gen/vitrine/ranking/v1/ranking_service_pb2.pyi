@@ -208,6 +208,7 @@ class RetrieveRequest(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    INCLUDE_SHOWN_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """Required. The most candidates per source, 1 to 2000."""
     exclude_bought: _builtins.bool
@@ -216,6 +217,8 @@ class RetrieveRequest(_message.Message):
     """Optional. Waits, within the deadline, for this catalogue change."""
     bundle: _builtins.str
     """Optional. The bundle to use; empty means the current one."""
+    include_shown: _builtins.bool
+    """Optional. True tells what the person was shown of late and did not follow up."""
     @_builtins.property
     def person(self) -> Global___Person:
         """Required. The person."""
@@ -248,10 +251,11 @@ class RetrieveRequest(_message.Message):
         sources: _abc.Iterable[Global___Source.ValueType] | None = ...,
         min_sequence: _builtins.int = ...,
         bundle: _builtins.str = ...,
+        include_shown: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "filter", b"filter", "person", b"person"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "exclude_bought", b"exclude_bought", "exclude_item_numbers", b"exclude_item_numbers", "filter", b"filter", "limit", b"limit", "min_sequence", b"min_sequence", "person", b"person", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "exclude_bought", b"exclude_bought", "exclude_item_numbers", b"exclude_item_numbers", "filter", b"filter", "include_shown", b"include_shown", "limit", b"limit", "min_sequence", b"min_sequence", "person", b"person", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -316,6 +320,8 @@ class RetrieveResponse(_message.Message):
     STATE_SEQUENCE_FIELD_NUMBER: _builtins.int
     BOUGHT_ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
+    SHOWN_ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    SHOWN_COUNTS_FIELD_NUMBER: _builtins.int
     state_sequence: _builtins.int
     """The last event the answer reflects: pass it to Rank."""
     bundle: _builtins.str
@@ -332,6 +338,14 @@ class RetrieveResponse(_message.Message):
     def bought_item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of the items the person bought before as_of."""
 
+    @_builtins.property
+    def shown_item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of items shown in the last 30 days and not engaged with since; when asked for."""
+
+    @_builtins.property
+    def shown_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How often each was, one of a week ago counting half."""
+
     def __init__(
         self,
         *,
@@ -340,10 +354,12 @@ class RetrieveResponse(_message.Message):
         state_sequence: _builtins.int = ...,
         bought_item_numbers: _abc.Iterable[_builtins.int] | None = ...,
         bundle: _builtins.str = ...,
+        shown_item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        shown_counts: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_item_numbers", b"bought_item_numbers", "bundle", b"bundle", "candidates", b"candidates", "history", b"history", "state_sequence", b"state_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_item_numbers", b"bought_item_numbers", "bundle", b"bundle", "candidates", b"candidates", "history", b"history", "shown_counts", b"shown_counts", "shown_item_numbers", b"shown_item_numbers", "state_sequence", b"state_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,150 @@
+"""What of the catalogue may be shown to somebody, and the order that the shop's rules give it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
+
+from services import filters
+from services.catalog import item_number
+from services.gateway.rules import FILTER, Slate, arrange
+from services.gateway.wish import DEEPEST, Ordered, Wish
+from services.item_table import ItemTable
+
+
+class Assortment:
+    """The items of a table; `popular` int64 (P,) item numbers, best first."""
+
+    def __init__(self, table: ItemTable, popular: np.ndarray) -> None:
+        self._table, self._popular = table, popular
+        self._places = 0, np.empty(0, np.int64)
+
+    def arranged(self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Ordered) -> Ordered:
+        """What was ranked as the rules want it, and others of the catalogue where that is too little."""
+        depth = min(wish.depth, DEEPEST)
+        if not wish.rules.reorder and (len(ranked.numbers) >= depth or not wish.fill):
+            return ranked
+        arranged = arrange(self._slate(wish, retrieved, ranked, []), wish.rules, depth)
+        more: list[int] = []
+        if wish.fill and len(arranged.places) < depth:
+            more = self._filling(wish, retrieved, set(ranked.numbers))
+            arranged = arrange(self._slate(wish, retrieved, ranked, more), wish.rules, depth)
+        numbers = [*ranked.numbers, *more]
+        scores = [*ranked.scores, *[0.0] * len(more)]
+        ranked.candidates.add("catalogue", more, [0.0] * len(more))
+        relaxed = [
+            pb.Degradation(
+                stage=name,
+                code=pb.DEGRADATION_CODE_RULE_RELAXED,
+                message=f"{name} was given up so that the page has {len(arranged.places)} items",
+            )
+            for name in arranged.relaxed
+        ]
+        return replace(
+            ranked,
+            numbers=[numbers[place] for place in arranged.places],
+            scores=[scores[place] for place in arranged.places],
+            degraded=[*ranked.degraded, *relaxed],
+            moved={numbers[place]: why for place, why in arranged.moved.items()},
+        )
+
+    def allowed(
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, numbers: Sequence[int]
+    ) -> list[int]:
+        """The hard rules, on every path: live, available, under the filter, not excluded."""
+        mask = self._table.available(wish.as_of)
+        if wish.condition is not None:
+            condition = filters.evaluate(wish.condition, self._table)
+            mask = mask[: len(condition)] & condition[: len(mask)]
+        rows = self._table.rows(numbers)
+        held = (rows >= 0) & (rows < len(mask)) & np.append(mask, False)[np.minimum(rows, len(mask))]
+        out = self.excluded(wish, retrieved)
+        return [n for n, ok in zip(numbers, held.tolist(), strict=True) if ok and n not in out]
+
+    @staticmethod
+    def excluded(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> set[int]:
+        """What is not to be shown: by the request, by the visit so far, and for having been bought."""
+        out = set(wish.excluded)
+        if wish.items is None:
+            out.update(item_number(item.item_id) for item in wish.person.session)
+        if retrieved is not None and wish.exclude_bought:
+            out.update(retrieved.bought_item_numbers)
+        return out
+
+    def most_popular(self, mask: np.ndarray, limit: int) -> list[int]:
+        """The numbers of at most `limit` rows of `mask`, bool, the bundle's popular ones first."""
+        rows = np.flatnonzero(mask)
+        first = rows[np.argsort(self._popularity(rows), kind="stable")[:limit]]
+        numbers: list[int] = self._table.item_numbers[first].tolist()
+        return numbers
+
+    def _popularity(self, rows: np.ndarray) -> np.ndarray:
+        """The place of each row among the bundle's popular items, from 0; of others the number of those."""
+        length, places = self._places
+        if length < self._table.length:  # rows never move
+            length = self._table.length
+            places = np.full(length, len(self._popular))
+            known = self._table.rows(self._popular)
+            inside = np.flatnonzero((known >= 0) & (known < length))
+            places[known[inside]] = inside
+            self._places = length, places
+        found: np.ndarray = places[rows]
+        return found
+
+    def _filling(
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, known: set[int]
+    ) -> list[int]:
+        """All else that may be shown, under the filter first, and of those the popular first."""
+        loose = replace(wish, condition=wish.loose) if FILTER in wish.rules.relax else wish
+        numbers = self.most_popular(np.ones(self._table.length, bool), self._table.length)
+        allowed = [n for n in self.allowed(loose, retrieved, numbers) if n not in known]
+        outside = self._outside(wish, allowed)
+        return [
+            *(n for n, out in zip(allowed, outside, strict=True) if not out),
+            *(n for n, out in zip(allowed, outside, strict=True) if out),
+        ]
+
+    def _outside(self, wish: Wish, numbers: Sequence[int]) -> np.ndarray:
+        """Which items do not qualify for the filter, bool (N,)."""
+        if wish.condition is None:
+            return np.zeros(len(numbers), bool)
+        qualify: np.ndarray = filters.evaluate(wish.condition, self._table)[self._table.rows(numbers)]
+        return ~qualify
+
+    def _slate(
+        self,
+        wish: Wish,
+        retrieved: ranking_pb.RetrieveResponse | None,
+        ranked: Ordered,
+        more: Sequence[int],
+    ) -> Slate:
+        numbers = [*ranked.numbers, *more]
+        rows, count = self._table.rows(numbers), len(ranked.numbers)
+        values = []
+        for cap in wish.rules.caps:
+            texts = self._table.texts(cap.attribute)
+            values.append(np.full((len(rows), 1), -1) if texts is None else texts[0][rows])
+        boosts = np.zeros(len(rows), np.float32)
+        for boost in wish.rules.boosts:
+            boosts += boost.amount * filters.evaluate(boost.condition, self._table)[rows]
+        quotas = np.zeros((len(wish.rules.quotas), len(rows)), bool)
+        for mine, quota in zip(quotas, wish.rules.quotas, strict=True):
+            if quota.condition is not None:
+                mine[:] = filters.evaluate(quota.condition, self._table)[rows]
+            else:
+                mine[:count] = [quota.source in ranked.candidates.sources[n] for n in ranked.numbers]
+        shown = (
+            dict(zip(retrieved.shown_item_numbers, retrieved.shown_counts, strict=True)) if retrieved else {}
+        )
+        column = self._table.vectors("text") or self._table.vectors("image")
+        return Slate(
+            scores=np.array(ranked.scores, np.float32),
+            outside=self._outside(wish, numbers),
+            values=values,
+            boosts=boosts,
+            quotas=quotas,
+            shown=np.array([shown.get(n, 0.0) for n in ranked.numbers], np.float32),
+            vectors=column[0][rows[:count]].astype(np.float32) if column and wish.rules.diversity else None,
+        )

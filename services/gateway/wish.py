@@ -1,0 +1,72 @@
+"""What a request asks for, validated, and what is found for it: what the steps of a Recommend hand on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from vitrine.catalog.v1 import filter_pb2
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
+
+from services import filters
+from services.gateway.rules import Rules
+
+SOURCES = frozenset(
+    ("graph", "popular", "rising", "new", "family", "affinity", "sequence", "words", "text", "image")
+)
+"""The names of the sources."""
+DEEPEST = 2000
+"""The most items of an answer that rules order, or that more than its candidates fill."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for, validated. `excluded` are item numbers; `condition` is `filter` decoded.
+
+    Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
+    order is the sources' own where `by_source`. Where fewer than `depth` are allowed and it is to `fill`,
+    others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
+    """
+
+    person: ranking_pb.Person
+    as_of: datetime
+    excluded: frozenset[int] = frozenset()
+    exclude_bought: bool = True
+    filter: filter_pb2.Filter | None = None
+    condition: filters.Filter | None = None
+    min_sequence: int = 0
+    sources: tuple[str, ...] = ()
+    by_source: bool = False
+    items: tuple[int, ...] | None = None
+    rules: Rules = field(default_factory=Rules)
+    depth: int = DEEPEST
+    fill: bool = False
+    loose: filters.Filter | None = None
+
+
+@dataclass
+class Candidates:
+    """Candidate numbers to the score that each of their sources gave."""
+
+    sources: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, source: str, numbers: Sequence[int], scores: Sequence[float]) -> None:
+        """Take a list of a source; of an item that comes twice the better score stays."""
+        for number, score in zip(numbers, scores, strict=True):
+            known = self.sources.setdefault(number, {})
+            known[source] = max(score, known.get(source, score))
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Every candidate that may be shown, best first, with what its place rests on."""
+
+    numbers: list[int]
+    scores: list[float]
+    components: Mapping[str, Mapping[int, float]]
+    probabilities: Mapping[str, Mapping[int, float]]
+    candidates: Candidates
+    degraded: Sequence[pb.Degradation]
+    state_sequence: int
+    moved: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    left_out: Sequence[int] = ()
