@@ -168,6 +168,8 @@ class Generation:
         models = [self.bundle.component(part) for part in ("ctr", "reranker", "sequence")]
         self.ranking = ranking.Ranking(events, self._items(ItemTable()), fitted, profile, *models)
         self._closing.append(self.ranking.close)
+        if days := self._settings.retention_days:
+            self.background.append(partial(self.ranking.keep_for, days, self._shared.clock))
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:

@@ -55,5 +55,8 @@ class Settings(BaseSettings):
     scenarios: Path | None = Field(
         None, description="a TOML file of scenarios, read again when it changes; see docs/rules.md"
     )
+    retention_days: int = Field(
+        0, ge=0, description="events that happened longer ago are deleted; 0 keeps them"
+    )
     metrics: str = Field("", description="host:port where Prometheus finds figures over HTTP; empty: nowhere")
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

@@ -41,7 +41,15 @@ def open_engine(url: str) -> sa.Engine:
 def _configure_sqlite(connection: Any, _record: Any) -> None:
     # The driver's own transaction handling breaks savepoints; `_begin_sqlite` begins instead.
     connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000", "foreign_keys=ON"):
+    # What is deleted is overwritten: a file must not remember whom a shop has forgotten.
+    pragmas = (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "busy_timeout=10000",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+    )
+    for pragma in pragmas:
         connection.execute(f"PRAGMA {pragma}")
 
 

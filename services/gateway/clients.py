@@ -40,6 +40,12 @@ class Ranking(Protocol):
     async def write(self, request: ranking_pb.WriteEventsRequest) -> ranking_pb.WriteEventsResponse:
         """Commit events."""
 
+    async def delete_user(self, request: ranking_pb.DeleteUserRequest) -> ranking_pb.DeleteUserResponse:
+        """Forget a person."""
+
+    async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
+        """What is known of a person."""
+
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """A person's state and candidates."""
 
@@ -79,6 +85,14 @@ class LocalRanking:
     async def write(self, request: ranking_pb.WriteEventsRequest) -> ranking_pb.WriteEventsResponse:
         """See `Ranking`."""
         return await _bounded(self._servicer.WriteEvents(request, None))
+
+    async def delete_user(self, request: ranking_pb.DeleteUserRequest) -> ranking_pb.DeleteUserResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.DeleteUser(request, None))
+
+    async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.ExportUser(request, None))
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""
@@ -130,6 +144,14 @@ class RemoteRanking:
     async def write(self, request: ranking_pb.WriteEventsRequest) -> ranking_pb.WriteEventsResponse:
         """See `Ranking`."""
         return await _sent(self._stub.WriteEvents, request)
+
+    async def delete_user(self, request: ranking_pb.DeleteUserRequest) -> ranking_pb.DeleteUserResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.DeleteUser, request)
+
+    async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.ExportUser, request)
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""

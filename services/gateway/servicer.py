@@ -162,6 +162,29 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         written = await self._ranking.write(ranking_pb.WriteEventsRequest(events=request.events))
         return pb.WriteEventsResponse(outcomes=written.outcomes)
 
+    async def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
+        """Forget a person."""
+        asked = ranking_pb.DeleteUserRequest(user_id=request.user_id, visitor_id=request.visitor_id)
+        deleted = await self._ranking.delete_user(asked)
+        return pb.DeleteUserResponse(events=deleted.events, ids=deleted.ids)
+
+    async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
+        """A page of what is known of a person."""
+        page = await self._ranking.export_user(
+            ranking_pb.ExportUserRequest(
+                user_id=request.user_id,
+                visitor_id=request.visitor_id,
+                page_size=request.page_size,
+                page_token=request.page_token,
+            )
+        )
+        return pb.ExportUserResponse(
+            user_ids=page.user_ids,
+            visitor_ids=page.visitor_ids,
+            events=page.events,
+            next_page_token=page.next_page_token,
+        )
+
     async def BatchUpsertItems(
         self, request: pb.BatchUpsertItemsRequest, context: Any
     ) -> pb.BatchUpsertItemsResponse:

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import sqlalchemy as sa
@@ -19,6 +21,8 @@ import sqlalchemy as sa
 from services import store
 from services.catalog import identifier_problem, item_number
 from services.errors import AlreadyExists, FieldViolation, InvalidArgument
+from services.ranking import erasure, tables
+from services.ranking.erasure import Forgotten
 
 MAX_EVENT_ITEMS = 500
 MAX_TOKEN_LENGTH = 4096
@@ -69,6 +73,15 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An event as it is kept, without ids of the person: those are the person's, not the event's."""
+
+    sequence: int
+    recorded: datetime
+    event: Event
+
+
+@dataclass(frozen=True)
 class HistoryRow:
     """One item of one event of a person, as stored."""
 
@@ -101,48 +114,6 @@ class Rows:
     sequence: np.ndarray
 
 
-_events = sa.Table(
-    "events",
-    store.metadata,
-    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("event_id", sa.Text, nullable=False, unique=True),
-    sa.Column("content_hash", sa.LargeBinary, nullable=False),
-    sa.Column("user_key", sa.BigInteger, nullable=False),
-    sa.Column("type", sa.Text, nullable=False),
-    sa.Column("session_id", sa.Text, nullable=False),
-    sa.Column("attribution_token", sa.Text, nullable=False),
-    sa.Column("channel", sa.Text, nullable=False),
-    sa.Column("occurred", sa.BigInteger, nullable=False),
-    sa.Column("recorded", sa.BigInteger, nullable=False),
-)
-sa.Index("events_by_user", _events.c.user_key, _events.c.occurred)
-_event_items = sa.Table(
-    "event_items",
-    store.metadata,
-    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("row", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("number", sa.BigInteger, nullable=False),
-    sa.Column("item_id", sa.Text, nullable=False),
-    sa.Column("quantity", sa.Integer, nullable=False),
-    sa.Column("price", sa.Double),
-    sa.Column("position", sa.Integer),
-)
-_identities = sa.Table(
-    "identities",
-    store.metadata,
-    sa.Column("kind", sa.String(8), primary_key=True),
-    sa.Column("id", sa.Text, primary_key=True),
-    sa.Column("user_key", sa.BigInteger, nullable=False, index=True),
-)
-_counters = sa.Table(
-    "item_counters",
-    store.metadata,
-    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("type", sa.Text, primary_key=True),
-    sa.Column("events", sa.BigInteger, nullable=False),
-)
-
-
 class BehaviourStore:
     """Events in SQL, written by one thread.
 
@@ -154,7 +125,11 @@ class BehaviourStore:
     ) -> None:
         self._engine, self._clock = engine, clock
         self.types = frozenset(event_types)
-        store.create(engine, [_events, _event_items, _identities, _counters], _SEQUENCE)
+        self.readers: WeakSet[Any] = WeakSet()
+        """Who keeps what it read in memory, and must lose what is deleted here."""
+        store.create(
+            engine, [tables.events, tables.event_items, tables.identities, tables.counters], _SEQUENCE
+        )
         self._writer = store.Writer(engine)
 
     def close(self) -> None:
@@ -188,13 +163,61 @@ class BehaviourStore:
         """
         return self._writer.submit(lambda connection: _load(connection, events))
 
+    def forget(self, user_id: str, visitor_id: str) -> Future[Forgotten]:
+        """Delete all that is known of a person: events, their keys, what they counted, and every id."""
+        return self._writer.submit(lambda connection: erasure.forget(connection, user_id, visitor_id))
+
+    def expire(self, before: datetime, limit: int) -> Future[list[int]]:
+        """Delete at most `limit` events that happened before a time, the oldest first; their sequences."""
+        at = _micros(before)
+        return self._writer.submit(lambda connection: erasure.expire(connection, at, limit))
+
+    def known_ids(self, user_id: str, visitor_id: str) -> dict[str, list[str]]:
+        """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
+        with self._engine.connect() as connection:
+            return erasure.known_ids(connection, user_id, visitor_id)
+
+    def exported(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Stored]:
+        """A person's events after a sequence number, in commit order."""
+        mine = tables.events.c.user_key.in_(erasure.keys_of(user_id, visitor_id))
+        query = (
+            sa.select(tables.events)
+            .where(mine, tables.events.c.sequence > after)
+            .order_by(tables.events.c.sequence)
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            found = connection.execute(query).all()
+            within = tables.event_items.c.sequence.in_([row.sequence for row in found])
+            ordered = tables.event_items.select().where(within).order_by(tables.event_items.c.row)
+            items: dict[int, list[EventItem]] = {}
+            for row in connection.execute(ordered):
+                item = EventItem(row.item_id, row.quantity, row.price, row.position)
+                items.setdefault(row.sequence, []).append(item)
+        return [
+            Stored(
+                sequence=row.sequence,
+                recorded=_EPOCH + row.recorded * _MICROSECOND,
+                event=Event(
+                    event_id=row.event_id,
+                    type=row.type,
+                    items=tuple(items[row.sequence]),
+                    session_id=row.session_id,
+                    occurred=_EPOCH + row.occurred * _MICROSECOND,
+                    attribution_token=row.attribution_token,
+                    channel=row.channel,
+                ),
+            )
+            for row in found
+        ]
+
     def rows(self, after: int, limit: int) -> Rows:
         """The items of up to `limit` events committed after a sequence number, in commit order."""
         query = (
-            sa.select(_events, _event_items)
-            .join(_event_items, _event_items.c.sequence == _events.c.sequence)
-            .where(_events.c.sequence > after, _events.c.sequence <= after + limit)
-            .order_by(_events.c.sequence, _event_items.c.row)
+            sa.select(tables.events, tables.event_items)
+            .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
+            .where(tables.events.c.sequence > after, tables.events.c.sequence <= after + limit)
+            .order_by(tables.events.c.sequence, tables.event_items.c.row)
         )
         with self._engine.connect() as connection:
             found = connection.execute(query).all()
@@ -211,20 +234,22 @@ class BehaviourStore:
 
     def identities(self, user_keys: Collection[int] | None = None) -> dict[tuple[str, str], int]:
         """("user" or "visitor", id) to user key: of these keys, or all."""
-        query = _identities.select()
+        query = tables.identities.select()
         if user_keys is not None:
-            query = query.where(_identities.c.user_key.in_(user_keys))
+            query = query.where(tables.identities.c.user_key.in_(user_keys))
         with self._engine.connect() as connection:
             return {(row.kind, row.id): row.user_key for row in connection.execute(query)}
 
     def history(self, user_id: str, visitor_id: str, before: datetime, limit: int) -> list[HistoryRow]:
         """What a person did, newest first, of events recorded strictly before a time."""
         query = (
-            sa.select(_events, _event_items)
-            .join(_event_items, _event_items.c.sequence == _events.c.sequence)
-            .join(_identities, _identities.c.user_key == _events.c.user_key)
-            .where(_is_person(user_id, visitor_id), _events.c.recorded < _micros(before))
-            .order_by(_events.c.occurred.desc(), _events.c.sequence.desc(), _event_items.c.row)
+            sa.select(tables.events, tables.event_items)
+            .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
+            .join(tables.identities, tables.identities.c.user_key == tables.events.c.user_key)
+            .where(erasure.is_person(user_id, visitor_id), tables.events.c.recorded < _micros(before))
+            .order_by(
+                tables.events.c.occurred.desc(), tables.events.c.sequence.desc(), tables.event_items.c.row
+            )
             .limit(limit)
         )
         with self._engine.connect() as connection:
@@ -246,14 +271,15 @@ class BehaviourStore:
     def counts(self) -> dict[tuple[int, str], int]:
         """(item number, event type) to how often it happened, quantities not multiplied."""
         with self._engine.connect() as connection:
-            return {(row.number, row.type): row.events for row in connection.execute(_counters.select())}
+            found = connection.execute(tables.counters.select())
+            return {(row.number, row.type): row.events for row in found}
 
     def recount(self) -> dict[tuple[int, str], int]:
         """The same as `counts`, from the events themselves: the oracle."""
         query = (
-            sa.select(_event_items.c.number, _events.c.type, sa.func.count().label("events"))
-            .join(_events, _events.c.sequence == _event_items.c.sequence)
-            .group_by(_event_items.c.number, _events.c.type)
+            sa.select(tables.event_items.c.number, tables.events.c.type, sa.func.count().label("events"))
+            .join(tables.events, tables.events.c.sequence == tables.event_items.c.sequence)
+            .group_by(tables.event_items.c.number, tables.events.c.type)
         )
         with self._engine.connect() as connection:
             return {(row.number, row.type): row.events for row in connection.execute(query)}
@@ -308,8 +334,9 @@ def _item_problems(item: EventItem) -> Iterator[tuple[str, str]]:
 
 def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
     content_hash = _content_hash(event)
+    same = tables.events.c.event_id == event.event_id
     known = connection.execute(
-        sa.select(_events.c.sequence, _events.c.content_hash).where(_events.c.event_id == event.event_id)
+        sa.select(tables.events.c.sequence, tables.events.c.content_hash).where(same)
     ).first()
     if known is not None:
         if bytes(known.content_hash) != content_hash:
@@ -318,19 +345,20 @@ def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
         return Recorded(Outcome.DUPLICATE, known.sequence)
     sequence = store.take_sequence(connection, _SEQUENCE)
     key = _user_key(connection, event, sequence)
-    connection.execute(_events.insert().values(_event_row(event, sequence, key, now)))
+    connection.execute(tables.events.insert().values(_event_row(event, sequence, key, now)))
     rows = _item_rows(event, sequence)
-    connection.execute(_event_items.insert(), rows)
+    connection.execute(tables.event_items.insert(), rows)
     for row in rows:
-        _count(connection, row["number"], event.type)
+        tables.count(connection, row["number"], event.type)
     return Recorded(Outcome.RECORDED, sequence)
 
 
 _CHUNK = 5000
+_IS_USER = tables.identities.c.kind == "user"
 
 
 def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
-    known = set(connection.scalars(sa.select(_events.c.event_id)))
+    known = set(connection.scalars(sa.select(tables.events.c.event_id)))
     new = []
     for event in events:
         if event.event_id not in known:
@@ -348,12 +376,12 @@ def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
         when = event.occurred or _EPOCH
         event_rows.append(_event_row(event, sequence, keys[person], when))
         item_rows += _item_rows(event, sequence)
-    for table, rows in ((_events, event_rows), (_event_items, item_rows)):
+    for table, rows in ((tables.events, event_rows), (tables.event_items, item_rows)):
         for start in range(0, len(rows), _CHUNK):
             connection.execute(table.insert(), rows[start : start + _CHUNK])
     counts = Counter((item_number(item.item_id), event.type) for event in new for item in event.items)
     for (number, event_type), count in counts.items():
-        _count(connection, number, event_type, count)
+        tables.count(connection, number, event_type, count)
     return len(new)
 
 
@@ -391,26 +419,26 @@ def _content_hash(event: Event) -> bytes:
     return hashlib.blake2b(repr(event).encode(), digest_size=32).digest()
 
 
-def _count(connection: sa.Connection, number: object, event_type: str, by: int = 1) -> None:
-    mine = (_counters.c.number == number) & (_counters.c.type == event_type)
-    if not connection.execute(_counters.update().where(mine).values(events=_counters.c.events + by)).rowcount:
-        connection.execute(_counters.insert().values(number=number, type=event_type, events=by))
-
-
 def _user_key(connection: sa.Connection, event: Event, sequence: int) -> int:
-    """The person's key: the first event's sequence. An event with both ids joins the two."""
-    query = _identities.select().where(_is_person(event.user_id, event.visitor_id))
+    """The person's key: the first event's sequence. An event with both ids joins the two.
+
+    What a visitor did who was nobody's yet becomes the user's; one who was another user's stays that user's.
+    """
+    query = tables.identities.select().where(erasure.is_person(event.user_id, event.visitor_id))
     keys = {row.kind: row.user_key for row in connection.execute(query)}
-    key: int = keys.get("user", keys.get("visitor", sequence))
+    visitor: int | None = keys.get("visitor")
+    if event.user_id and visitor is not None and keys.get("user") != visitor:
+        mine = tables.identities.c.user_key == visitor
+        if connection.execute(sa.select(tables.identities.c.id).where(mine, _IS_USER).limit(1)).first():
+            visitor = None
+    key: int = keys.get("user", sequence if visitor is None else visitor)
     for kind, identifier in (("user", event.user_id), ("visitor", event.visitor_id)):
         if identifier and kind not in keys:
-            connection.execute(_identities.insert().values(kind=kind, id=identifier, user_key=key))
+            connection.execute(tables.identities.insert().values(kind=kind, id=identifier, user_key=key))
+    if visitor not in (None, key):
+        for table in (tables.identities, tables.events):
+            connection.execute(table.update().where(table.c.user_key == visitor).values(user_key=key))
     return key
-
-
-def _is_person(user_id: str, visitor_id: str) -> sa.ColumnElement[bool]:
-    known = (("user", user_id), ("visitor", visitor_id))
-    return sa.or_(sa.false(), *((_identities.c.kind == k) & (_identities.c.id == i) for k, i in known if i))
 
 
 def _micros(time: datetime) -> int:

@@ -6,11 +6,13 @@ before `as_of`, the request and the bundle.
 """
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from operator import methodcaller
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,7 +23,8 @@ from services.bundle import Profile
 from services.errors import Unavailable, VitrineError
 from services.item_table import ItemTable
 from services.ranking.basis import Basis
-from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
+from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded, Stored
+from services.ranking.erasure import Forgotten
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
@@ -37,6 +40,9 @@ _BATCH = 20_000
 _THREADS = 2
 _SECONDS_A_DAY = 86_400
 _SHOWN_DAYS = 30
+_EXPIRED_AT_ONCE = 1000
+_BETWEEN_EXPIRIES = 600.0
+_log = logging.getLogger(__name__)
 
 
 class CatalogueView(Protocol):
@@ -125,6 +131,7 @@ class Ranking:
         self.successor: Ranking | None = None
         """Who answers other calls by now: what is recorded here is seen there at once."""
         self._pool = ThreadPoolExecutor(_THREADS, "ranking")
+        store.readers.add(self)
         self.advance()
 
     @property
@@ -158,6 +165,50 @@ class Ranking:
             if self.successor is not None:
                 await self.successor._on(self.successor.advance)
         return done
+
+    async def forget(self, user_id: str, visitor_id: str) -> Forgotten:
+        """Delete all that is known of a person; on return no answer rests on it."""
+        forgotten = await asyncio.wrap_future(self.store.forget(user_id, visitor_id))
+        await self._lose(methodcaller("forget", forgotten.user_keys))
+        return forgotten
+
+    async def expire(self, before: datetime) -> int:
+        """Delete the events that happened before a time; how many."""
+        many = 0
+        while gone := await asyncio.wrap_future(self.store.expire(before, _EXPIRED_AT_ONCE)):
+            await self._lose(methodcaller("drop", gone))
+            many += len(gone)
+        return many
+
+    async def keep_for(self, days: int, clock: Callable[[], datetime]) -> None:
+        """Delete what is older than so many days, without end."""
+        while True:
+            if many := await self.expire(clock() - timedelta(days=days)):
+                _log.info("%d events of more than %d days ago were deleted", many, days)
+            await asyncio.sleep(_BETWEEN_EXPIRIES)
+
+    async def export(
+        self, user_id: str, visitor_id: str, after: int, limit: int
+    ) -> tuple[dict[str, list[str]], list[Stored]]:
+        """Every id of a person, and at most `limit` events after a sequence number."""
+        return await self._on(
+            lambda: (
+                self.store.known_ids(user_id, visitor_id),
+                self.store.exported(user_id, visitor_id, after, limit),
+            )
+        )
+
+    async def _lose(self, from_state: Callable[[BehaviourState], None]) -> None:
+        """Let every state over the store lose what that has lost, one that is still being filled too."""
+
+        def lose() -> None:
+            for other in list(self.store.readers):
+                # What it read before that was deleted it has added when it lets go of the lock.
+                with other._advancing, other._taking:
+                    from_state(other.state)
+                    other._moment = None
+
+        await self._on(lose)
 
     async def retrieve(
         self,
@@ -201,8 +252,8 @@ class Ranking:
                 users = set(rows.user.tolist())
                 everyone = len(users) > _BATCH // 4
                 self.state.extend(rows, self.store.identities(None if everyone else users))
-                if self.state.sequence == start:
-                    return
+                # What was deleted leaves gaps.
+                self.state.sequence = max(self.state.sequence, min(start + _BATCH, last))
 
     def query(self, person: Person, as_of: datetime, upto: int | None = None) -> tuple[Query, Columns]:
         """The person in rows of the item table, and the past it was made of."""

@@ -10,10 +10,11 @@ from vitrine.ranking.v1 import ranking_service_pb2_grpc as pb_grpc
 from services import status, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
-from services.ranking.behaviour import Event, EventItem, Outcome, Recorded
+from services.ranking.behaviour import Event, EventItem, Outcome, Recorded, Stored
 from services.ranking.ranking import Person, Ranking, Retrieved
 
 MAX_EVENTS = 1000
+DEFAULT_PAGE = 100
 MAX_LIMIT = 2000
 MAX_EXCLUDED = 100_000
 MAX_CANDIDATES = 10_000
@@ -50,6 +51,27 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
                 for at, (message, outcome) in enumerate(zip(request.events, outcomes, strict=True))
             ]
         )
+
+    async def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
+        """Forget a person."""
+        _check_ids(request)
+        forgotten = await self._ranking.forget(request.user_id, request.visitor_id)
+        return pb.DeleteUserResponse(events=forgotten.events, ids=forgotten.ids)
+
+    async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
+        """A page of what is known of a person."""
+        _check_ids(request)
+        limit = wire.check_limit(request.page_size, MAX_EVENTS, "page_size", DEFAULT_PAGE)
+        after = int(request.page_token) if request.page_token.isdecimal() else 0
+        if request.page_token and not 0 < after < 2**63:
+            raise InvalidArgument.of("page_token", "is not a token of this service")
+        ids, events = await self._ranking.export(request.user_id, request.visitor_id, after, limit + 1)
+        response = pb.ExportUserResponse(user_ids=ids["user"], visitor_ids=ids["visitor"])
+        for stored in events[:limit]:
+            response.events.append(_stored(stored))
+        if len(events) > limit:
+            response.next_page_token = str(events[limit - 1].sequence)
+        return response
 
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """A person's state and behaviour's candidates."""
@@ -149,6 +171,35 @@ def _as_of(request: pb.RetrieveRequest | pb.RankRequest) -> Any:
     if not request.HasField("as_of"):
         raise InvalidArgument.of("as_of", "is required")
     return wire.time_from(request.as_of, "as_of")
+
+
+def _check_ids(request: pb.DeleteUserRequest | pb.ExportUserRequest) -> None:
+    if not (request.user_id or request.visitor_id):
+        raise InvalidArgument.of("user_id", "or visitor_id is required")
+    for field, value in (("user_id", request.user_id), ("visitor_id", request.visitor_id)):
+        if value and (problem := identifier_problem(value)):
+            raise InvalidArgument.of(field, problem)
+
+
+def _stored(stored: Stored) -> event_pb2.StoredEvent:
+    event = stored.event
+    message = event_pb2.Event(
+        event_id=event.event_id,
+        type=event.type,
+        session_id=event.session_id,
+        attribution_token=event.attribution_token,
+        channel=event.channel,
+        items=[
+            event_pb2.EventItem(
+                item_id=item.item_id, quantity=item.quantity, price=item.price, position=item.position
+            )
+            for item in event.items
+        ],
+    )
+    if event.occurred is not None:
+        message.occurred_at.CopyFrom(wire.time_to(event.occurred))
+    recorded = wire.time_to(stored.recorded)
+    return event_pb2.StoredEvent(event=message, recorded_at=recorded, sequence=stored.sequence)
 
 
 def _event(message: event_pb2.Event) -> Event | VitrineError:

@@ -4,7 +4,7 @@ One thread extends, any thread reads. Derived from the event store and rebuilt f
 training fills it from a shop's events, so that both see the past through the same code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -86,10 +86,37 @@ class BehaviourState:
         )
         for row, user in enumerate(new.user.tolist(), start):
             self._rows_of.setdefault(user, []).append(row)
+        for identity, key in identities.items():
+            self._join(self._keys.get(identity, key), key)
         self._keys.update(identities)
         self._length = end
         if end > start:
             self.sequence = int(new.sequence[-1])
+
+    def _join(self, old: int, new: int) -> None:
+        """Give what was of one key to another: a visitor turned out to be a user."""
+        if old != new and (moved := self._rows_of.pop(old, None)):
+            self._columns.user[moved] = new
+            self._rows_of[new] = sorted([*moved, *self._rows_of.get(new, [])])
+
+    def forget(self, user_keys: Collection[int]) -> None:
+        """Leave nothing of people: their rows are of no kind, and so nobody's."""
+        for key in user_keys:
+            self._clear(np.array(self._rows_of.pop(key, []), np.int64))
+        self._keys = {identity: key for identity, key in self._keys.items() if key not in user_keys}
+
+    def drop(self, sequences: Collection[int]) -> None:
+        """Leave nothing of events, by their sequence."""
+        rows = np.flatnonzero(np.isin(self._columns.sequence[: self._length], list(sequences)))
+        gone = set(rows.tolist())
+        for key in set(self._columns.user[rows].tolist()):
+            self._rows_of[key] = [row for row in self._rows_of.get(key, ()) if row not in gone]
+        self._clear(rows)
+
+    def _clear(self, rows: np.ndarray) -> None:
+        self._columns.kind[rows] = -1
+        self._columns.user[rows] = self._columns.number[rows] = 0
+        self._columns.price[rows] = np.nan
 
     def all(self) -> Columns:
         """Every row."""

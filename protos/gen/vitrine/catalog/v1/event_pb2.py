@@ -26,15 +26,15 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evitrine/catalog/v1/event.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xeb\x01\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nvisitor_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12,\n\x05items\x18\x06 \x03(\x0b\x32\x1d.vitrine.catalog.v1.EventItem\x12/\n\x0boccurred_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x61ttribution_token\x18\x08 \x01(\t\x12\x0f\n\x07\x63hannel\x18\t \x01(\t\"\x82\x01\n\tEventItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x15\n\x08quantity\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05price\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08position\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x0b\n\t_quantityB\x08\n\x06_priceB\x0b\n\t_position\",\n\x0bSessionItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"\x89\x01\n\x0c\x45ventOutcome\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x32\n\x04\x63ode\x18\x02 \x01(\x0e\x32$.vitrine.catalog.v1.EventOutcomeCode\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08sequence\x18\x04 \x01(\x04*\x98\x01\n\x10\x45ventOutcomeCode\x12\"\n\x1e\x45VENT_OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x45VENT_OUTCOME_CODE_RECORDED\x10\x01\x12 \n\x1c\x45VENT_OUTCOME_CODE_DUPLICATE\x10\x02\x12\x1d\n\x19\x45VENT_OUTCOME_CODE_FAILED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1evitrine/catalog/v1/event.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xeb\x01\n\x05\x45vent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nvisitor_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12,\n\x05items\x18\x06 \x03(\x0b\x32\x1d.vitrine.catalog.v1.EventItem\x12/\n\x0boccurred_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x19\n\x11\x61ttribution_token\x18\x08 \x01(\t\x12\x0f\n\x07\x63hannel\x18\t \x01(\t\"\x82\x01\n\tEventItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x15\n\x08quantity\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05price\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x15\n\x08position\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x0b\n\t_quantityB\x08\n\x06_priceB\x0b\n\t_position\",\n\x0bSessionItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\"\x89\x01\n\x0c\x45ventOutcome\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x32\n\x04\x63ode\x18\x02 \x01(\x0e\x32$.vitrine.catalog.v1.EventOutcomeCode\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08sequence\x18\x04 \x01(\x04\"z\n\x0bStoredEvent\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x19.vitrine.catalog.v1.Event\x12/\n\x0brecorded_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x10\n\x08sequence\x18\x03 \x01(\x04*\x98\x01\n\x10\x45ventOutcomeCode\x12\"\n\x1e\x45VENT_OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x45VENT_OUTCOME_CODE_RECORDED\x10\x01\x12 \n\x1c\x45VENT_OUTCOME_CODE_DUPLICATE\x10\x02\x12\x1d\n\x19\x45VENT_OUTCOME_CODE_FAILED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.catalog.v1.event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EVENTOUTCOMECODE']._serialized_start=670
-  _globals['_EVENTOUTCOMECODE']._serialized_end=822
+  _globals['_EVENTOUTCOMECODE']._serialized_start=794
+  _globals['_EVENTOUTCOMECODE']._serialized_end=946
   _globals['_EVENT']._serialized_start=113
   _globals['_EVENT']._serialized_end=348
   _globals['_EVENTITEM']._serialized_start=351
@@ -43,4 +43,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONITEM']._serialized_end=527
   _globals['_EVENTOUTCOME']._serialized_start=530
   _globals['_EVENTOUTCOME']._serialized_end=667
+  _globals['_STOREDEVENT']._serialized_start=669
+  _globals['_STOREDEVENT']._serialized_end=791
 # @@protoc_insertion_point(module_scope)

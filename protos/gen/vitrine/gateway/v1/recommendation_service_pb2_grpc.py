@@ -55,6 +55,16 @@ class RecommendationServiceStub:
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsRequest.SerializeToString,
                 response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsResponse.FromString,
                 _registered_method=True)
+        self.DeleteUser = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/DeleteUser',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.FromString,
+                _registered_method=True)
+        self.ExportUser = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/ExportUser',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserResponse.FromString,
+                _registered_method=True)
         self.BatchUpsertItems = channel.unary_unary(
                 '/vitrine.gateway.v1.RecommendationService/BatchUpsertItems',
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.BatchUpsertItemsRequest.SerializeToString,
@@ -111,6 +121,22 @@ class RecommendationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteUser(self, request, context):
+        """Deletes all that is known of a person: events with their idempotency keys and
+        counts, and every id that was ever joined to the one given. What models learned
+        stays until they are trained again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportUser(self, request, context):
+        """Reads all that is known of a person, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BatchUpsertItems(self, request, context):
         """Writes items; each has its own outcome.
         """
@@ -161,6 +187,16 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.WriteEvents,
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsRequest.FromString,
                     response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsResponse.SerializeToString,
+            ),
+            'DeleteUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteUser,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'ExportUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportUser,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserResponse.SerializeToString,
             ),
             'BatchUpsertItems': grpc.unary_unary_rpc_method_handler(
                     servicer.BatchUpsertItems,
@@ -292,6 +328,60 @@ class RecommendationService:
             '/vitrine.gateway.v1.RecommendationService/WriteEvents',
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsRequest.SerializeToString,
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.WriteEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/DeleteUser',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/ExportUser',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,13 @@ class RecommendationServiceStub:
     """Items that match a text, a photograph, or both."""
     WriteEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.WriteEventsRequest, _recommendation_service_pb2.WriteEventsResponse]
     """Records what people did and were shown."""
+    DeleteUser: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.DeleteUserRequest, _recommendation_service_pb2.DeleteUserResponse]
+    """Deletes all that is known of a person: events with their idempotency keys and
+    counts, and every id that was ever joined to the one given. What models learned
+    stays until they are trained again.
+    """
+    ExportUser: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]
+    """Reads all that is known of a person, page by page."""
     BatchUpsertItems: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.BatchUpsertItemsRequest, _recommendation_service_pb2.BatchUpsertItemsResponse]
     """Writes items; each has its own outcome."""
     GetItem: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetItemRequest, _recommendation_service_pb2.GetItemResponse]
@@ -71,6 +78,13 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """Items that match a text, a photograph, or both."""
     WriteEvents: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.WriteEventsRequest, _recommendation_service_pb2.WriteEventsResponse]  # type: ignore[assignment]
     """Records what people did and were shown."""
+    DeleteUser: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.DeleteUserRequest, _recommendation_service_pb2.DeleteUserResponse]  # type: ignore[assignment]
+    """Deletes all that is known of a person: events with their idempotency keys and
+    counts, and every id that was ever joined to the one given. What models learned
+    stays until they are trained again.
+    """
+    ExportUser: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]  # type: ignore[assignment]
+    """Reads all that is known of a person, page by page."""
     BatchUpsertItems: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.BatchUpsertItemsRequest, _recommendation_service_pb2.BatchUpsertItemsResponse]  # type: ignore[assignment]
     """Writes items; each has its own outcome."""
     GetItem: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetItemRequest, _recommendation_service_pb2.GetItemResponse]  # type: ignore[assignment]
@@ -118,6 +132,25 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_service_pb2.WriteEventsResponse, _abc.Awaitable[_recommendation_service_pb2.WriteEventsResponse]]:
         """Records what people did and were shown."""
+
+    @_abc_1.abstractmethod
+    def DeleteUser(
+        self,
+        request: _recommendation_service_pb2.DeleteUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.DeleteUserResponse, _abc.Awaitable[_recommendation_service_pb2.DeleteUserResponse]]:
+        """Deletes all that is known of a person: events with their idempotency keys and
+        counts, and every id that was ever joined to the one given. What models learned
+        stays until they are trained again.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportUser(
+        self,
+        request: _recommendation_service_pb2.ExportUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.ExportUserResponse, _abc.Awaitable[_recommendation_service_pb2.ExportUserResponse]]:
+        """Reads all that is known of a person, page by page."""
 
     @_abc_1.abstractmethod
     def BatchUpsertItems(

@@ -128,6 +128,138 @@ class WriteEventsResponse(_message.Message):
 Global___WriteEventsResponse: _TypeAlias = WriteEventsResponse  # noqa: Y015
 
 @_typing.final
+class DeleteUserRequest(_message.Message):
+    """Whom to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The shop's id of a known person, at most 128 characters. One of user_id and
+    visitor_id is required.
+    """
+    visitor_id: _builtins.str
+    """The id of an unknown person's browser or device, at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteUserRequest: _TypeAlias = DeleteUserRequest  # noqa: Y015
+
+@_typing.final
+class DeleteUserResponse(_message.Message):
+    """What was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    IDS_FIELD_NUMBER: _builtins.int
+    events: _builtins.int
+    """How many events, with their idempotency keys and what they counted."""
+    ids: _builtins.int
+    """How many ids of users and visitors."""
+    def __init__(
+        self,
+        *,
+        events: _builtins.int = ...,
+        ids: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteUserResponse: _TypeAlias = DeleteUserResponse  # noqa: Y015
+
+@_typing.final
+class ExportUserRequest(_message.Message):
+    """Whose data to read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The shop's id of a known person, at most 128 characters. One of user_id and
+    visitor_id is required.
+    """
+    visitor_id: _builtins.str
+    """The id of an unknown person's browser or device, at most 128 characters."""
+    page_size: _builtins.int
+    """Optional. The length of the page, 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """Optional. next_page_token of the page before."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportUserRequest: _TypeAlias = ExportUserRequest  # noqa: Y015
+
+@_typing.final
+class ExportUserResponse(_message.Message):
+    """A page of what is known of a person."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_IDS_FIELD_NUMBER: _builtins.int
+    VISITOR_IDS_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Reads the next page; empty on the last."""
+    @_builtins.property
+    def user_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every user_id of the person, on each page."""
+
+    @_builtins.property
+    def visitor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Every visitor_id of the person, on each page."""
+
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.StoredEvent]:
+        """The events, in the order they were committed; user_id and visitor_id are left
+        empty.
+        """
+
+    def __init__(
+        self,
+        *,
+        user_ids: _abc.Iterable[_builtins.str] | None = ...,
+        visitor_ids: _abc.Iterable[_builtins.str] | None = ...,
+        events: _abc.Iterable[_event_pb2.StoredEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportUserResponse: _TypeAlias = ExportUserResponse  # noqa: Y015
+
+@_typing.final
 class Person(_message.Message):
     """The person a request is for."""
 

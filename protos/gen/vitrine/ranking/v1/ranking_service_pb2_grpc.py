@@ -40,6 +40,16 @@ class RankingServiceStub:
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsRequest.SerializeToString,
                 response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsResponse.FromString,
                 _registered_method=True)
+        self.DeleteUser = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/DeleteUser',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.FromString,
+                _registered_method=True)
+        self.ExportUser = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/ExportUser',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserResponse.FromString,
+                _registered_method=True)
         self.Retrieve = channel.unary_unary(
                 '/vitrine.ranking.v1.RankingService/Retrieve',
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveRequest.SerializeToString,
@@ -58,6 +68,22 @@ class RankingServiceServicer:
 
     def WriteEvents(self, request, context):
         """Commits events. The outcome of each says what became of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteUser(self, request, context):
+        """Deletes all that is known of a person: events with their idempotency keys and
+        counts, and every id that was ever joined to the one given. What models learned
+        stays until they are trained again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportUser(self, request, context):
+        """Reads all that is known of a person, page by page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +110,16 @@ def add_RankingServiceServicer_to_server(servicer, server):
                     servicer.WriteEvents,
                     request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsRequest.FromString,
                     response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsResponse.SerializeToString,
+            ),
+            'DeleteUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteUser,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'ExportUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportUser,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserResponse.SerializeToString,
             ),
             'Retrieve': grpc.unary_unary_rpc_method_handler(
                     servicer.Retrieve,
@@ -124,6 +160,60 @@ class RankingService:
             '/vitrine.ranking.v1.RankingService/WriteEvents',
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsRequest.SerializeToString,
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.WriteEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/DeleteUser',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/ExportUser',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

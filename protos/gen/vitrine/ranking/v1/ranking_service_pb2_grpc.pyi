@@ -35,6 +35,13 @@ class RankingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RankingServiceAsyncStub: ...
     WriteEvents: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.WriteEventsRequest, _ranking_service_pb2.WriteEventsResponse]
     """Commits events. The outcome of each says what became of it."""
+    DeleteUser: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.DeleteUserRequest, _ranking_service_pb2.DeleteUserResponse]
+    """Deletes all that is known of a person: events with their idempotency keys and
+    counts, and every id that was ever joined to the one given. What models learned
+    stays until they are trained again.
+    """
+    ExportUser: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ExportUserRequest, _ranking_service_pb2.ExportUserResponse]
+    """Reads all that is known of a person, page by page."""
     Retrieve: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RetrieveRequest, _ranking_service_pb2.RetrieveResponse]
     """A person's state and the candidates behaviour proposes, in one round trip."""
     Rank: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]
@@ -47,6 +54,13 @@ class RankingServiceAsyncStub(RankingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     WriteEvents: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.WriteEventsRequest, _ranking_service_pb2.WriteEventsResponse]  # type: ignore[assignment]
     """Commits events. The outcome of each says what became of it."""
+    DeleteUser: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.DeleteUserRequest, _ranking_service_pb2.DeleteUserResponse]  # type: ignore[assignment]
+    """Deletes all that is known of a person: events with their idempotency keys and
+    counts, and every id that was ever joined to the one given. What models learned
+    stays until they are trained again.
+    """
+    ExportUser: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ExportUserRequest, _ranking_service_pb2.ExportUserResponse]  # type: ignore[assignment]
+    """Reads all that is known of a person, page by page."""
     Retrieve: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.RetrieveRequest, _ranking_service_pb2.RetrieveResponse]  # type: ignore[assignment]
     """A person's state and the candidates behaviour proposes, in one round trip."""
     Rank: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]  # type: ignore[assignment]
@@ -62,6 +76,25 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.WriteEventsResponse, _abc.Awaitable[_ranking_service_pb2.WriteEventsResponse]]:
         """Commits events. The outcome of each says what became of it."""
+
+    @_abc_1.abstractmethod
+    def DeleteUser(
+        self,
+        request: _ranking_service_pb2.DeleteUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.DeleteUserResponse, _abc.Awaitable[_ranking_service_pb2.DeleteUserResponse]]:
+        """Deletes all that is known of a person: events with their idempotency keys and
+        counts, and every id that was ever joined to the one given. What models learned
+        stays until they are trained again.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportUser(
+        self,
+        request: _ranking_service_pb2.ExportUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.ExportUserResponse, _abc.Awaitable[_ranking_service_pb2.ExportUserResponse]]:
+        """Reads all that is known of a person, page by page."""
 
     @_abc_1.abstractmethod
     def Retrieve(
