@@ -52,6 +52,9 @@ class Ranking(Protocol):
     async def rank(self, request: ranking_pb.RankRequest) -> ranking_pb.RankResponse:
         """Score candidates."""
 
+    async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
+        """Tell what scores rest on."""
+
 
 class LocalEmbedding:
     """The embedding servicer of this process."""
@@ -101,6 +104,10 @@ class LocalRanking:
     async def rank(self, request: ranking_pb.RankRequest) -> ranking_pb.RankResponse:
         """See `Ranking`."""
         return await _bounded(self._servicer.Rank(request, None))
+
+    async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.Explain(request, None))
 
 
 class RemoteEmbedding:
@@ -160,6 +167,10 @@ class RemoteRanking:
     async def rank(self, request: ranking_pb.RankRequest) -> ranking_pb.RankResponse:
         """See `Ranking`."""
         return await _sent(self._stub.Rank, request)
+
+    async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.Explain, request)
 
 
 def channel(address: str) -> grpc.aio.Channel:

@@ -26,7 +26,7 @@ from services.errors import (
 )
 from services.gateway.assortment import Assortment
 from services.gateway.clients import Embedding, Ranking
-from services.gateway.wish import SOURCES, Candidates, Ordered, Wish
+from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
@@ -97,6 +97,40 @@ class Pipeline:
         shown = set(kept)
         left_out = [n for n in wish.items or () if n not in shown]
         return self._assortment.arranged(wish, retrieved, replace(ranked, left_out=left_out))
+
+    async def reasons(
+        self, wish: Wish, ordered: Ordered, numbers: Sequence[int], degraded: list[pb.Degradation]
+    ) -> tuple[dict[int, list[Reason]], dict[str, str]]:
+        """Why items of a page are there, the strongest first, and the titles of the items these rest on."""
+        if not numbers:
+            return {}, {}
+        left = deadline.remaining()
+        budget = self._limits.budget if left is None else left
+        request = ranking_pb.ExplainRequest(
+            person=wish.person,
+            as_of=wire.time_to(wish.as_of),
+            item_numbers=numbers,
+            state_sequence=ordered.state_sequence,
+            bundle=self.bundle,
+        )
+        explained = await _attempt("explain", self._ranking.explain(request), budget, degraded)
+        found: dict[int, list[Reason]] = {}
+        for evidence in explained.evidence if explained else ():
+            rows = self.table.rows(evidence.history_item_numbers)
+            ids = iter(self.table.ids(rows[rows >= 0]))
+            named = [next(ids) if row >= 0 else "" for row in rows]
+            told = zip(numbers, evidence.shares, named, evidence.bought, strict=True)
+            for number, share, item_id, bought in told:
+                if share > 0:
+                    found.setdefault(number, []).append(Reason(evidence.kind, share, item_id, bought))
+        for mine in found.values():
+            mine.sort(key=lambda reason: -reason.share)
+        named = sorted({mine[0].item_id for mine in found.values()} - {""})
+        if not named:
+            return found, {}
+        get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=named))
+        items = await _attempt("explain", get, budget, degraded)
+        return found, {record.item.id: record.item.title for record in (items.items if items else ())}
 
     async def _candidates(
         self,

@@ -22,6 +22,7 @@ from services.gateway.clients import Embedding, Ranking
 from services.gateway.pipeline import Pipeline, person_of
 from services.gateway.rules import Rules
 from services.gateway.scenarios import HOME, SIMILAR, Scenario, Scenarios, rules_from
+from services.gateway.sentences import LANGUAGES, sentence
 from services.gateway.tokens import Tokens
 from services.gateway.wish import DEEPEST, Ordered, Wish
 
@@ -65,11 +66,15 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
         ordered = await self.pipeline.run(wish)
+        degraded = list(ordered.degraded)
+        items = self._items(ordered, page)
+        if request.include_reasons:
+            await self._explain(wish, ordered, items, request.language or LANGUAGES[0], degraded)
         response = pb.RecommendResponse(
-            items=self._items(ordered, page),
+            items=items,
             attribution_token=self._attribution(request_id, request.scenario or HOME, now),
             versions=self._versions(as_of, ordered.state_sequence),
-            degraded=ordered.degraded,
+            degraded=degraded,
             request_id=request_id,
             left_out_item_ids=[i for i in request.item_ids if item_number(i) in set(ordered.left_out)],
         )
@@ -268,6 +273,30 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             items.append(item)
         return items
 
+    async def _explain(
+        self,
+        wish: Wish,
+        ordered: Ordered,
+        items: Sequence[pb.Recommendation],
+        language: str,
+        degraded: list[pb.Degradation],
+    ) -> None:
+        numbers = [item_number(item.item_id) for item in items]
+        reasons, titles = await self.pipeline.reasons(wish, ordered, numbers, degraded)
+        for item, number in zip(items, numbers, strict=True):
+            mine = reasons.get(number, ())
+            for reason in mine:
+                item.reasons.add(
+                    kind=reason.kind,
+                    share=reason.share,
+                    history_item_id=reason.item_id,
+                    history_bought=reason.bought,
+                )
+            if mine:
+                first = mine[0]
+                title = titles.get(first.item_id, "")
+                item.explanation = sentence(first.kind, language, title, bought=first.bought)
+
     def _exists(self, item_id: str, now: datetime) -> bool:
         table = self.pipeline.table
         row = int(table.rows([item_number(item_id)])[0])
@@ -304,10 +333,10 @@ def _check(request: pb.RecommendRequest) -> None:
             raise InvalidArgument.of(name, f"has {len(ids)}, at most {most} are allowed")
     if not 0 <= request.diversity <= 1:
         raise InvalidArgument.of("diversity", "must be between 0 and 1")
+    if request.language and request.language not in LANGUAGES:
+        raise InvalidArgument.of("language", f"is none of {', '.join(LANGUAGES)}")
     if request.exploration:
         raise InvalidArgument.of("exploration", "must be 0: this server does not explore yet")
-    if request.include_reasons:
-        raise InvalidArgument.of("include_reasons", "must be false: this server gives no reasons yet")
 
 
 def _rules(request: pb.RecommendRequest, scenario: Scenario) -> Rules:

@@ -58,6 +58,16 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """A kind of evidence, its share of a score, and the person's own item it rests on, empty for none."""
+
+    kind: str
+    share: float
+    item_id: str = ""
+    bought: bool = False
+
+
+@dataclass(frozen=True)
 class Ordered:
     """Every candidate that may be shown, best first, with what its place rests on."""
 

@@ -28,7 +28,7 @@ _POPULARITY = 0.01
 def blend(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
     """Scores float32 (C,) of feature rows (C, F) with columns `names`; a missing value adds nothing."""
     column = {name: at for at, name in enumerate(names)}
-    total = _POPULARITY * np.log1p(matrix[:, column["popular_7d"]])
+    total = _POPULARITY * np.log1p(np.nan_to_num(matrix[:, column["popular_7d"]]))
     for name, weight in WEIGHTS.items():
         if name in column:
             total = total + weight * np.nan_to_num(matrix[:, column[name]])

@@ -62,16 +62,20 @@ class Features:
         self._order = Order(basis.table, basis.numbers)
         self._counts: tuple[Moment, dict[str, tuple[np.ndarray, np.ndarray]]] | None = None
         self._relations = tuple(name for name in basis.graph.names if name not in _SPACES)
-        self.names: tuple[str, ...] = (
-            *CANDIDATE_COLUMNS,
-            *(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
-            *(f"{s}_{part}" for s in _SPACES for part in _SIMILARITIES),
-            *SEQUENCE_COLUMNS,
-            *(f"words_{part}" for part in _SIMILARITIES),
-            *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
-            *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
-            *(f"{number}_{part}" for number in self._numbers for part in ORDER_PARTS),
-        )
+        self.parts: dict[str, tuple[str, ...]] = {
+            "counts": CANDIDATE_COLUMNS,
+            "graph": tuple(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
+            **{space: tuple(f"{space}_{part}" for part in _SIMILARITIES) for space in _SPACES},
+            "sequence": SEQUENCE_COLUMNS,
+            "words": tuple(f"words_{part}" for part in _SIMILARITIES),
+            "labels": (
+                *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
+                *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
+                *(f"{number}_{part}" for number in self._numbers for part in ORDER_PARTS),
+            ),
+        }
+        """The names of the columns of each of `blocks`, in their order."""
+        self.names: tuple[str, ...] = tuple(name for names in self.parts.values() for name in names)
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
             raise FailedPrecondition(f"an attribute's name makes {twice[0]!r}, which is another feature")
 

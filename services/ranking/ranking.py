@@ -29,6 +29,7 @@ from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
 from services.ranking.query import MAX_HISTORY, Query, recency
+from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
 from services.ranking.sequence import SequenceView
 from services.ranking.sources import Sources
@@ -102,6 +103,19 @@ class Ranked:
     probabilities: Mapping[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Explained:
+    """Of C candidates by kind of evidence, in the order of `reasons.KINDS`, NaN for unknown items.
+
+    `shares` float32 (C, K); `items` int64 (C, K), the number of the person's own item that a kind rests on, 0
+    for none; `bought` bool (C, K), whether that one was bought.
+    """
+
+    shares: np.ndarray
+    items: np.ndarray
+    bought: np.ndarray
+
+
 class Ranking:
     """The service's domain over one bundle; `ctr`, `reranker` and `sequence` are its models' directories."""
 
@@ -122,6 +136,7 @@ class Ranking:
         basis = Basis(view.table, self._graph, profile.attributes, profile.numbers, walks)
         self.features = Features(basis)
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
+        self._reasoner = Reasoner(self._scorer, self.features, basis)
         self._sources = Sources(basis)
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
@@ -242,6 +257,12 @@ class Ranking:
         """Score candidates, int64 (C,) item numbers; `upto` is the sequence of Retrieve."""
         return await self._on(lambda: self._rank(person, as_of, numbers, upto))
 
+    async def explain(
+        self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None = None
+    ) -> Explained:
+        """Why candidates, int64 (C,) item numbers, stand where `rank` puts them."""
+        return await self._on(lambda: self._explain(person, as_of, numbers, upto))
+
     def advance(self) -> None:
         """Let the state follow what was committed."""
         with self._advancing:
@@ -346,6 +367,20 @@ class Ranking:
             {name: spread(values) for name, values in scores.components.items()},
             {name: spread(values) for name, values in scores.probabilities.items()},
         )
+
+    def _explain(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Explained:
+        query, _ = self.query(person, as_of, upto)
+        now, table = self.moment(as_of), self.view.table
+        rows = table.rows(numbers)
+        known = np.flatnonzero((rows >= 0) & (rows < len(now.age)))
+        found = self._reasoner.reasons(query, rows[known], now)
+        past = np.append(table.item_numbers[np.concatenate([query.session, query.history])], 0)
+        strongest = query.session_weights >= self.state.weights[self._targets].max()
+        bought = np.concatenate([strongest, query.bought, [False]])
+        shares = np.full((len(numbers), found.shares.shape[1]), np.nan, np.float32)
+        items, had = np.zeros(shares.shape, np.int64), np.zeros(shares.shape, bool)
+        shares[known], items[known], had[known] = found.shares, past[found.seeds], bought[found.seeds]
+        return Explained(shares, items, had)
 
     async def _on(self, function: Callable[[], T]) -> T:
         try:

@@ -1,6 +1,6 @@
 """Candidates into scores: the feature row, the CTR head and the reranker, as far as the bundle has them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,11 +47,30 @@ class Scorer:
 
     def score(self, query: Query, rows: np.ndarray, moment: Moment) -> Scores:
         """Score candidate table rows, int64 (C,), for a person at a moment."""
-        matrix = self._features.matrix(query, rows, moment)
+        return self._final(query, rows, self._features.matrix(query, rows, moment), self._vectors())
+
+    def ablated(
+        self, query: Query, rows: np.ndarray, moment: Moment, kinds: Mapping[str, Sequence[str]]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores (C,), and by kind those (C,) as if its columns, and the space of its name, were unknown."""
+        matrix, vectors = self._features.matrix(query, rows, moment), self._vectors()
+        place = {name: at for at, name in enumerate(self._features.names)}
+        without = {}
+        for kind, names in kinds.items():
+            blank, seen = matrix.copy(), dict(vectors)
+            blank[:, [place[name] for name in names]] = np.nan
+            if kind in seen:
+                seen[kind] = np.broadcast_to(np.float16(0), seen[kind].shape)
+            without[kind] = self._final(query, rows, blank, seen).values
+        return self._final(query, rows, matrix, vectors).values, without
+
+    def _final(
+        self, query: Query, rows: np.ndarray, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
+    ) -> Scores:
         components = {"blend": blend(self._features.names, matrix)}
         probabilities: dict[str, np.ndarray] = {}
         if self._ctr is not None:
-            logits = self._ctr.logits(query, rows, matrix, self._vectors())
+            logits = self._ctr.logits(query, rows, matrix, vectors)
             probabilities = self._ctr.probabilities(logits)
             components |= {ctr_column(t): logits[:, at] for at, t in enumerate(self._ctr.settings.types)}
             matrix = np.concatenate([matrix, logits], axis=1)

@@ -1,5 +1,6 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ from services.catalog import identifier_problem, item_number
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.ranking.behaviour import Event, EventItem, Outcome, Recorded, Stored
 from services.ranking.ranking import Person, Ranking, Retrieved
+from services.ranking.reasons import KINDS
 
 MAX_EVENTS = 1000
 DEFAULT_PAGE = 100
 MAX_LIMIT = 2000
 MAX_EXCLUDED = 100_000
 MAX_CANDIDATES = 10_000
+MAX_EXPLAINED = 500
 MAX_SESSION = 200
 _SOURCES = {
     "graph": pb.SOURCE_GRAPH,
@@ -100,8 +103,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         numbers = list(request.item_numbers) or [item_number(i) for i in request.item_ids]
         if not 1 <= len(numbers) <= MAX_CANDIDATES:
             raise InvalidArgument.of("item_numbers", f"has {len(numbers)}, 1 to {MAX_CANDIDATES} are allowed")
-        if wrong := [n for n in request.item_numbers if n >> 63]:
-            raise InvalidArgument.of("item_numbers", f"{wrong[0]} is no item number")
+        _signed(request.item_numbers)
         upto = request.state_sequence or None
         ranked = await self._ranking.rank(
             self._person(request.person), _as_of(request), np.array(numbers, np.int64), upto
@@ -113,6 +115,25 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             response.probabilities.add(type=name, probabilities=probabilities.tolist())
         if request.view == item_pb2.VIEW_READABLE:
             self._add_rows(response, numbers, ranked.scores)
+        return response
+
+    async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
+        """Tell what scores rest on."""
+        self._check_bundle(request.bundle)
+        if not 1 <= len(request.item_numbers) <= MAX_EXPLAINED:
+            many = len(request.item_numbers)
+            raise InvalidArgument.of("item_numbers", f"has {many}, 1 to {MAX_EXPLAINED} are allowed")
+        numbers = _signed(request.item_numbers)
+        upto = request.state_sequence or None
+        explained = await self._ranking.explain(self._person(request.person), _as_of(request), numbers, upto)
+        response = pb.ExplainResponse(bundle=self._bundle)
+        for at, kind in enumerate(KINDS):
+            response.evidence.add(
+                kind=kind,
+                shares=explained.shares[:, at].tolist(),
+                history_item_numbers=explained.items[:, at].tolist(),
+                bought=explained.bought[:, at].tolist(),
+            )
         return response
 
     def _add_rows(self, response: pb.RankResponse, numbers: list[int], scores: np.ndarray) -> None:
@@ -167,7 +188,15 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             raise FailedPrecondition(f"bundle {bundle!r} is not loaded; this server has {self._bundle!r}")
 
 
-def _as_of(request: pb.RetrieveRequest | pb.RankRequest) -> Any:
+def _signed(numbers: Iterable[int]) -> np.ndarray:
+    """Item numbers, int64 (C,)."""
+    found = list(numbers)
+    if wrong := [n for n in found if n >> 63]:
+        raise InvalidArgument.of("item_numbers", f"{wrong[0]} is no item number")
+    return np.array(found, np.int64)
+
+
+def _as_of(request: pb.RetrieveRequest | pb.RankRequest | pb.ExplainRequest) -> Any:
     if not request.HasField("as_of"):
         raise InvalidArgument.of("as_of", "is required")
     return wire.time_from(request.as_of, "as_of")

@@ -344,6 +344,7 @@ class RecommendRequest(_message.Message):
     ITEM_IDS_FIELD_NUMBER: _builtins.int
     CONTEXT_ITEM_IDS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Optional. The place on the site, such as "home"; empty means that one.
     NOT_FOUND when the server has no such scenario.
@@ -382,6 +383,8 @@ class RecommendRequest(_message.Message):
     """Optional. The caller's id of this request, for logs; made up when empty."""
     validate_only: _builtins.bool
     """Optional. Checks the request and answers without items."""
+    language: _builtins.str
+    """Optional. The language of explanations, "en" or "zh"; empty means "en"."""
     @_builtins.property
     def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
         """Optional. What the person did in this visit, oldest first, at most 200. These
@@ -438,10 +441,11 @@ class RecommendRequest(_message.Message):
         item_ids: _abc.Iterable[_builtins.str] | None = ...,
         context_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         validate_only: _builtins.bool = ...,
+        language: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
@@ -522,22 +526,28 @@ class Reason(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     HISTORY_ITEM_ID_FIELD_NUMBER: _builtins.int
+    HISTORY_BOUGHT_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """The kind of evidence: "text", "image", "behaviour", "popularity"."""
+    """The kind of evidence: "behaviour" (what people engage with together, and next), "text",
+    "image", "attributes" (values, words of titles, price), "popularity".
+    """
     share: _builtins.float
     """Its share of the score, 0 to 1; the shares of an item add up to 1."""
     history_item_id: _builtins.str
-    """Optional. The item of the person's history it rests on."""
+    """The item of the person's session or history it rests on; empty for none."""
+    history_bought: _builtins.bool
+    """Whether the person bought that one."""
     def __init__(
         self,
         *,
         kind: _builtins.str = ...,
         share: _builtins.float = ...,
         history_item_id: _builtins.str = ...,
+        history_bought: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_item_id", b"history_item_id", "kind", b"kind", "share", b"share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["history_bought", b"history_bought", "history_item_id", b"history_item_id", "kind", b"kind", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -582,10 +592,15 @@ class Recommendation(_message.Message):
     REASONS_FIELD_NUMBER: _builtins.int
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """The item's id."""
     score: _builtins.float
     """An ordering: higher is better; comparable within one answer only."""
+    explanation: _builtins.str
+    """The strongest reason as a sentence, in the language asked for; only when asked
+    for.
+    """
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScore]:
         """What the score is made of."""
@@ -596,7 +611,7 @@ class Recommendation(_message.Message):
 
     @_builtins.property
     def reasons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Reason]:
-        """Why it is here; only when asked for."""
+        """Why it is here, the strongest first; only when asked for."""
 
     @_builtins.property
     def probabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probability]:
@@ -618,10 +633,11 @@ class Recommendation(_message.Message):
         reasons: _abc.Iterable[Global___Reason] | None = ...,
         probabilities: _abc.Iterable[Global___Probability] | None = ...,
         rules: _abc.Iterable[_builtins.str] | None = ...,
+        explanation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "item_id", b"item_id", "probabilities", b"probabilities", "reasons", b"reasons", "rules", b"rules", "score", b"score", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "explanation", b"explanation", "item_id", b"item_id", "probabilities", b"probabilities", "reasons", b"reasons", "rules", b"rules", "score", b"score", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

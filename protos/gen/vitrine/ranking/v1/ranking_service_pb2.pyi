@@ -686,3 +686,117 @@ class RankResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RankResponse: _TypeAlias = RankResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """Which candidates to explain, for whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERSON_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    STATE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    state_sequence: _builtins.int
+    """Optional. The state_sequence of Retrieve: the same events are seen again."""
+    bundle: _builtins.str
+    """Optional. The bundle to use; empty means the current one."""
+    @_builtins.property
+    def person(self) -> Global___Person:
+        """Required. The person, as given to Rank."""
+
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """Required. The same time as given to Rank."""
+
+    @_builtins.property
+    def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Required. 1 to 500 candidates, by number."""
+
+    def __init__(
+        self,
+        *,
+        person: Global___Person | None = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        state_sequence: _builtins.int = ...,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "person", b"person"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "item_numbers", b"item_numbers", "person", b"person", "state_sequence", b"state_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class Evidence(_message.Message):
+    """One kind of evidence for every candidate, in the order of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    HISTORY_ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    BOUGHT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """The kind: "behaviour", "text", "image", "attributes", "popularity"."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Its share of each candidate's score, 0 to 1; the shares of all kinds add up to 1.
+        NaN for an unknown item.
+        """
+
+    @_builtins.property
+    def history_item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The number of the person's own item that it rests on most; 0 for none."""
+
+    @_builtins.property
+    def bought(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Whether the person bought that one."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        shares: _abc.Iterable[_builtins.float] | None = ...,
+        history_item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        bought: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought", b"bought", "history_item_numbers", b"history_item_numbers", "kind", b"kind", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evidence: _TypeAlias = Evidence  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """What the scores rest on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    bundle: _builtins.str
+    """The bundle used."""
+    @_builtins.property
+    def evidence(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evidence]:
+        """One of each kind."""
+
+    def __init__(
+        self,
+        *,
+        evidence: _abc.Iterable[Global___Evidence] | None = ...,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "evidence", b"evidence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015

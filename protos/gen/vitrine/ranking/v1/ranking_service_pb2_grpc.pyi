@@ -46,6 +46,8 @@ class RankingServiceStub:
     """A person's state and the candidates behaviour proposes, in one round trip."""
     Rank: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]
     """Orders candidates for a person."""
+    Explain: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]
+    """Tells what candidates' scores rest on."""
 
 @_typing.type_check_only
 class RankingServiceAsyncStub(RankingServiceStub):
@@ -65,6 +67,8 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """A person's state and the candidates behaviour proposes, in one round trip."""
     Rank: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]  # type: ignore[assignment]
     """Orders candidates for a person."""
+    Explain: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Tells what candidates' scores rest on."""
 
 class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
     """The truth about behaviour."""
@@ -111,5 +115,13 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.RankResponse, _abc.Awaitable[_ranking_service_pb2.RankResponse]]:
         """Orders candidates for a person."""
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _ranking_service_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.ExplainResponse, _abc.Awaitable[_ranking_service_pb2.ExplainResponse]]:
+        """Tells what candidates' scores rest on."""
 
 def add_RankingServiceServicer_to_server(servicer: RankingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
