@@ -341,3 +341,64 @@ def test_the_popular_are_in_the_order_of_their_popularity_for_everybody(bundle: 
             assert [item_number(i) for i in ids(page)] == wanted[:15]
 
     shop.run(body)
+
+
+def test_what_keeps_an_item_off_a_page_is_told(bundle: Path, tmp_path: Path) -> None:
+    async def body(stub: Any) -> None:
+        later = item_pb2.Item(id="later", title="garden thing")
+        later.available_from.FromDatetime(datetime.now(UTC) + timedelta(days=1))
+        await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=[later]))
+        await stub.WriteEvents(pb.WriteEventsRequest(events=[purchase("1", "ann", "garden-01")]))
+
+        async def told(item_id: str, **more: Any) -> Any:
+            request = pb.RecommendRequest(
+                user_id="ann",
+                session=session("garden-03"),
+                page_size=5,
+                exclude_item_ids=["garden-09"],
+                **more,
+            )
+            page = ids(await stub.Recommend(request))
+            found = await stub.ExplainItem(pb.ExplainItemRequest(request=request, item_id=item_id))
+            assert (found.standing == pb.STANDING_SHOWN) == (item_id in page)
+            if item_id in page:
+                assert page[found.place - 1] == item_id
+            return found
+
+        for item_id, standing in {
+            "nobody": pb.STANDING_UNKNOWN_ITEM,
+            "later": pb.STANDING_UNAVAILABLE,
+            "garden-09": pb.STANDING_EXCLUDED,
+            "garden-03": pb.STANDING_IN_SESSION,
+            "garden-01": pb.STANDING_BOUGHT,
+        }.items():
+            assert (await told(item_id)).standing == standing
+        low = await told("kitchen-15")
+        assert low.standing == pb.STANDING_RANKED_LOWER
+        assert low.ranked_place > 5
+        assert low.item.score <= low.last_score
+        assert {s.name: s.items for s in low.stages}["rank"] == low.candidates
+        filtered = await told("kitchen-15", filter=only("world", "garden"))
+        assert filtered.standing == pb.STANDING_FILTERED
+        assert "the request's filter" in filtered.message
+        assert (await told("kitchen-15", scenario="together")).standing == pb.STANDING_NO_SOURCE
+        first, second = ids(await stub.Recommend(pb.RecommendRequest(user_id="ann", page_size=2)))
+        for item_id in (first, second):
+            assert (await told(item_id)).ranked_place > 0
+        lifted = rules(boosts=[pb.Boost(filter=only("world", "kitchen"), amount=1)])
+        shown = ids(await stub.Recommend(pb.RecommendRequest(user_id="ann", session=session("garden-03"))))
+        best = next(i for i in shown if i not in ("garden-09", "garden-03"))
+        kept_off = await told(best, rules=lifted)
+        assert (kept_off.standing, list(kept_off.rules)) == (pb.STANDING_RULE, ["boosts"])
+        capped = rules(caps=[pb.Cap(attribute="world", most=1)])
+        assert list((await told(shown[1], rules=capped)).rules) in (["caps"], [])
+        wrong = pb.ExplainItemRequest(request=pb.RecommendRequest(page_size=-1), item_id="a")
+        assert await violations(stub.ExplainItem(wrong)) == ["request.page_size"]
+        assert await violations(stub.ExplainItem(pb.ExplainItemRequest())) == ["item_id"]
+        debugged = await stub.Recommend(pb.RecommendRequest(page_size=3, debug=True))
+        assert [s.name for s in debugged.stages] == ["retrieve", "search", "allow", "rank", "rules"]
+        assert debugged.stages[-1].items >= 3
+        assert all(s.milliseconds >= 0 for s in debugged.stages)
+
+    for layout in ("one", "three"):
+        Shop(bundle, tmp_path / layout, layout, clock=None).run(body)

@@ -5,7 +5,9 @@ down, slow or unready never fails the call: retrieval order stands in for rankin
 bundle's popularity for retrieval, and `degraded` says so.
 """
 
-from collections.abc import Awaitable, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -24,9 +26,10 @@ from services.errors import (
     Unavailable,
     VitrineError,
 )
+from services.gateway import why_not
 from services.gateway.assortment import Assortment
 from services.gateway.clients import Embedding, Ranking
-from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Wish
+from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Stage, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
@@ -83,20 +86,51 @@ class Pipeline:
 
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
+        retrieved, ranked = await self._ranked(wish)
+        return self._arranged(wish, retrieved, ranked)
+
+    async def why(self, wish: Wish, number: int) -> tuple[why_not.Answer, Ordered]:
+        """What becomes of an item, by its number, in such a run, and the run."""
+        retrieved, ranked = await self._ranked(wish)
+        ordered = self._arranged(wish, retrieved, ranked)
+        known = wish, retrieved, ranked, ordered, self._assortment, self.table
+        return why_not.why(number, *known), ordered
+
+    async def _ranked(self, wish: Wish) -> tuple[ranking_pb.RetrieveResponse | None, Ordered]:
         left = deadline.remaining()
         budget = self._limits.budget if left is None else left
         degraded: list[pb.Degradation] = []
+        stages: list[Stage] = []
         first = budget * self._limits.retrieval_share
-        retrieved = await _attempt("retrieve", self._retrieve(wish), first, degraded)
-        candidates = await self._candidates(wish, retrieved, first, degraded)
-        kept = self._assortment.allowed(wish, retrieved, list(candidates.sources))
-        if not kept and wish.items is None:
-            kept = self._assortment.allowed(wish, retrieved, self._popular.tolist())
-            candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
-        ranked = await self._order(wish, retrieved, kept, candidates, degraded, budget)
+        with _timed("retrieve", stages) as told:
+            retrieved = await _attempt("retrieve", self._retrieve(wish), first, degraded)
+            told(sum(len(found.item_numbers) for found in retrieved.candidates) if retrieved else 0)
+        with _timed("search", stages) as told:
+            candidates = await self._candidates(wish, retrieved, first, degraded)
+            told(len(candidates.sources))
+        with _timed("allow", stages) as told:
+            kept = self._assortment.allowed(wish, retrieved, list(candidates.sources))
+            if not kept and wish.items is None:
+                kept = self._assortment.allowed(wish, retrieved, self._popular.tolist())
+                candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
+            told(len(kept))
+        with _timed("rank", stages) as told:
+            ranked = await self._order(wish, retrieved, kept, candidates, degraded, budget)
+            told(len(ranked.numbers))
         shown = set(kept)
         left_out = [n for n in wish.items or () if n not in shown]
-        return self._assortment.arranged(wish, retrieved, replace(ranked, left_out=left_out))
+        return retrieved, replace(
+            ranked, left_out=left_out, stages=stages, ranked=ranked.numbers, ranked_scores=ranked.scores
+        )
+
+    def _arranged(
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Ordered
+    ) -> Ordered:
+        stages = list(ranked.stages)
+        with _timed("rules", stages) as told:
+            ordered = self._assortment.arranged(wish, retrieved, ranked)
+            told(len(ordered.numbers))
+        return replace(ordered, stages=stages)
 
     async def reasons(
         self, wish: Wish, ordered: Ordered, numbers: Sequence[int], degraded: list[pb.Degradation]
@@ -260,6 +294,14 @@ def _by_rank(kept: Sequence[int], candidates: Candidates) -> np.ndarray:
         place[order] = np.arange(1, len(kept) + 1)
         total += np.where(np.isfinite(scores), 1 / (60 + place), 0).astype(np.float32)
     return total
+
+
+@contextmanager
+def _timed(name: str, stages: list[Stage]) -> Iterator[Callable[[int], None]]:
+    """Adds a stage with the count it is told and the time it took."""
+    began, counts = time.perf_counter(), [0]
+    yield counts.append
+    stages.append(Stage(name, counts[-1], time.perf_counter() - began))
 
 
 async def _attempt(

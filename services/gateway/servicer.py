@@ -76,11 +76,43 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             versions=self._versions(as_of, ordered.state_sequence),
             degraded=degraded,
             request_id=request_id,
+            stages=_stages(ordered) if request.debug else (),
             left_out_item_ids=[i for i in request.item_ids if item_number(i) in set(ordered.left_out)],
         )
         if page.stop < len(ordered.numbers):
             content = {"o": page.stop, "a": as_of.isoformat(), "h": _digest(request)}
             response.next_page_token = self._tokens.sign("page", content, now)
+        return response
+
+    async def ExplainItem(self, request: pb.ExplainItemRequest, context: Any) -> pb.ExplainItemResponse:
+        """What became of one item in a Recommend."""
+        if problem := identifier_problem(request.item_id):
+            raise InvalidArgument.of("item_id", problem)
+        asked, now = request.request, self._clock()
+        try:
+            size = wire.check_limit(asked.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
+            start, as_of = self._page(asked, now)
+            wish = self._wish(asked, as_of, start + size)
+        except InvalidArgument as error:
+            raise error.under("request") from None
+        await self._wait_for(asked.min_sequence)
+        number = item_number(request.item_id)
+        answer, ordered = await self.pipeline.why(wish, number)
+        response = pb.ExplainItemResponse(
+            standing=answer.standing,
+            message=answer.message,
+            place=answer.place,
+            ranked_place=answer.ranked,
+            candidates=len(ordered.candidates.sources),
+            rules=answer.rules,
+            degraded=ordered.degraded,
+            stages=_stages(ordered),
+        )
+        if answer.ranked:
+            at = ordered.ranked.index(number)
+            response.item.CopyFrom(self._item(ordered, number, request.item_id, ordered.ranked_scores[at]))
+        if shown := ordered.scores[: start + size]:
+            response.last_score = shown[-1]
         return response
 
     async def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
@@ -258,20 +290,22 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         numbers = ordered.numbers[page]
         table = self.pipeline.table
         ids = table.ids(table.rows(numbers))
-        items = []
-        for number, item_id, score in zip(numbers, ids, ordered.scores[page], strict=True):
-            item = pb.Recommendation(
-                item_id=item_id, score=score, sources=_sources(ordered.candidates.sources[number])
-            )
-            for name, scores in ordered.components.items():
-                if number in scores:
-                    item.components.add(component=name, score=scores[number])
-            for name, probabilities in ordered.probabilities.items():
-                if not math.isnan(probabilities.get(number, math.nan)):
-                    item.probabilities.add(type=name, probability=probabilities[number])
-            item.rules.extend(ordered.moved.get(number, ()))
-            items.append(item)
-        return items
+        told = zip(numbers, ids, ordered.scores[page], strict=True)
+        return [self._item(ordered, number, item_id, score) for number, item_id, score in told]
+
+    @staticmethod
+    def _item(ordered: Ordered, number: int, item_id: str, score: float) -> pb.Recommendation:
+        item = pb.Recommendation(
+            item_id=item_id, score=score, sources=_sources(ordered.candidates.sources[number])
+        )
+        for name, scores in ordered.components.items():
+            if number in scores:
+                item.components.add(component=name, score=scores[number])
+        for name, probabilities in ordered.probabilities.items():
+            if not math.isnan(probabilities.get(number, math.nan)):
+                item.probabilities.add(type=name, probability=probabilities[number])
+        item.rules.extend(ordered.moved.get(number, ()))
+        return item
 
     async def _explain(
         self,
@@ -351,6 +385,10 @@ def _rules(request: pb.RecommendRequest, scenario: Scenario) -> Rules:
     if request.HasField("rotation"):
         rules = replace(rules, rotation=request.rotation)
     return rules
+
+
+def _stages(ordered: Ordered) -> list[pb.Stage]:
+    return [pb.Stage(name=s.name, items=s.items, milliseconds=1000 * s.seconds) for s in ordered.stages]
 
 
 def _sources(scores: dict[str, float]) -> list[pb.SourceScore]:

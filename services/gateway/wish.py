@@ -68,8 +68,20 @@ class Reason:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A step of a run: how many items it left, and the seconds it took."""
+
+    name: str
+    items: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Ordered:
-    """Every candidate that may be shown, best first, with what its place rests on."""
+    """Every candidate that may be shown, best first, with what its place rests on.
+
+    `ranked` are those that were ranked, as they were before the rules.
+    """
 
     numbers: list[int]
     scores: list[float]
@@ -80,3 +92,6 @@ class Ordered:
     state_sequence: int
     moved: Mapping[int, Sequence[str]] = field(default_factory=dict)
     left_out: Sequence[int] = ()
+    stages: Sequence[Stage] = ()
+    ranked: Sequence[int] = ()
+    ranked_scores: Sequence[float] = ()

@@ -108,6 +108,62 @@ DEGRADATION_CODE_RULE_RELAXED: DegradationCode.ValueType  # 5
 """A rule could not be kept in full."""
 Global___DegradationCode: _TypeAlias = DegradationCode  # noqa: Y015
 
+class _Standing:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StandingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Standing.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STANDING_UNSPECIFIED: _Standing.ValueType  # 0
+    """Not stated."""
+    STANDING_SHOWN: _Standing.ValueType  # 1
+    """It is on the page, or on one before."""
+    STANDING_UNKNOWN_ITEM: _Standing.ValueType  # 2
+    """It is not in the catalogue."""
+    STANDING_UNAVAILABLE: _Standing.ValueType  # 3
+    """It is deleted, or outside its availability window."""
+    STANDING_EXCLUDED: _Standing.ValueType  # 4
+    """The request excludes it."""
+    STANDING_IN_SESSION: _Standing.ValueType  # 5
+    """It is in the session or context."""
+    STANDING_BOUGHT: _Standing.ValueType  # 6
+    """The person bought it before."""
+    STANDING_FILTERED: _Standing.ValueType  # 7
+    """It does not qualify for the scenario's or the request's filter."""
+    STANDING_NO_SOURCE: _Standing.ValueType  # 8
+    """No source brought it as a candidate."""
+    STANDING_RULE: _Standing.ValueType  # 9
+    """A rule keeps it off: without one of those named it would be on the page."""
+    STANDING_RANKED_LOWER: _Standing.ValueType  # 10
+    """Others are ranked higher."""
+
+class Standing(_Standing, metaclass=_StandingEnumTypeWrapper):
+    """What became of an item: the first of these that holds."""
+
+STANDING_UNSPECIFIED: Standing.ValueType  # 0
+"""Not stated."""
+STANDING_SHOWN: Standing.ValueType  # 1
+"""It is on the page, or on one before."""
+STANDING_UNKNOWN_ITEM: Standing.ValueType  # 2
+"""It is not in the catalogue."""
+STANDING_UNAVAILABLE: Standing.ValueType  # 3
+"""It is deleted, or outside its availability window."""
+STANDING_EXCLUDED: Standing.ValueType  # 4
+"""The request excludes it."""
+STANDING_IN_SESSION: Standing.ValueType  # 5
+"""It is in the session or context."""
+STANDING_BOUGHT: Standing.ValueType  # 6
+"""The person bought it before."""
+STANDING_FILTERED: Standing.ValueType  # 7
+"""It does not qualify for the scenario's or the request's filter."""
+STANDING_NO_SOURCE: Standing.ValueType  # 8
+"""No source brought it as a candidate."""
+STANDING_RULE: Standing.ValueType  # 9
+"""A rule keeps it off: without one of those named it would be on the page."""
+STANDING_RANKED_LOWER: Standing.ValueType  # 10
+"""Others are ranked higher."""
+Global___Standing: _TypeAlias = Standing  # noqa: Y015
+
 @_typing.final
 class Cap(_message.Message):
     """No more than so many items of one value close together."""
@@ -345,6 +401,7 @@ class RecommendRequest(_message.Message):
     CONTEXT_ITEM_IDS_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
+    DEBUG_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Optional. The place on the site, such as "home"; empty means that one.
     NOT_FOUND when the server has no such scenario.
@@ -385,6 +442,8 @@ class RecommendRequest(_message.Message):
     """Optional. Checks the request and answers without items."""
     language: _builtins.str
     """Optional. The language of explanations, "en" or "zh"; empty means "en"."""
+    debug: _builtins.bool
+    """Optional. Tells of every stage how many items it left and how long it took."""
     @_builtins.property
     def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
         """Optional. What the person did in this visit, oldest first, at most 200. These
@@ -442,10 +501,11 @@ class RecommendRequest(_message.Message):
         context_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         validate_only: _builtins.bool = ...,
         language: _builtins.str = ...,
+        debug: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "debug", b"debug", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
@@ -722,6 +782,7 @@ class RecommendResponse(_message.Message):
     DEGRADED_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEFT_OUT_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     attribution_token: _builtins.str
     """Return it with every event on these items."""
     next_page_token: _builtins.str
@@ -744,6 +805,10 @@ class RecommendResponse(_message.Message):
     def left_out_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Of item_ids those that cannot be shown: unknown, unavailable or excluded."""
 
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """The stages in their order; only when asked for."""
+
     def __init__(
         self,
         *,
@@ -754,14 +819,143 @@ class RecommendResponse(_message.Message):
         degraded: _abc.Iterable[Global___Degradation] | None = ...,
         request_id: _builtins.str = ...,
         left_out_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "left_out_item_ids", b"left_out_item_ids", "next_page_token", b"next_page_token", "request_id", b"request_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "left_out_item_ids", b"left_out_item_ids", "next_page_token", b"next_page_token", "request_id", b"request_id", "stages", b"stages", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RecommendResponse: _TypeAlias = RecommendResponse  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """A step of an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ITEMS_FIELD_NUMBER: _builtins.int
+    MILLISECONDS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The step: "retrieve", "search", "allow", "rank", "rules"."""
+    items: _builtins.int
+    """How many items it left: of "retrieve" those of behaviour's sources one by one, of
+    "search" the different candidates of all sources.
+    """
+    milliseconds: _builtins.float
+    """How long it took, in milliseconds."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        items: _builtins.int = ...,
+        milliseconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["items", b"items", "milliseconds", b"milliseconds", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
+
+@_typing.final
+class ExplainItemRequest(_message.Message):
+    """Which item to explain, of which page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """Required. The item's id."""
+    @_builtins.property
+    def request(self) -> Global___RecommendRequest:
+        """Required. The page, as asked of Recommend; page_token counts, reasons are not made."""
+
+    def __init__(
+        self,
+        *,
+        request: Global___RecommendRequest | None = ...,
+        item_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainItemRequest: _TypeAlias = ExplainItemRequest  # noqa: Y015
+
+@_typing.final
+class ExplainItemResponse(_message.Message):
+    """What became of the item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STANDING_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    RANKED_PLACE_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    ITEM_FIELD_NUMBER: _builtins.int
+    LAST_SCORE_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    standing: Global___Standing.ValueType
+    """What became of it."""
+    message: _builtins.str
+    """For people."""
+    place: _builtins.int
+    """Its place in the answer, from 1; 0 when it is not shown."""
+    ranked_place: _builtins.int
+    """Its place among the candidates before the rules, from 1; 0 when it is none."""
+    candidates: _builtins.int
+    """How many candidates there were."""
+    last_score: _builtins.float
+    """The score of the last item of the page."""
+    @_builtins.property
+    def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The rules without each of which it would be shown: "caps", "boosts", "quotas",
+        "min_relevance", "diversity", "rotation".
+        """
+
+    @_builtins.property
+    def item(self) -> Global___Recommendation:
+        """Its score and what that is made of, when it was ranked."""
+
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """What was done without."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """The stages in their order."""
+
+    def __init__(
+        self,
+        *,
+        standing: Global___Standing.ValueType = ...,
+        message: _builtins.str = ...,
+        place: _builtins.int = ...,
+        ranked_place: _builtins.int = ...,
+        candidates: _builtins.int = ...,
+        rules: _abc.Iterable[_builtins.str] | None = ...,
+        item: Global___Recommendation | None = ...,
+        last_score: _builtins.float = ...,
+        degraded: _abc.Iterable[Global___Degradation] | None = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["item", b"item"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "degraded", b"degraded", "item", b"item", "last_score", b"last_score", "message", b"message", "place", b"place", "ranked_place", b"ranked_place", "rules", b"rules", "stages", b"stages", "standing", b"standing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainItemResponse: _TypeAlias = ExplainItemResponse  # noqa: Y015
 
 @_typing.final
 class SimilarItemsRequest(_message.Message):

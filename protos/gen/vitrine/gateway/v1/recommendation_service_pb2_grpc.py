@@ -40,6 +40,11 @@ class RecommendationServiceStub:
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendRequest.SerializeToString,
                 response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendResponse.FromString,
                 _registered_method=True)
+        self.ExplainItem = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/ExplainItem',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.FromString,
+                _registered_method=True)
         self.SimilarItems = channel.unary_unary(
                 '/vitrine.gateway.v1.RecommendationService/SimilarItems',
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.SimilarItemsRequest.SerializeToString,
@@ -94,6 +99,14 @@ class RecommendationServiceServicer:
     def Recommend(self, request, context):
         """A page of items for a person. A neighbour that is ill never fails the call:
         degraded says what was done without.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainItem(self, request, context):
+        """What became of one item in a Recommend: its place, or what kept it off the page.
+        Records nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +186,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendRequest.FromString,
                     response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendResponse.SerializeToString,
             ),
+            'ExplainItem': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainItem,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.SerializeToString,
+            ),
             'SimilarItems': grpc.unary_unary_rpc_method_handler(
                     servicer.SimilarItems,
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.SimilarItemsRequest.FromString,
@@ -247,6 +265,33 @@ class RecommendationService:
             '/vitrine.gateway.v1.RecommendationService/Recommend',
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendRequest.SerializeToString,
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainItem(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/ExplainItem',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class RecommendationServiceStub:
     """A page of items for a person. A neighbour that is ill never fails the call:
     degraded says what was done without.
     """
+    ExplainItem: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExplainItemRequest, _recommendation_service_pb2.ExplainItemResponse]
+    """What became of one item in a Recommend: its place, or what kept it off the page.
+    Records nothing.
+    """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.SimilarItemsRequest, _recommendation_service_pb2.SimilarItemsResponse]
     """Items like one item, by behaviour, text and photograph. NOT_FOUND when the
     item does not exist.
@@ -69,6 +73,10 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     Recommend: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.RecommendRequest, _recommendation_service_pb2.RecommendResponse]  # type: ignore[assignment]
     """A page of items for a person. A neighbour that is ill never fails the call:
     degraded says what was done without.
+    """
+    ExplainItem: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExplainItemRequest, _recommendation_service_pb2.ExplainItemResponse]  # type: ignore[assignment]
+    """What became of one item in a Recommend: its place, or what kept it off the page.
+    Records nothing.
     """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.SimilarItemsRequest, _recommendation_service_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """Items like one item, by behaviour, text and photograph. NOT_FOUND when the
@@ -105,6 +113,16 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommendation_service_pb2.RecommendResponse, _abc.Awaitable[_recommendation_service_pb2.RecommendResponse]]:
         """A page of items for a person. A neighbour that is ill never fails the call:
         degraded says what was done without.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainItem(
+        self,
+        request: _recommendation_service_pb2.ExplainItemRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.ExplainItemResponse, _abc.Awaitable[_recommendation_service_pb2.ExplainItemResponse]]:
+        """What became of one item in a Recommend: its place, or what kept it off the page.
+        Records nothing.
         """
 
     @_abc_1.abstractmethod
