@@ -46,6 +46,11 @@ class Ranking(Protocol):
     async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
         """What is known of a person."""
 
+    async def user_profile(
+        self, request: ranking_pb.GetUserProfileRequest
+    ) -> ranking_pb.GetUserProfileResponse:
+        """What a person's behaviour says of them."""
+
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """A person's state and candidates."""
 
@@ -96,6 +101,12 @@ class LocalRanking:
     async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
         """See `Ranking`."""
         return await _bounded(self._servicer.ExportUser(request, None))
+
+    async def user_profile(
+        self, request: ranking_pb.GetUserProfileRequest
+    ) -> ranking_pb.GetUserProfileResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.GetUserProfile(request, None))
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""
@@ -159,6 +170,12 @@ class RemoteRanking:
     async def export_user(self, request: ranking_pb.ExportUserRequest) -> ranking_pb.ExportUserResponse:
         """See `Ranking`."""
         return await _sent(self._stub.ExportUser, request)
+
+    async def user_profile(
+        self, request: ranking_pb.GetUserProfileRequest
+    ) -> ranking_pb.GetUserProfileResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.GetUserProfile, request)
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""

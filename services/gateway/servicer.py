@@ -205,6 +205,15 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         deleted = await self._ranking.delete_user(asked)
         return pb.DeleteUserResponse(events=deleted.events, ids=deleted.ids)
 
+    async def GetUserProfile(
+        self, request: pb.GetUserProfileRequest, context: Any
+    ) -> pb.GetUserProfileResponse:
+        """What a person's behaviour says of them."""
+        asked = ranking_pb.GetUserProfileRequest(
+            user_id=request.user_id, visitor_id=request.visitor_id, as_of=wire.time_to(self._clock())
+        )
+        return pb.GetUserProfileResponse(profile=(await self._ranking.user_profile(asked)).profile)
+
     async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
         """A page of what is known of a person."""
         page = await self._ranking.export_user(

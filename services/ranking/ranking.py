@@ -28,6 +28,7 @@ from services.ranking.erasure import Forgotten
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
+from services.ranking.people import Buyers, UserProfile, profile
 from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
@@ -42,6 +43,7 @@ _THREADS = 2
 _SECONDS_A_DAY = 86_400
 _SHOWN_DAYS = 30
 _EXPIRED_AT_ONCE = 1000
+_MOST_OF_A_PERSON = 5000
 _BETWEEN_EXPIRIES = 600.0
 _log = logging.getLogger(__name__)
 
@@ -141,6 +143,7 @@ class Ranking:
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None
+        self._buyers: tuple[int, Buyers] | None = None
         self._advancing = threading.Lock()
         self._taking = threading.Lock()
         self.successor: Ranking | None = None
@@ -221,7 +224,7 @@ class Ranking:
                 # What it read before that was deleted it has added when it lets go of the lock.
                 with other._advancing, other._taking:
                     from_state(other.state)
-                    other._moment = None
+                    other._moment = other._buyers = None
 
         await self._on(lose)
 
@@ -256,6 +259,14 @@ class Ranking:
     ) -> Ranked:
         """Score candidates, int64 (C,) item numbers; `upto` is the sequence of Retrieve."""
         return await self._on(lambda: self._rank(person, as_of, numbers, upto))
+
+    async def user_profile(
+        self, user_id: str, visitor_id: str, as_of: datetime
+    ) -> tuple[dict[str, list[str]], UserProfile]:
+        """Every id of a person, and what their behaviour says of them."""
+        return await self._on(
+            lambda: (self.store.known_ids(user_id, visitor_id), self._profile(user_id, visitor_id, as_of))
+        )
 
     async def explain(
         self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None = None
@@ -367,6 +378,15 @@ class Ranking:
             {name: spread(values) for name, values in scores.components.items()},
             {name: spread(values) for name, values in scores.probabilities.items()},
         )
+
+    def _profile(self, user_id: str, visitor_id: str, as_of: datetime) -> UserProfile:
+        now, cut = self.moment(as_of), self.cut(as_of)
+        kept = self._buyers
+        if kept is None or kept[0] != now.tick:
+            self._buyers = kept = now.tick, Buyers.of(self.state.all(), self._targets, now.tick)
+        past = self.state.everything(user_id, visitor_id, cut, _MOST_OF_A_PERSON)
+        known = self.state, self.view.table, now, cut, self.profile.attributes, self._targets
+        return profile(past, *known, kept[1])
 
     def _explain(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Explained:
         query, _ = self.query(person, as_of, upto)

@@ -1,10 +1,11 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
-from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.catalog.v1 import event_pb2, item_pb2, profile_pb2
 from vitrine.ranking.v1 import ranking_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2_grpc as pb_grpc
 
@@ -12,9 +13,11 @@ from services import status, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.ranking.behaviour import Event, EventItem, Outcome, Recorded, Stored
+from services.ranking.people import UserProfile
 from services.ranking.ranking import Person, Ranking, Retrieved
 from services.ranking.reasons import KINDS
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MAX_EVENTS = 1000
 DEFAULT_PAGE = 100
 MAX_LIMIT = 2000
@@ -75,6 +78,14 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         if len(events) > limit:
             response.next_page_token = str(events[limit - 1].sequence)
         return response
+
+    async def GetUserProfile(
+        self, request: pb.GetUserProfileRequest, context: Any
+    ) -> pb.GetUserProfileResponse:
+        """What a person's behaviour says of them."""
+        _check_ids(request)
+        ids, found = await self._ranking.user_profile(request.user_id, request.visitor_id, _as_of(request))
+        return pb.GetUserProfileResponse(profile=_profile(ids, found))
 
     async def Retrieve(self, request: pb.RetrieveRequest, context: Any) -> pb.RetrieveResponse:
         """A person's state and behaviour's candidates."""
@@ -196,13 +207,42 @@ def _signed(numbers: Iterable[int]) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def _as_of(request: pb.RetrieveRequest | pb.RankRequest | pb.ExplainRequest) -> Any:
+def _as_of(
+    request: pb.RetrieveRequest | pb.RankRequest | pb.ExplainRequest | pb.GetUserProfileRequest,
+) -> Any:
     if not request.HasField("as_of"):
         raise InvalidArgument.of("as_of", "is required")
     return wire.time_from(request.as_of, "as_of")
 
 
-def _check_ids(request: pb.DeleteUserRequest | pb.ExportUserRequest) -> None:
+def _profile(ids: dict[str, list[str]], found: UserProfile) -> profile_pb2.UserProfile:
+    message = profile_pb2.UserProfile(
+        user_ids=ids["user"],
+        visitor_ids=ids["visitor"],
+        active_days=found.active_days,
+        segment=found.segment,
+    )
+    for one in found.affinities:
+        message.affinities.add(attribute=one.attribute, text=one.text, share=one.share, lift=one.lift)
+    if price := found.price:
+        message.price.CopyFrom(
+            profile_pb2.PriceAffinity(mean=price.mean, percentile=price.percentile, band=price.band)
+        )
+    for done in found.activity:
+        first, last = (wire.time_to(_EPOCH + timedelta(microseconds=t)) for t in (done.first, done.last))
+        message.activity.add(type=done.type, items=done.items, first_at=first, last_at=last)
+    if rfm := found.rfm:
+        message.rfm.recency_days, message.rfm.frequency = rfm.recency, rfm.frequency
+        message.rfm.monetary = rfm.monetary
+        scores = ("recency_score", "frequency_score", "monetary_score")
+        for name, score in zip(scores, rfm.scores, strict=True):
+            setattr(message.rfm, name, score)
+    for channel, share in found.channels.items():
+        message.channels.add(channel=channel, share=share)
+    return message
+
+
+def _check_ids(request: pb.DeleteUserRequest | pb.ExportUserRequest | pb.GetUserProfileRequest) -> None:
     if not (request.user_id or request.visitor_id):
         raise InvalidArgument.of("user_id", "or visitor_id is required")
     for field, value in (("user_id", request.user_id), ("visitor_id", request.visitor_id)):

@@ -140,6 +140,12 @@ class BehaviourState:
         order = np.lexsort((-rows, -columns.occurred[rows]))[:limit]
         return columns.take(rows[order])
 
+    def everything(self, user_id: str, visitor_id: str, before: int, limit: int) -> Columns:
+        """All that a person did or was shown, newest first, as in `history`."""
+        rows, columns = self._rows(user_id, visitor_id), self._columns
+        rows = rows[(columns.recorded[rows] < before) & (columns.kind[rows] >= 0)]
+        return columns.take(rows[np.lexsort((-rows, -columns.occurred[rows]))[:limit]])
+
     def ignored(
         self, user_id: str, visitor_id: str, since: int, before: int, upto: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from vitrine.catalog.v1 import event_pb2 as _event_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
 from vitrine.catalog.v1 import item_pb2 as _item_pb2
+from vitrine.catalog.v1 import profile_pb2 as _profile_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -1298,6 +1299,58 @@ class ExportUserResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportUserResponse: _TypeAlias = ExportUserResponse  # noqa: Y015
+
+@_typing.final
+class GetUserProfileRequest(_message.Message):
+    """Whose profile to read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The shop's id of a known person, at most 128 characters. One of user_id and
+    visitor_id is required.
+    """
+    visitor_id: _builtins.str
+    """The id of an unknown person's browser or device, at most 128 characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUserProfileRequest: _TypeAlias = GetUserProfileRequest  # noqa: Y015
+
+@_typing.final
+class GetUserProfileResponse(_message.Message):
+    """The profile."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROFILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def profile(self) -> _profile_pb2.UserProfile:
+        """The profile."""
+
+    def __init__(
+        self,
+        *,
+        profile: _profile_pb2.UserProfile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUserProfileResponse: _TypeAlias = GetUserProfileResponse  # noqa: Y015
 
 @_typing.final
 class BatchUpsertItemsRequest(_message.Message):

@@ -65,6 +65,11 @@ class RecommendationServiceStub:
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.SerializeToString,
                 response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.FromString,
                 _registered_method=True)
+        self.GetUserProfile = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/GetUserProfile',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.FromString,
+                _registered_method=True)
         self.ExportUser = channel.unary_unary(
                 '/vitrine.gateway.v1.RecommendationService/ExportUser',
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserRequest.SerializeToString,
@@ -143,6 +148,14 @@ class RecommendationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUserProfile(self, request, context):
+        """What a person's behaviour says of them. Of nobody that is known the profile of a
+        stranger.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportUser(self, request, context):
         """Reads all that is known of a person, page by page.
         """
@@ -210,6 +223,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.DeleteUser,
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.FromString,
                     response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'GetUserProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUserProfile,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.SerializeToString,
             ),
             'ExportUser': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportUser,
@@ -400,6 +418,33 @@ class RecommendationService:
             '/vitrine.gateway.v1.RecommendationService/DeleteUser',
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserRequest.SerializeToString,
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUserProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/GetUserProfile',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,10 @@ class RecommendationServiceStub:
     counts, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
+    GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetUserProfileRequest, _recommendation_service_pb2.GetUserProfileResponse]
+    """What a person's behaviour says of them. Of nobody that is known the profile of a
+    stranger.
+    """
     ExportUser: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]
     """Reads all that is known of a person, page by page."""
     BatchUpsertItems: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.BatchUpsertItemsRequest, _recommendation_service_pb2.BatchUpsertItemsResponse]
@@ -90,6 +94,10 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """Deletes all that is known of a person: events with their idempotency keys and
     counts, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
+    """
+    GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetUserProfileRequest, _recommendation_service_pb2.GetUserProfileResponse]  # type: ignore[assignment]
+    """What a person's behaviour says of them. Of nobody that is known the profile of a
+    stranger.
     """
     ExportUser: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]  # type: ignore[assignment]
     """Reads all that is known of a person, page by page."""
@@ -160,6 +168,16 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes all that is known of a person: events with their idempotency keys and
         counts, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUserProfile(
+        self,
+        request: _recommendation_service_pb2.GetUserProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.GetUserProfileResponse, _abc.Awaitable[_recommendation_service_pb2.GetUserProfileResponse]]:
+        """What a person's behaviour says of them. Of nobody that is known the profile of a
+        stranger.
         """
 
     @_abc_1.abstractmethod

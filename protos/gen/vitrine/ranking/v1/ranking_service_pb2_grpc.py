@@ -45,6 +45,11 @@ class RankingServiceStub:
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.SerializeToString,
                 response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.FromString,
                 _registered_method=True)
+        self.GetUserProfile = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/GetUserProfile',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileResponse.FromString,
+                _registered_method=True)
         self.ExportUser = channel.unary_unary(
                 '/vitrine.ranking.v1.RankingService/ExportUser',
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExportUserRequest.SerializeToString,
@@ -82,6 +87,14 @@ class RankingServiceServicer:
         """Deletes all that is known of a person: events with their idempotency keys and
         counts, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUserProfile(self, request, context):
+        """What a person's behaviour says of them. Of nobody that is known the profile of a
+        stranger.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,6 +140,11 @@ def add_RankingServiceServicer_to_server(servicer, server):
                     servicer.DeleteUser,
                     request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.FromString,
                     response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.SerializeToString,
+            ),
+            'GetUserProfile': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUserProfile,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileResponse.SerializeToString,
             ),
             'ExportUser': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportUser,
@@ -204,6 +222,33 @@ class RankingService:
             '/vitrine.ranking.v1.RankingService/DeleteUser',
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserRequest.SerializeToString,
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.DeleteUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUserProfile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/GetUserProfile',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.GetUserProfileResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,10 @@ class RankingServiceStub:
     counts, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
+    GetUserProfile: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.GetUserProfileRequest, _ranking_service_pb2.GetUserProfileResponse]
+    """What a person's behaviour says of them. Of nobody that is known the profile of a
+    stranger.
+    """
     ExportUser: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ExportUserRequest, _ranking_service_pb2.ExportUserResponse]
     """Reads all that is known of a person, page by page."""
     Retrieve: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RetrieveRequest, _ranking_service_pb2.RetrieveResponse]
@@ -60,6 +64,10 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """Deletes all that is known of a person: events with their idempotency keys and
     counts, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
+    """
+    GetUserProfile: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.GetUserProfileRequest, _ranking_service_pb2.GetUserProfileResponse]  # type: ignore[assignment]
+    """What a person's behaviour says of them. Of nobody that is known the profile of a
+    stranger.
     """
     ExportUser: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ExportUserRequest, _ranking_service_pb2.ExportUserResponse]  # type: ignore[assignment]
     """Reads all that is known of a person, page by page."""
@@ -90,6 +98,16 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes all that is known of a person: events with their idempotency keys and
         counts, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUserProfile(
+        self,
+        request: _ranking_service_pb2.GetUserProfileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.GetUserProfileResponse, _abc.Awaitable[_ranking_service_pb2.GetUserProfileResponse]]:
+        """What a person's behaviour says of them. Of nobody that is known the profile of a
+        stranger.
         """
 
     @_abc_1.abstractmethod
