@@ -60,7 +60,9 @@ class Shop:
             target = f"127.0.0.1:{app.port}"
             channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
             stack.push_async_callback(channel.close)
-            await body(pb_grpc.RecommendationServiceStub(channel))
+            stub: Any = pb_grpc.RecommendationServiceStub(channel)
+            stub.target = target
+            await body(stub)
 
 
 def session(*ids: str) -> list[event_pb2.SessionItem]:
