@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services import runtime
-from services.errors import VitrineError
+from services.errors import FailedPrecondition, VitrineError
 from services.settings import Settings
 
 
@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_evaluate(commands)
     _add_import(commands)
+    _add_analyze(commands)
     return parser
 
 
@@ -106,6 +107,22 @@ def _add_import(commands: Any) -> None:
     load.set_defaults(run=_import)
 
 
+def _add_analyze(commands: Any) -> None:
+    analyze = commands.add_parser("analyze", help="tell what pages led to, from the events of a state")
+    analyze.add_argument("--state", type=Path, required=True, help="the state directory, served or not")
+    analyze.add_argument("--by", default="scenario", help="scenario, bundle, day, channel, position or band")
+    analyze.add_argument("--since", type=_moment, help="only events from this date or time on")
+    analyze.add_argument("--until", type=_moment, help="only events before this date or time")
+    analyze.add_argument("--shown-as", default="impression", help="the event type of impressions")
+    analyze.add_argument("--bought-as", default="purchase", help="the event type whose prices are revenue")
+    analyze.add_argument(
+        "--ranking-database", default="", help="SQLAlchemy URL; empty means SQLite under state"
+    )
+    analyze.add_argument("--secret", default="", help="what signs tokens; empty means the one kept in state")
+    analyze.add_argument("--json", action="store_true", help="print JSON")
+    analyze.set_defaults(run=_analyze)
+
+
 def _moment(text: str) -> datetime:
     moment = datetime.fromisoformat(text)
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
@@ -135,6 +152,39 @@ def _import(options: dict[str, Any]) -> None:
     shop = read_shop(options["data"], options["shop"], options["until"])
     settings = Settings(bundle=bundle.directory, state=options["state"])
     print(f"{import_events(settings, bundle, shop)} events imported")  # noqa: T201
+
+
+def _analyze(options: dict[str, Any]) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from services import store, traffic
+
+    state, url, secret = (options.pop(name) for name in ("state", "ranking_database", "secret"))
+    as_json = options.pop("json")
+    kept = [state / "ranking.sqlite", state / "secret"]
+    for path, given in zip(kept, (url, secret), strict=True):
+        if not given and not path.is_file():
+            raise FailedPrecondition(f"{path} is not there: is {state} the state of a ranking service?")
+    engine = store.open_engine(url or f"sqlite:///{kept[0].absolute()}")
+    found = traffic.traffic(engine, secret.encode() or kept[1].read_bytes(), options.pop("by"), **options)
+    engine.dispose()
+    if as_json:
+        print(json.dumps(traffic.told(found), indent=1))  # noqa: T201 - a command's answer
+        return
+    head, lines = traffic.lines(found)
+    table = Table(*head)
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+    for many, what in (
+        (found.unreadable, "items of events have a token that is not of this secret"),
+        (found.unshown, "deeds have a token without an impression of that item"),
+    ):
+        if many:
+            print(f"{many} {what}; they are not counted")  # noqa: T201
 
 
 def _serve(options: dict[str, Any]) -> None:
