@@ -159,6 +159,7 @@ def _analyze(options: dict[str, Any]) -> None:
 
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from services import store, traffic
 
@@ -177,7 +178,7 @@ def _analyze(options: dict[str, Any]) -> None:
     head, lines = traffic.lines(found)
     table = Table(*head)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # a name may look like markup
     Console().print(table)
     for many, what in (
         (found.unreadable, "items of events have a token that is not of this secret"),

@@ -72,6 +72,8 @@ def create(engine: sa.Engine, tables: list[sa.Table], sequence: str) -> None:
                 f"the state in {engine.url!r} is of another version: table {table.name} has no "
                 f"{', '.join(sorted(missing))}; start from an empty state and import again"
             )
+        for index in table.indexes:
+            index.create(engine, checkfirst=True)
     with engine.begin() as connection:
         known = connection.scalar(sa.select(_sequences.c.value).where(_sequences.c.name == sequence))
         if known is None:

@@ -1,12 +1,14 @@
 """What is known of a person can be read and deleted, and what is old goes: from SQL, memory and counts."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import sqlalchemy as sa
@@ -14,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
+from services.ranking import behaviour as module
+from services.ranking import erasure
 from services.ranking.behaviour import BehaviourStore, Event, EventItem, Outcome
 from services.ranking.state import BehaviourState
 from tests.conftest import Clock
@@ -86,6 +90,52 @@ def test_a_visitor_who_signs_in_brings_what_they_did_and_another_users_does_not(
     assert {r.sequence for r in behaviour.history("ann", "", clock.now, 99)} == {1, 2, 3}
 
 
+def test_a_second_user_of_one_device_is_told_apart_with_both_ids_too(behaviour: BehaviourStore) -> None:
+    for n, user in enumerate(["ann", "bob"]):
+        behaviour.write(replace(EVENT, event_id=f"e{n}", user_id=user, visitor_id="tablet")).result()
+    assert behaviour.known_ids("bob", "tablet") == {"user": ["bob"], "visitor": []}
+    assert behaviour.known_ids("nobody", "tablet") == {"user": [], "visitor": []}
+    state = filled(behaviour)
+    for person, event in ((("bob", "tablet"), "e1"), (("ann", "tablet"), "e0"), (("", "tablet"), "e0")):
+        assert [s.event.event_id for s in behaviour.exported(person[0], person[1], 0, 9)] == [event]
+        assert {sequence for sequence, _ in seen(state, person)} == {int(event[1]) + 1}
+    assert behaviour.forget("bob", "tablet").result().events == 1
+    assert len(behaviour.exported("ann", "", 0, 9)) == 1
+
+
+def test_an_import_joins_people_as_writing_one_by_one_does(behaviour: BehaviourStore) -> None:
+    people = [("ann", ""), ("", "v"), ("ann", "v"), ("", "v"), ("bob", "w"), ("", "w")]
+    events = [
+        replace(EVENT, event_id=f"e{n}", user_id=user, visitor_id=visitor)
+        for n, (user, visitor) in enumerate(people)
+    ]
+    behaviour.load(events).result()
+    assert [s.event.event_id for s in behaviour.exported("ann", "", 0, 9)] == ["e0", "e1", "e2", "e3"]
+    assert [s.event.event_id for s in behaviour.exported("", "w", 0, 9)] == ["e4", "e5"]
+    behaviour.forget("ann", "").result()
+    behaviour.forget("bob", "").result()
+    assert behaviour.recount() == {}
+
+
+def test_who_signs_in_while_events_are_read_is_read_whole(
+    behaviour: BehaviourStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behaviour.write(EVENT).result()
+    state = filled(behaviour)
+    behaviour.write(replace(EVENT, event_id="e2", user_id="", visitor_id="v")).result()
+    read = module._people
+
+    def slowly(*arguments: Any) -> Any:
+        behaviour.write(replace(EVENT, event_id="e3", visitor_id="v")).result()
+        return read(*arguments)
+
+    monkeypatch.setattr(module, "_people", slowly)
+    state.extend(*behaviour.changes(state.sequence, 100))
+    monkeypatch.undo()
+    state.extend(*behaviour.changes(state.sequence, 100))
+    assert {sequence for sequence, _ in seen(state, ("ann", ""))} == {1, 2, 3}
+
+
 _events = st.builds(
     Event,
     event_id=st.sampled_from("abcdefgh"),
@@ -109,16 +159,16 @@ def test_memory_and_counts_are_a_function_of_the_events_that_are_left(
         if isinstance(step, list):
             for future in [behaviour.write(event) for event in step]:
                 future.exception()
-            new = behaviour.rows(state.sequence, 10_000)
-            state.extend(new, behaviour.identities(set(new.user.tolist())))
+            state.extend(*behaviour.changes(state.sequence, 10_000))
         elif isinstance(step, tuple):
             state.forget(behaviour.forget(*step).result().user_keys)
             assert behaviour.exported(step[0], step[1], 0, 9) == []
         else:
             before = datetime(2026, 1, 1 + step, tzinfo=UTC)
-            while gone := behaviour.expire(before, 2).result():
-                assert len(gone) <= 2
-                state.drop(gone)
+            while (gone := behaviour.expire(before, 2).result()).sequences:
+                assert len(gone.sequences) <= 2
+                state.drop(gone.sequences, gone.user_keys)
+            assert state._keys == filled(behaviour)._keys
         anew = filled(behaviour)
         for person in [("u", ""), ("w", ""), ("", "v"), ("", "x"), ("u", "v")]:
             assert seen(state, person) == seen(anew, person)
@@ -158,6 +208,7 @@ def test_deleted_over_grpc_no_answer_and_no_file_knows_the_person(tmp_path: Path
         assert knows(state, b"ann-of-oz")
         deleted = await stub.DeleteUser(pb.DeleteUserRequest(user_id="ann-of-oz"))
         assert (deleted.events, deleted.ids) == (5, 1)
+        assert not knows(state, b"ann-of-oz")  # while it is served
         assert ids(await stub.Recommend(page)) == ids(await stub.Recommend(stranger))
         assert not (await stub.ExportUser(pb.ExportUserRequest(user_id="ann-of-oz"))).events
         again = await stub.DeleteUser(pb.DeleteUserRequest(user_id="ann-of-oz"))
@@ -168,7 +219,7 @@ def test_deleted_over_grpc_no_answer_and_no_file_knows_the_person(tmp_path: Path
         bad = [({"user_id": "a b"}, "user_id"), ({"visitor_id": "a b"}, "visitor_id")]
         for fields, field in bad:
             assert await violations(stub.DeleteUser(pb.DeleteUserRequest(**fields))) == [field]
-        for token in ("x", "0", "-1", str(2**70)):
+        for token in ("x", "0", "-1", str(2**70), "1" * 5000, "٣"):
             wrong = pb.ExportUserRequest(user_id="bob", page_token=token)
             assert await violations(stub.ExportUser(wrong)) == ["page_token"]
 
@@ -176,6 +227,33 @@ def test_deleted_over_grpc_no_answer_and_no_file_knows_the_person(tmp_path: Path
     assert not knows(state, b"ann-of-oz")
     assert not knows(state, b"secret-")
     assert knows(state, b"open-4")
+
+
+def test_a_caller_who_goes_away_does_not_leave_half_of_a_person(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget = erasure.forget
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.5)
+        return forget(*arguments)
+
+    monkeypatch.setattr(erasure, "forget", slowly)
+
+    async def body(stub: Any) -> None:
+        await stub.WriteEvents(pb.WriteEventsRequest(events=[purchase("e1", "ann", "garden-01")]))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DeleteUser(pb.DeleteUserRequest(user_id="ann"), timeout=0.2)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        async with asyncio.timeout(60):
+            while True:
+                found = await stub.GetUserProfile(pb.GetUserProfileRequest(user_id="ann"))
+                if found.profile.segment == "stranger":
+                    break
+                await asyncio.sleep(0.05)
+
+    for layout in ("one", "three"):
+        Shop(make_bundle(tmp_path / layout), tmp_path / layout / "state", layout, clock=None).run(body)
 
 
 def test_what_is_older_than_the_retention_goes_and_a_start_finds_what_is_left(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def columns(events: list[Event]) -> Columns:
         occurred=time,
         recorded=time,
         price=np.array([hour + item for _, item, _, hour in events], np.float64),
+        quantity=np.ones(len(events), np.int64),
         sequence=np.arange(1, len(events) + 1),
     )
 

@@ -46,6 +46,7 @@ def profiled(done: list[tuple[int, int, int, int, float | None]]) -> dict[int, U
         occurred=when,
         recorded=when,
         price=np.array([np.nan if price is None else price for *_, price in done], np.float64),
+        quantity=np.full(len(done), 2),
         sequence=np.arange(1, len(done) + 1),
     )
     state.append(columns, {("user", str(who)): who for who in range(1, 5)})
@@ -95,7 +96,7 @@ def test_profiles_are_what_a_plain_count_says(done: list[tuple[int, int, int, in
             assert rfm.frequency == len(bought[who])
             assert rfm.recency == pytest.approx(400 - max(bought[who]))
             paid = [price or 0 for w, _, kind, _, price in mine if kind in TARGETS]
-            assert rfm.monetary == pytest.approx(sum(paid))
+            assert rfm.monetary == pytest.approx(2 * sum(paid))
             others = [min(400 - day for day in days) for days in bought.values()]
             # Who bought last is never in a lower fifth than who did not.
             assert all(score in range(1, 6) for score in rfm.scores)
@@ -103,6 +104,28 @@ def test_profiles_are_what_a_plain_count_says(done: list[tuple[int, int, int, in
                 assert rfm.scores[0] == 5
         else:
             assert found[who].segment == ("prospect" if mine else "stranger")
+
+
+def test_equal_buyers_are_in_the_middle_and_the_latest_is_above_who_was_counted_before() -> None:
+    equal = profiled([(who, who, 2, 300, 10.0) for who in range(1, 5)])
+    assert {one.rfm.scores for one in equal.values() if one.rfm} == {(3, 3, 3)}
+    state = BehaviourState(EVENT_TYPES)
+    columns = Columns(
+        user=np.array([1, 2]),
+        number=np.array([item_number("garden-00")] * 2),
+        kind=np.array([2, 2], np.int16),
+        channel=np.full(2, -1, np.int16),
+        occurred=np.array([NOW - DAY, NOW + 60_000_000]),
+        recorded=np.array([NOW - DAY, NOW + 60_000_000]),
+        price=np.array([1.0, 2.0]),
+        quantity=np.ones(2, np.int64),
+        sequence=np.array([1, 2]),
+    )
+    state.append(columns, {("user", "1"): 1, ("user", "2"): 2})
+    buyers, later = Buyers.of(state.all(), TARGETS, NOW), NOW + 120_000_000
+    known = state, TABLE, moment(state, TABLE, NOW), later, ("world",), TARGETS, buyers
+    found = [profile(state.everything(who, "", later, 9), *known).rfm for who in ("1", "2")]
+    assert [rfm.scores[0] for rfm in found if rfm] == [3, 4]
 
 
 def test_segments_follow_recency_and_frequency() -> None:

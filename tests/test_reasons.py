@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vitrine.catalog.v1 import event_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services.gateway.sentences import LANGUAGES, sentence
@@ -134,8 +135,17 @@ def test_a_page_says_why_over_grpc_in_both_languages(bundle: Path, tmp_path: Pat
             shares = [reason.share for reason in item.reasons]
             assert shares == sorted(shares, reverse=True)
             together = next(r for r in item.reasons if r.kind == "behaviour")
-            assert (together.history_item_id, together.history_bought) == ("garden-03", True)
+            assert (together.history_item_id, together.history_bought) == ("garden-03", False)
             assert "garden thing 3" in item.explanation
+            assert "bought" not in item.explanation
+        for kind, bought in (("purchase", True), ("click", False)):
+            done = pb.RecommendRequest(
+                session=[event_pb2.SessionItem(item_id="garden-03", type=kind)],
+                page_size=1,
+                include_reasons=True,
+            )
+            [first] = (await stub.Recommend(done)).items
+            assert {r.history_bought for r in first.reasons if r.history_item_id} == {bought}
         plain = pb.RecommendRequest(session=session("garden-03"), page_size=5)
         assert [i.item_id for i in (await stub.Recommend(plain)).items] == [i.item_id for i in page.items]
         assert not any(i.reasons or i.explanation for i in (await stub.Recommend(plain)).items)

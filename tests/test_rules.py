@@ -84,6 +84,7 @@ def allowed(slate: Slate, rules: Rules, order: list[int], place: int, given_up: 
 def test_a_page_keeps_to_its_rules_and_is_full_whenever_they_let_it(drawn: tuple[Slate, Rules, int]) -> None:
     slate, rules, depth = drawn
     found = arrange(slate, rules, depth)
+    assert found is not None
     order, count = found.places.tolist(), len(slate.outside)
     assert len(set(order)) == len(order) <= depth
     if "caps" not in found.relaxed:
@@ -107,8 +108,32 @@ def test_a_page_keeps_to_its_rules_and_is_full_whenever_they_let_it(drawn: tuple
 @settings(max_examples=200, deadline=None)
 def test_a_longer_page_begins_with_a_shorter_one(drawn: tuple[Slate, Rules, int]) -> None:
     slate, rules, depth = drawn
-    shorter, longer = (arrange(slate, rules, d).places for d in (depth, depth + 3))
-    np.testing.assert_array_equal(longer[: len(shorter)], shorter)
+    shorter, longer = (arrange(slate, rules, d) for d in (depth, depth + 3))
+    assert shorter is not None
+    assert longer is not None
+    np.testing.assert_array_equal(longer.places[: len(shorter.places)], shorter.places)
+
+
+@given(slates())
+@settings(max_examples=300, deadline=None)
+def test_what_only_fills_is_brought_when_a_slot_needs_it_and_changes_no_slot_before(
+    drawn: tuple[Slate, Rules, int],
+) -> None:
+    slate, rules, depth = drawn
+    rules = replace(rules, quotas=tuple(Quota(q.share, condition=ANY) for q in rules.quotas))
+    ranked = len(slate.scores)
+    alone = replace(
+        slate,
+        outside=slate.outside[:ranked],
+        values=[values[:ranked] for values in slate.values],
+        boosts=slate.boosts[:ranked],
+        quotas=slate.quotas[:, :ranked],
+    )
+    found, whole = arrange(alone, rules, depth, more=True), arrange(slate, rules, depth)
+    assert whole is not None
+    if found is not None:
+        np.testing.assert_array_equal(found.places, whole.places)
+        assert not found.relaxed
 
 
 @given(slates())
@@ -116,7 +141,7 @@ def test_a_longer_page_begins_with_a_shorter_one(drawn: tuple[Slate, Rules, int]
 def test_quotas_get_their_share_as_long_as_there_are_any(drawn: tuple[Slate, Rules, int]) -> None:
     slate, rules, depth = drawn
     slate, rules = replace(slate, values=[]), Rules(quotas=rules.quotas)
-    order = arrange(slate, rules, depth).places.tolist()
+    order = places(slate, rules, depth)
     for at in range(1, len(order) + 1):
         for quota, mine in zip(rules.quotas, slate.quotas, strict=True):
             wanted, got = int(quota.share * at + 1e-9), int(mine[order[:at]].sum())
@@ -138,7 +163,15 @@ def plain(scores: list[float], **more: object) -> Slate:
     return Slate(**(base | more))  # type: ignore[arg-type]
 
 
-def moved(found: Arranged) -> tuple[list[int], dict[int, tuple[str, ...]]]:
+def places(slate: Slate, rules: Rules, depth: int) -> list[int]:
+    found = arrange(slate, rules, depth)
+    assert found is not None
+    shown: list[int] = found.places.tolist()
+    return shown
+
+
+def moved(found: Arranged | None) -> tuple[list[int], dict[int, tuple[str, ...]]]:
+    assert found is not None
     return found.places.tolist(), found.moved
 
 
@@ -154,18 +187,18 @@ def test_five_showings_without_an_answer_sink_an_item_by_half_the_span() -> None
     assert moved(arrange(slate, Rules(rotation=True), 4)) == ([1, 0, 2, 3], {0: ("rotation",)})
     assert moved(arrange(slate, Rules(), 4)) == ([0, 1, 2, 3], {})
     slate = plain([7, 7], shown=np.array([1, 0], np.float32))
-    assert arrange(slate, Rules(rotation=True), 2).places.tolist() == [1, 0]
+    assert places(slate, Rules(rotation=True), 2) == [1, 0]
 
 
 def test_diversity_puts_likenesses_apart_and_alone_orders_by_difference() -> None:
     east, north = [1.0, 0.0], [0.0, 1.0]
     slate = plain([3, 2, 1, 0], vectors=np.array([east, east, north, east], np.float32))
-    assert arrange(slate, Rules(diversity=0.6), 4).places.tolist() == [0, 2, 1, 3]
-    assert arrange(slate, Rules(), 4).places.tolist() == [0, 1, 2, 3]
+    assert places(slate, Rules(diversity=0.6), 4) == [0, 2, 1, 3]
+    assert places(slate, Rules(), 4) == [0, 1, 2, 3]
 
 
 def test_unknown_scores_are_last_and_a_quota_reaches_them() -> None:
     slate = plain([2, 1, -np.inf], quotas=np.array([[False, False, True]]))
-    assert arrange(slate, Rules(), 3).places.tolist() == [0, 1, 2]
+    assert places(slate, Rules(), 3) == [0, 1, 2]
     quota = Rules(quotas=(Quota(0.5, condition=ANY),))
     assert moved(arrange(slate, quota, 3)) == ([0, 2, 1], {2: ("quota",)})

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from vitrine.catalog.v1 import item_pb2
+from vitrine.catalog.v1 import filter_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services.bundle import Bundle
@@ -86,6 +86,22 @@ def test_a_file_says_what_a_place_does_and_a_request_may_say_otherwise(shop: Sho
     shop.run(body, scenarios=file)
 
 
+def test_a_filter_that_is_too_deep_with_the_scenarios_is_refused_at_once(one: Shop, tmp_path: Path) -> None:
+    file = tmp_path / "scenarios.toml"
+    file.write_text('[shelf]\nfilter = { equals = { attribute = "world", text = "kitchen" } }\n')
+    deep = only("world", "kitchen")
+    for _ in range(7):
+        deep = filter_pb2.Filter(none_of=deep)
+
+    async def body(stub: Any) -> None:
+        await stub.Recommend(pb.RecommendRequest(filter=deep))
+        for check in (True, False):
+            request = pb.RecommendRequest(scenario="shelf", filter=deep, validate_only=check)
+            assert await violations(stub.Recommend(request)) == ["filter"]
+
+    one.run(body, scenarios=file)
+
+
 def test_a_changed_file_counts_and_a_broken_one_does_not(
     one: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +142,7 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(
         (b"[home\n", "scenarios: is no TOML"),
         (b"\xff", "scenarios: is no TOML"),
         (b"home = 3\n", "scenarios.home"),
+        (b"home = " + b"[" * 20_000, "scenarios: is no TOML"),
         (b"[home]\nsorces = []\n", "sorces"),
         (b'[home]\nsources = ["grave"]\n', "scenarios.home.sources: 'grave'"),
         (b"[home]\ndiversity = 2.0\n", "scenarios.home.diversity"),
@@ -209,6 +226,43 @@ def test_caps_hold_from_page_to_page_and_a_page_is_full_whenever_enough_qualify(
         assert len(seen) >= 20
 
     shop.run(body)
+
+
+@pytest.mark.parametrize(
+    "some",
+    [
+        {"caps": [pb.Cap(attribute="world", most=1)], "relax": ["caps"]},
+        {"caps": [pb.Cap(attribute="world", most=3, among=5)], "relax": ["filter", "caps"]},
+        {"quotas": [pb.Quota(filter=only("world", "kitchen"), share=0.5)]},
+        {
+            "quotas": [pb.Quota(filter=only("world", "kitchen"), share=0.3)],
+            "caps": [pb.Cap(attribute="family_id", most=1, among=8)],
+            "boosts": [pb.Boost(filter=only("colour", "red"), amount=0.3)],
+            "relax": ["min_relevance", "filter"],
+            "min_relevance": 0.2,
+        },
+    ],
+)
+@pytest.mark.parametrize("scenario", ["home", "together"])
+def test_pages_one_after_the_other_are_one_long_page(one: Shop, some: dict[str, Any], scenario: str) -> None:
+    async def body(stub: Any) -> None:
+        request = pb.RecommendRequest(
+            scenario=scenario, session=session("garden-03"), rules=rules(**some), filter=only("colour", "red")
+        )
+        request.page_size = 39
+        long = ids(await stub.Recommend(request))
+        seen: list[str] = []
+        request.page_size = 4
+        while len(seen) < len(long):
+            page = await stub.Recommend(request)
+            seen += ids(page)
+            request.page_token = page.next_page_token
+            if not page.next_page_token:
+                break
+        assert seen[: len(long)] == long
+        assert len(set(seen)) == len(seen)
+
+    one.run(body)
 
 
 def test_what_is_relaxed_is_said_and_comes_last(shop: Shop) -> None:
@@ -390,6 +444,14 @@ def test_what_keeps_an_item_off_a_page_is_told(bundle: Path, tmp_path: Path) -> 
         best = next(i for i in shown if i not in ("garden-09", "garden-03"))
         kept_off = await told(best, rules=lifted)
         assert (kept_off.standing, list(kept_off.rules)) == (pb.STANDING_RULE, ["boosts"])
+        # Given up for a full page, it is shown, and that is what is told.
+        outside = pb.RecommendRequest(
+            page_size=30, filter=only("world", "garden"), rules=rules(relax=["filter"])
+        )
+        last = ids(await stub.Recommend(outside))[-1]
+        asked = pb.ExplainItemRequest(request=outside, item_id=last)
+        assert last.startswith("kitchen-")
+        assert (await stub.ExplainItem(asked)).standing == pb.STANDING_SHOWN
         capped = rules(caps=[pb.Cap(attribute="world", most=1)])
         assert list((await told(shown[1], rules=capped)).rules) in (["caps"], [])
         wrong = pb.ExplainItemRequest(request=pb.RecommendRequest(page_size=-1), item_id="a")

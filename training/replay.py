@@ -161,6 +161,7 @@ def _state(shop: Shop) -> BehaviourState:
             occurred=events.time,
             recorded=events.time,
             price=events.price,
+            quantity=np.ones(len(events.price), np.int64),
             sequence=np.arange(1, len(events) + 1),
         ),
         {("user", user): code for code, user in enumerate(events.user_ids)},

@@ -10,8 +10,10 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import filters
 from services.catalog import item_number
 from services.gateway.rules import FILTER, Slate, arrange
-from services.gateway.wish import DEEPEST, Ordered, Wish
+from services.gateway.wish import DEEPEST, Candidates, Ordered, Wish
 from services.item_table import ItemTable
+
+_FILLING = 20_000
 
 
 class Assortment:
@@ -26,29 +28,53 @@ class Assortment:
         depth = min(wish.depth, DEEPEST)
         if not wish.rules.reorder and (len(ranked.numbers) >= depth or not wish.fill):
             return ranked
-        arranged = arrange(self._slate(wish, retrieved, ranked, []), wish.rules, depth)
         more: list[int] = []
-        if wish.fill and len(arranged.places) < depth:
-            more = self._filling(wish, retrieved, set(ranked.numbers))
+        arranged = arrange(self._slate(wish, retrieved, ranked, []), wish.rules, depth, more=wish.fill)
+        if arranged is None:
+            more = self._filling(wish, retrieved, ranked.numbers)
             arranged = arrange(self._slate(wish, retrieved, ranked, more), wish.rules, depth)
+        assert arranged is not None  # noqa: S101 - there is no more
         numbers = [*ranked.numbers, *more]
         scores = [*ranked.scores, *[0.0] * len(more)]
-        ranked.candidates.add("catalogue", more, [0.0] * len(more))
+        shown = [numbers[place] for place in arranged.places]
+        candidates = Candidates(dict(ranked.candidates.sources))
+        filled = [numbers[place] for place in arranged.places if place >= len(ranked.numbers)]
+        candidates.add("catalogue", filled, [0.0] * len(filled))
         relaxed = [
             pb.Degradation(
                 stage=name,
                 code=pb.DEGRADATION_CODE_RULE_RELAXED,
-                message=f"{name} was given up so that the page has {len(arranged.places)} items",
+                message=f"{name} was given up so that the page has {len(shown)} items",
             )
             for name in arranged.relaxed
         ]
         return replace(
             ranked,
-            numbers=[numbers[place] for place in arranged.places],
+            numbers=shown,
             scores=[scores[place] for place in arranged.places],
+            candidates=candidates,
             degraded=[*ranked.degraded, *relaxed],
             moved={numbers[place]: why for place, why in arranged.moved.items()},
         )
+
+    def of_quota(
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, condition: filters.Filter, limit: int
+    ) -> list[int]:
+        """The most popular items that may be shown and for which a condition holds."""
+        mask = self._mask(wish, wish.condition, retrieved)
+        mask &= filters.evaluate(condition, self._table)[: len(mask)]
+        return self._most_popular(np.flatnonzero(mask), limit)
+
+    def _mask(
+        self, wish: Wish, condition: filters.Filter | None, retrieved: ranking_pb.RetrieveResponse | None
+    ) -> np.ndarray:
+        """Which rows of the table may be shown under a condition, bool (N,)."""
+        mask = self._table.available(wish.as_of)
+        if condition is not None:
+            mask = mask & filters.evaluate(condition, self._table)[: len(mask)]
+        out = self._table.rows(self.excluded(wish, retrieved))
+        mask[out[(out >= 0) & (out < len(mask))]] = False
+        return mask
 
     def allowed(
         self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, numbers: Sequence[int]
@@ -73,9 +99,8 @@ class Assortment:
             out.update(retrieved.bought_item_numbers)
         return out
 
-    def most_popular(self, mask: np.ndarray, limit: int) -> list[int]:
-        """The numbers of at most `limit` rows of `mask`, bool, the bundle's popular ones first."""
-        rows = np.flatnonzero(mask)
+    def _most_popular(self, rows: np.ndarray, limit: int) -> list[int]:
+        """The numbers of at most `limit` rows, int64, the bundle's popular ones first."""
         first = rows[np.argsort(self._popularity(rows), kind="stable")[:limit]]
         numbers: list[int] = self._table.item_numbers[first].tolist()
         return numbers
@@ -94,16 +119,19 @@ class Assortment:
         return found
 
     def _filling(
-        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, known: set[int]
+        self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, known: Sequence[int]
     ) -> list[int]:
-        """All else that may be shown, under the filter first, and of those the popular first."""
-        loose = replace(wish, condition=wish.loose) if FILTER in wish.rules.relax else wish
-        numbers = self.most_popular(np.ones(self._table.length, bool), self._table.length)
-        allowed = [n for n in self.allowed(loose, retrieved, numbers) if n not in known]
-        outside = self._outside(wish, allowed)
+        """What else may be shown, at most 20,000: under the filter first, and of those the popular first."""
+        mask = self._mask(wish, wish.condition, retrieved)
+        mine = self._table.rows(known)
+        mine = mine[(mine >= 0) & (mine < len(mask))]
+        loose = np.zeros(len(mask), bool)
+        if FILTER in wish.rules.relax:
+            loose[:] = self._mask(wish, wish.loose, retrieved)[: len(mask)] & ~mask
+        mask[mine] = loose[mine] = False
         return [
-            *(n for n, out in zip(allowed, outside, strict=True) if not out),
-            *(n for n, out in zip(allowed, outside, strict=True) if out),
+            *self._most_popular(np.flatnonzero(mask), _FILLING),
+            *self._most_popular(np.flatnonzero(loose), _FILLING),
         ]
 
     def _outside(self, wish: Wish, numbers: Sequence[int]) -> np.ndarray:

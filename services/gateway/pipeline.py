@@ -5,6 +5,7 @@ down, slow or unready never fails the call: retrieval order stands in for rankin
 bundle's popularity for retrieval, and `degraded` says so.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
-from services import deadline, filters, wire
+from services import deadline, wire
 from services.catalog import item_number
 from services.errors import (
     DeadlineExceeded,
@@ -87,14 +88,14 @@ class Pipeline:
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
         retrieved, ranked = await self._ranked(wish)
-        return self._arranged(wish, retrieved, ranked)
+        return await self._arranged(wish, retrieved, ranked)
 
     async def why(self, wish: Wish, number: int) -> tuple[why_not.Answer, Ordered]:
         """What becomes of an item, by its number, in such a run, and the run."""
         retrieved, ranked = await self._ranked(wish)
-        ordered = self._arranged(wish, retrieved, ranked)
+        ordered = await self._arranged(wish, retrieved, ranked)
         known = wish, retrieved, ranked, ordered, self._assortment, self.table
-        return why_not.why(number, *known), ordered
+        return await deadline.wait(asyncio.to_thread(why_not.why, number, *known)), ordered
 
     async def _ranked(self, wish: Wish) -> tuple[ranking_pb.RetrieveResponse | None, Ordered]:
         left = deadline.remaining()
@@ -123,12 +124,17 @@ class Pipeline:
             ranked, left_out=left_out, stages=stages, ranked=ranked.numbers, ranked_scores=ranked.scores
         )
 
-    def _arranged(
+    async def _arranged(
         self, wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Ordered
     ) -> Ordered:
         stages = list(ranked.stages)
         with _timed("rules", stages) as told:
-            ordered = self._assortment.arranged(wish, retrieved, ranked)
+            # Rules are loops over slots: of many, or over a whole catalogue, too long for the event loop.
+            if not wish.rules.reorder and len(ranked.numbers) >= wish.depth:
+                ordered = self._assortment.arranged(wish, retrieved, ranked)
+            else:
+                arranging = asyncio.to_thread(self._assortment.arranged, wish, retrieved, ranked)
+                ordered = await deadline.wait(arranging)
             told(len(ordered.numbers))
         return replace(ordered, stages=stages)
 
@@ -149,14 +155,18 @@ class Pipeline:
         )
         explained = await _attempt("explain", self._ranking.explain(request), budget, degraded)
         found: dict[int, list[Reason]] = {}
+        # Told without a type, it was looked at for all that is known.
+        seen = {item_number(item.item_id) for item in wish.person.session if not item.type}
         for evidence in explained.evidence if explained else ():
             rows = self.table.rows(evidence.history_item_numbers)
             ids = iter(self.table.ids(rows[rows >= 0]))
             named = [next(ids) if row >= 0 else "" for row in rows]
-            told = zip(numbers, evidence.shares, named, evidence.bought, strict=True)
-            for number, share, item_id, bought in told:
+            own = evidence.history_item_numbers
+            bought = [had and n not in seen for had, n in zip(evidence.bought, own, strict=True)]
+            told = zip(numbers, evidence.shares, named, bought, strict=True)
+            for number, share, item_id, had in told:
                 if share > 0:
-                    found.setdefault(number, []).append(Reason(evidence.kind, share, item_id, bought))
+                    found.setdefault(number, []).append(Reason(evidence.kind, share, item_id, had))
         for mine in found.values():
             mine.sort(key=lambda reason: -reason.share)
         named = sorted({mine[0].item_id for mine in found.values()} - {""})
@@ -189,9 +199,7 @@ class Pipeline:
                     candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
         for quota in wish.rules.quotas:
             if quota.condition is not None:
-                mask = self.table.available(wish.as_of)
-                qualify = filters.evaluate(quota.condition, self.table)[: len(mask)]
-                numbers = self._assortment.most_popular(mask & qualify, _PER_QUOTA)
+                numbers = self._assortment.of_quota(wish, retrieved, quota.condition, _PER_QUOTA)
                 candidates.add("quota", numbers, [quota.share] * len(numbers))
         return candidates
 

@@ -4,7 +4,7 @@ A page is filled slot by slot, each with the best item that the rules allow ther
 begins with a shorter one. Knows arrays of items, neither messages nor where items come from.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -103,8 +103,12 @@ def relevance(scores: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(scores), part, 0).astype(np.float32)
 
 
-def arrange(slate: Slate, rules: Rules, depth: int) -> Arranged:
-    """The first `depth` slots, or fewer where the rules leave no more."""
+def arrange(slate: Slate, rules: Rules, depth: int, *, more: bool = False) -> Arranged | None:
+    """The first `depth` slots, or fewer where the rules leave no more.
+
+    None where there is `more` to fill with, which the slate lacks, and a slot needs it: so what a slot holds
+    depends neither on `depth` nor on when the rest was brought.
+    """
     ranked, count = len(slate.scores), len(slate.outside)
     plain = relevance(slate.scores)
     sunk = 1 - np.exp2(-slate.shown / _SHOWINGS) if rules.rotation else np.zeros(ranked)
@@ -114,18 +118,24 @@ def arrange(slate: Slate, rules: Rules, depth: int) -> Arranged:
     poor = np.concatenate([plain < rules.min_relevance, np.full(count - ranked, rules.min_relevance > 0)])
     left = np.ones(count, bool)
     near = np.concatenate([np.zeros(ranked, np.float32), np.ones(count - ranked, np.float32)])
+    caps = [_Window(cap, values) for cap, values in zip(rules.caps, slate.values, strict=True)]
     chosen: list[int] = []
     filled = [0] * len(rules.quotas)
     moved: dict[int, tuple[str, ...]] = {}
     relaxed: set[str] = set()
     while len(chosen) < depth:
-        fits = _fits(slate, rules, chosen)
-        allowed, given_up = _allowed(left, fits, poor, slate.outside, rules.relax)
+        allowed, given_up = _allowed(left, caps, poor, slate.outside, rules.relax)
+        if more and (allowed is None or given_up):
+            return None
         if allowed is None:
             break
         relaxed.update(given_up)
         due = [n for n, q in enumerate(rules.quotas) if filled[n] < int(q.share * (len(chosen) + 1) + 1e-9)]
         quota = next((n for n in due if (allowed & slate.quotas[n]).any()), None)
+        if more and any(
+            rules.quotas[n].condition is not None and not (allowed & slate.quotas[n]).any() for n in due
+        ):
+            return None
         if quota is not None:
             allowed = allowed & slate.quotas[quota]
         value = worth
@@ -144,37 +154,47 @@ def arrange(slate: Slate, rules: Rules, depth: int) -> Arranged:
             filled[n] += bool(slate.quotas[n, place])
         chosen.append(place)
         left[place] = False
+        for window in caps:
+            window.take(place)
         if rules.diversity and slate.vectors is not None and place < ranked:
             near[:ranked] = np.maximum(near[:ranked], slate.vectors @ slate.vectors[place])
     return Arranged(np.array(chosen, np.int64), moved, tuple(n for n in rules.relax if n in relaxed))
 
 
-def _fits(slate: Slate, rules: Rules, chosen: Sequence[int]) -> np.ndarray | None:
-    """Which items no cap holds back in the next slot, bool (C + F,); None for all."""
-    fits: np.ndarray | None = None
-    for cap, values in zip(rules.caps, slate.values, strict=True):
-        latest = chosen[-(cap.among - 1) :] if cap.among > 1 else []
-        counts = Counter(code for place in latest for code in set(values[place].tolist()) if code >= 0)
-        full = [code for code, many in counts.items() if many >= cap.most]
-        if full:
-            mine = np.asarray(~np.isin(values, full).any(1))
-            fits = mine if fits is None else fits & mine
-    return fits
+class _Window:
+    """What a cap holds back: `held`, int32 (C + F,), by how many of its values that the window is full of."""
+
+    def __init__(self, cap: Cap, values: np.ndarray) -> None:
+        self._cap, self._values = cap, values
+        self._latest: deque[set[int]] = deque()
+        self._counts: Counter[int] = Counter()
+        self.held = np.zeros(len(values), np.int32)
+
+    def take(self, place: int) -> None:
+        """Let the window move on by the item at a place."""
+        self._latest.append(set(self._values[place].tolist()) - {-1})
+        for code in self._latest[-1]:
+            self._counts[code] += 1
+            if self._counts[code] == self._cap.most:
+                self.held += (self._values == code).any(1)
+        # The next slot is the last of a window of `among`.
+        if len(self._latest) == self._cap.among:
+            for code in self._latest.popleft():
+                if self._counts[code] == self._cap.most:
+                    self.held -= (self._values == code).any(1)
+                self._counts[code] -= 1
 
 
 def _allowed(
-    left: np.ndarray,
-    fits: np.ndarray | None,
-    poor: np.ndarray,
-    outside: np.ndarray,
-    relax: Sequence[str],
+    left: np.ndarray, caps: Sequence[_Window], poor: np.ndarray, outside: np.ndarray, relax: Sequence[str]
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """What may come next, bool, and the rules that had to be given up for there to be any; None: nothing."""
     for steps in range(len(relax) + 1):
         given_up = tuple(relax[:steps])
         allowed = left
-        if fits is not None and CAPS not in given_up:
-            allowed = allowed & fits
+        if CAPS not in given_up:
+            for window in caps:
+                allowed = allowed & (window.held == 0)
         if MIN_RELEVANCE not in given_up:
             allowed = allowed & ~poor
         if FILTER not in given_up:

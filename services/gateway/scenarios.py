@@ -36,6 +36,7 @@ BUILT_IN: Mapping[str, dict[str, Any]] = {
 }
 _AMONG, _MOST_AMONG = 20, 500
 _MOST = {"caps": 16, "boosts": 32, "quotas": 8}
+_MOST_BYTES = 64 * 1024
 _LOOK_EVERY = 1.0
 _log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Scenarios:
 def _read(content: bytes) -> dict[str, Scenario]:
     try:
         stated = tomllib.loads(content.decode())
-    except ValueError as error:  # of the encoding or of TOML
+    except (ValueError, RecursionError) as error:  # of the encoding or of TOML
         raise InvalidArgument.of("scenarios", f"is no TOML: {error}") from None
     found = {}
     for name, table in {**BUILT_IN, **stated}.items():
@@ -116,7 +117,7 @@ def _read(content: bytes) -> dict[str, Scenario]:
             raise InvalidArgument.of(f"scenarios.{name}", f"is {table!r}, no table")
         try:
             json_format.ParseDict(table, message)
-        except json_format.ParseError as error:
+        except (json_format.ParseError, RecursionError) as error:
             raise InvalidArgument.of(f"scenarios.{name}", str(error)) from None
         try:
             found[name] = scenario_from(message)
@@ -156,6 +157,9 @@ def rules_from(message: pb.Rules, otherwise: Rules, field: str = "rules") -> Rul
     quotas = tuple(_quota(q, f"{field}.quotas[{at}]") for at, q in enumerate(message.quotas))
     if sum(quota.share for quota in quotas) > 1 + 1e-6:
         raise InvalidArgument.of(f"{field}.quotas", "have shares of more than 1 in all")
+    parts = [b.filter for b in message.boosts] + [q.filter for q in message.quotas]
+    if sum(part.ByteSize() for part in parts) > _MOST_BYTES:
+        raise InvalidArgument.of(field, f"have conditions of more than {_MOST_BYTES} bytes in all")
     for at, name in enumerate(message.relax):
         if name not in RELAXABLE:
             raise InvalidArgument.of(f"{field}.relax[{at}]", f"is {name!r}, none of {', '.join(RELAXABLE)}")

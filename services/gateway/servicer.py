@@ -66,7 +66,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
         ordered = await self.pipeline.run(wish)
-        degraded = list(ordered.degraded)
+        degraded, left_out = list(ordered.degraded), set(ordered.left_out)
         items = self._items(ordered, page)
         if request.include_reasons:
             await self._explain(wish, ordered, items, request.language or LANGUAGES[0], degraded)
@@ -77,7 +77,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             degraded=degraded,
             request_id=request_id,
             stages=_stages(ordered) if request.debug else (),
-            left_out_item_ids=[i for i in request.item_ids if item_number(i) in set(ordered.left_out)],
+            left_out_item_ids=[i for i in request.item_ids if item_number(i) in left_out],
         )
         if page.stop < len(ordered.numbers):
             content = {"o": page.stop, "a": as_of.isoformat(), "h": _digest(request)}
@@ -103,7 +103,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             message=answer.message,
             place=answer.place,
             ranked_place=answer.ranked,
-            candidates=len(ordered.candidates.sources),
+            candidates=len(ordered.ranked),
             rules=answer.rules,
             degraded=ordered.degraded,
             stages=_stages(ordered),
@@ -419,8 +419,11 @@ def _both(
     mine = wire.filter_from(sent)
     if scenario.filter is None or scenario.condition is None:
         return sent, mine
-    both = filter_pb2.AllOf(filters=[scenario.filter, sent])
-    return filter_pb2.Filter(all_of=both), filters.AllOf((scenario.condition, mine))
+    both = filter_pb2.Filter(all_of=filter_pb2.AllOf(filters=[scenario.filter, sent]))
+    try:
+        return both, wire.filter_from(both)
+    except InvalidArgument as error:
+        raise InvalidArgument.of("filter", f"with the scenario's own filter: {error}") from None
 
 
 def _digest(request: pb.RecommendRequest) -> str:

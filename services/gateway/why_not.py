@@ -34,14 +34,14 @@ def why(
     table: ItemTable,
 ) -> Answer:
     """What became of an item in a run that `ranked` candidates and `ordered` them by the rules."""
-    hard = _hard(number, wish, retrieved, table)
-    if hard is not None:
-        return hard
     shown = list(ordered.numbers[: wish.depth])
     before = ranked.numbers.index(number) + 1 if number in set(ranked.numbers) else 0
     if number in shown:
         place = shown.index(number) + 1
         return Answer(pb.STANDING_SHOWN, f"is shown in place {place}", place, before)
+    hard = _hard(number, wish, retrieved, table)
+    if hard is not None:
+        return hard
     if not before:
         return Answer(pb.STANDING_NO_SOURCE, "no source brought it as a candidate")
     held = [name for name, less in _without(wish) if number in _shown(less, retrieved, ranked, assortment)]

@@ -5,10 +5,13 @@ counts twice and a crash never counts half. Knows nothing of models or transport
 """
 
 import hashlib
+import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -22,7 +25,7 @@ from services import store
 from services.catalog import identifier_problem, item_number
 from services.errors import AlreadyExists, FieldViolation, InvalidArgument
 from services.ranking import erasure, tables
-from services.ranking.erasure import Forgotten
+from services.ranking.erasure import Expired, Forgotten
 
 MAX_EVENT_ITEMS = 500
 MAX_TOKEN_LENGTH = 4096
@@ -30,6 +33,9 @@ _SEQUENCE = "events"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MAX_QUANTITY = 2**31 - 1
+_KEYS_AT_ONCE = 5000
+_SCRUBS, _BETWEEN_SCRUBS = 50, 0.1
+_log = logging.getLogger(__name__)
 
 
 class Outcome(IntEnum):
@@ -101,7 +107,7 @@ class Rows:
     """Items of events in columns of one length.
 
     `user`, `number`, `sequence` int64; `occurred` and `recorded` int64, microseconds since
-    1970; `price` float64, NaN for unknown.
+    1970; `price` of one, float64, NaN for unknown; `quantity` int64.
     """
 
     user: np.ndarray
@@ -111,6 +117,7 @@ class Rows:
     occurred: np.ndarray
     recorded: np.ndarray
     price: np.ndarray
+    quantity: np.ndarray
     sequence: np.ndarray
 
 
@@ -167,8 +174,8 @@ class BehaviourStore:
         """Delete all that is known of a person: events, their keys, what they counted, and every id."""
         return self._writer.submit(lambda connection: erasure.forget(connection, user_id, visitor_id))
 
-    def expire(self, before: datetime, limit: int) -> Future[list[int]]:
-        """Delete at most `limit` events that happened before a time, the oldest first; their sequences."""
+    def expire(self, before: datetime, limit: int) -> Future[Expired]:
+        """Delete at most `limit` events that happened before a time, the oldest first."""
         at = _micros(before)
         return self._writer.submit(lambda connection: erasure.expire(connection, at, limit))
 
@@ -179,10 +186,11 @@ class BehaviourStore:
 
     def exported(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Stored]:
         """A person's events after a sequence number, in commit order."""
-        mine = tables.events.c.user_key.in_(erasure.keys_of(user_id, visitor_id))
+        with self._engine.connect() as connection:
+            keys = erasure.keys_of(connection, user_id, visitor_id)
         query = (
             sa.select(tables.events)
-            .where(mine, tables.events.c.sequence > after)
+            .where(tables.events.c.user_key.in_(keys), tables.events.c.sequence > after)
             .order_by(tables.events.c.sequence)
             .limit(limit)
         )
@@ -213,40 +221,51 @@ class BehaviourStore:
 
     def rows(self, after: int, limit: int) -> Rows:
         """The items of up to `limit` events committed after a sequence number, in commit order."""
-        query = (
-            sa.select(tables.events, tables.event_items)
-            .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
-            .where(tables.events.c.sequence > after, tables.events.c.sequence <= after + limit)
-            .order_by(tables.events.c.sequence, tables.event_items.c.row)
-        )
-        with self._engine.connect() as connection:
-            found = connection.execute(query).all()
-        return Rows(
-            user=np.array([r.user_key for r in found], np.int64),
-            number=np.array([r.number for r in found], np.int64),
-            type=[r.type for r in found],
-            channel=[r.channel for r in found],
-            occurred=np.array([r.occurred for r in found], np.int64),
-            recorded=np.array([r.recorded for r in found], np.int64),
-            price=np.array([np.nan if r.price is None else r.price for r in found], np.float64),
-            sequence=np.array([r.sequence for r in found], np.int64),
-        )
+        with self._snapshot() as connection:
+            return _read(connection, after, limit)
 
-    def identities(self, user_keys: Collection[int] | None = None) -> dict[tuple[str, str], int]:
-        """("user" or "visitor", id) to user key: of these keys, or all."""
-        query = tables.identities.select()
-        if user_keys is not None:
-            query = query.where(tables.identities.c.user_key.in_(user_keys))
+    def identities(self) -> dict[tuple[str, str], int]:
+        """("user" or "visitor", id) to user key."""
+        with self._snapshot() as connection:
+            return _people(connection, None)
+
+    def changes(self, after: int, limit: int) -> tuple[Rows, dict[tuple[str, str], int]]:
+        """`rows`, and `identities` of the people in them, as they were at one moment."""
+        with self._snapshot() as connection:
+            found = _read(connection, after, limit)
+            return found, _people(connection, set(found.user.tolist()))
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sa.Connection]:
+        """A connection that sees one moment, whatever is committed meanwhile, as SQLite's do by themselves."""
         with self._engine.connect() as connection:
-            return {(row.kind, row.id): row.user_key for row in connection.execute(query)}
+            if self._engine.dialect.name != "sqlite":
+                connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    def scrub(self) -> None:
+        """Leave nothing of what was deleted in SQLite's log beside its file; waits for readers."""
+        if self._engine.dialect.name != "sqlite":
+            return
+        raw = self._engine.raw_connection()
+        try:
+            for _ in range(_SCRUBS):
+                busy, *_ = raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                if not busy:
+                    return
+                time.sleep(_BETWEEN_SCRUBS)
+            _log.warning("what was deleted stays in the log of the database until it is written again")
+        finally:
+            raw.close()
 
     def history(self, user_id: str, visitor_id: str, before: datetime, limit: int) -> list[HistoryRow]:
         """What a person did, newest first, of events recorded strictly before a time."""
+        with self._engine.connect() as connection:
+            keys = erasure.keys_of(connection, user_id, visitor_id)
         query = (
             sa.select(tables.events, tables.event_items)
             .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
-            .join(tables.identities, tables.identities.c.user_key == tables.events.c.user_key)
-            .where(erasure.is_person(user_id, visitor_id), tables.events.c.recorded < _micros(before))
+            .where(tables.events.c.user_key.in_(keys), tables.events.c.recorded < _micros(before))
             .order_by(
                 tables.events.c.occurred.desc(), tables.events.c.sequence.desc(), tables.event_items.c.row
             )
@@ -332,6 +351,34 @@ def _item_problems(item: EventItem) -> Iterator[tuple[str, str]]:
         yield "position", "must be at least 1 and fit 31 bits"
 
 
+def _read(connection: sa.Connection, after: int, limit: int) -> Rows:
+    query = (
+        sa.select(tables.events, tables.event_items)
+        .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
+        .where(tables.events.c.sequence > after, tables.events.c.sequence <= after + limit)
+        .order_by(tables.events.c.sequence, tables.event_items.c.row)
+    )
+    found = connection.execute(query).all()
+    return Rows(
+        user=np.array([r.user_key for r in found], np.int64),
+        number=np.array([r.number for r in found], np.int64),
+        type=[r.type for r in found],
+        channel=[r.channel for r in found],
+        occurred=np.array([r.occurred for r in found], np.int64),
+        recorded=np.array([r.recorded for r in found], np.int64),
+        price=np.array([np.nan if r.price is None else r.price for r in found], np.float64),
+        quantity=np.array([r.quantity for r in found], np.int64),
+        sequence=np.array([r.sequence for r in found], np.int64),
+    )
+
+
+def _people(connection: sa.Connection, keys: Collection[int] | None) -> dict[tuple[str, str], int]:
+    query = tables.identities.select()
+    if keys is not None and len(keys) <= _KEYS_AT_ONCE:
+        query = query.where(tables.identities.c.user_key.in_(keys))
+    return {(row.kind, row.id): row.user_key for row in connection.execute(query)}
+
+
 def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
     content_hash = _content_hash(event)
     same = tables.events.c.event_id == event.event_id
@@ -354,7 +401,6 @@ def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
 
 
 _CHUNK = 5000
-_IS_USER = tables.identities.c.kind == "user"
 
 
 def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
@@ -365,16 +411,22 @@ def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
             known.add(event.event_id)
             new.append(event)
     first = store.take_sequence(connection, _SEQUENCE, len(new)) - len(new) + 1
-    event_rows: list[dict[str, object]] = []
-    item_rows: list[dict[str, object]] = []
     keys: dict[tuple[str, str], int] = {}
     for sequence, event in enumerate(new, first):
         person = (event.user_id, event.visitor_id)
         if person not in keys:
             keys[person] = _user_key(connection, event, sequence)
+    if any(visitor for _, visitor in keys):  # a later event may have joined two
+        for user_id, visitor_id in keys:
+            mine = erasure.keys_of(connection, user_id, "" if user_id else visitor_id)
+            [keys[user_id, visitor_id]] = mine
+    event_rows: list[dict[str, object]] = []
+    item_rows: list[dict[str, object]] = []
+    for sequence, event in enumerate(new, first):
         # An import was recorded when it happened, so that what is asked as of then sees it.
         when = event.occurred or _EPOCH
-        event_rows.append(_event_row(event, sequence, keys[person], when))
+        key = keys[event.user_id, event.visitor_id]
+        event_rows.append(_event_row(event, sequence, key, when))
         item_rows += _item_rows(event, sequence)
     for table, rows in ((tables.events, event_rows), (tables.event_items, item_rows)):
         for start in range(0, len(rows), _CHUNK):
@@ -424,21 +476,26 @@ def _user_key(connection: sa.Connection, event: Event, sequence: int) -> int:
 
     What a visitor did who was nobody's yet becomes the user's; one who was another user's stays that user's.
     """
-    query = tables.identities.select().where(erasure.is_person(event.user_id, event.visitor_id))
+    ids = tables.identities.c
+    known = ((ids.kind == kind) & (ids.id == i) for kind, i in _named(event))
+    query = tables.identities.select().where(sa.or_(sa.false(), *known))
     keys = {row.kind: row.user_key for row in connection.execute(query)}
     visitor: int | None = keys.get("visitor")
     if event.user_id and visitor is not None and keys.get("user") != visitor:
-        mine = tables.identities.c.user_key == visitor
-        if connection.execute(sa.select(tables.identities.c.id).where(mine, _IS_USER).limit(1)).first():
-            visitor = None
+        visitor = None if erasure.is_users(connection, visitor) else visitor
     key: int = keys.get("user", sequence if visitor is None else visitor)
-    for kind, identifier in (("user", event.user_id), ("visitor", event.visitor_id)):
-        if identifier and kind not in keys:
+    for kind, identifier in _named(event):
+        if kind not in keys:
             connection.execute(tables.identities.insert().values(kind=kind, id=identifier, user_key=key))
     if visitor not in (None, key):
         for table in (tables.identities, tables.events):
             connection.execute(table.update().where(table.c.user_key == visitor).values(user_key=key))
     return key
+
+
+def _named(event: Event) -> list[tuple[str, str]]:
+    """The ids of an event that are not empty, with their kinds."""
+    return [(kind, i) for kind, i in (("user", event.user_id), ("visitor", event.visitor_id)) if i]
 
 
 def _micros(time: datetime) -> int:

@@ -2,11 +2,18 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import sqlalchemy as sa
 
 from services.ranking import tables
+
+
+@dataclass(frozen=True)
+class Expired:
+    """The sequences of events that were deleted, and the keys of people of whom nothing is left."""
+
+    sequences: list[int]
+    user_keys: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -18,21 +25,29 @@ class Forgotten:
     ids: int
 
 
-def is_person(user_id: str, visitor_id: str) -> sa.ColumnElement[bool]:
-    """Which identities are of either id; an empty one is nobody's."""
-    known, ids = (("user", user_id), ("visitor", visitor_id)), tables.identities.c
-    return sa.or_(sa.false(), *((ids.kind == k) & (ids.id == i) for k, i in known if i))
+def keys_of(connection: sa.Connection, user_id: str, visitor_id: str) -> set[int]:
+    """The keys of a person; a visitor's who is another user's is not among them."""
+    ids = tables.identities.c
+    named = ((kind, i) for kind, i in (("user", user_id), ("visitor", visitor_id)) if i)
+    which = sa.or_(sa.false(), *((ids.kind == kind) & (ids.id == i) for kind, i in named))
+    keys = {row.kind: row.user_key for row in connection.execute(tables.identities.select().where(which))}
+    visitor = keys.get("visitor")
+    if user_id and visitor is not None and keys.get("user") != visitor and is_users(connection, visitor):
+        del keys["visitor"]
+    return set(keys.values())
 
 
-def keys_of(user_id: str, visitor_id: str) -> sa.Select[Any]:
-    """The keys of a person who has either id."""
-    return sa.select(tables.identities.c.user_key).where(is_person(user_id, visitor_id))
+def is_users(connection: sa.Connection, key: int) -> bool:
+    """Whether a key is a user's, and not only a visitor's."""
+    ids = tables.identities.c
+    mine = sa.select(ids.id).where(ids.user_key == key, ids.kind == "user").limit(1)
+    return connection.execute(mine).first() is not None
 
 
 def known_ids(connection: sa.Connection, user_id: str, visitor_id: str) -> dict[str, list[str]]:
     """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
     found: dict[str, list[str]] = {"user": [], "visitor": []}
-    mine = tables.identities.c.user_key.in_(keys_of(user_id, visitor_id))
+    mine = tables.identities.c.user_key.in_(keys_of(connection, user_id, visitor_id))
     for row in connection.execute(tables.identities.select().where(mine).order_by(tables.identities.c.id)):
         found[row.kind].append(row.id)
     return found
@@ -40,13 +55,13 @@ def known_ids(connection: sa.Connection, user_id: str, visitor_id: str) -> dict[
 
 def forget(connection: sa.Connection, user_id: str, visitor_id: str) -> Forgotten:
     """Delete a person who has either id."""
-    keys = frozenset(connection.scalars(keys_of(user_id, visitor_id)).all())
+    keys = frozenset(keys_of(connection, user_id, visitor_id))
     events = _delete(connection, tables.events.c.user_key.in_(keys))
     theirs = tables.identities.delete().where(tables.identities.c.user_key.in_(keys))
     return Forgotten(keys, len(events), connection.execute(theirs).rowcount)
 
 
-def expire(connection: sa.Connection, before: int, limit: int) -> list[int]:
+def expire(connection: sa.Connection, before: int, limit: int) -> Expired:
     """Delete at most `limit` events before a moment, the oldest first, and ids that nothing is left of."""
     oldest = (
         sa.select(tables.events.c.sequence, tables.events.c.user_key)
@@ -56,11 +71,12 @@ def expire(connection: sa.Connection, before: int, limit: int) -> list[int]:
     )
     found = connection.execute(oldest).all()
     deleted = _delete(connection, tables.events.c.sequence.in_([row.sequence for row in found]))
-    left = sa.select(tables.events.c.user_key)
-    touched = tables.identities.c.user_key.in_({row.user_key for row in found})
-    gone = tables.identities.delete().where(touched, tables.identities.c.user_key.not_in(left))
-    connection.execute(gone)
-    return deleted
+    touched = {row.user_key for row in found}
+    mine = tables.events.c.user_key.in_(touched)
+    left = set(connection.scalars(sa.select(tables.events.c.user_key).where(mine).distinct()))
+    gone = frozenset(touched - left)
+    connection.execute(tables.identities.delete().where(tables.identities.c.user_key.in_(gone)))
+    return Expired(deleted, gone)
 
 
 def _delete(connection: sa.Connection, which: sa.ColumnElement[bool]) -> list[int]:

@@ -4,7 +4,7 @@ As of a moment: only what was recorded before it. Knows no models.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,9 +75,13 @@ class UserProfile:
 
 @dataclass(frozen=True)
 class Buyers:
-    """Everybody who bought before a moment: recency days, days with a purchase, money, float64 (P,) each."""
+    """Everybody who bought before a moment, (P,): `keys` int64, `last` int64, microseconds since 1970.
 
-    recency: np.ndarray
+    `frequency` float64 in days with a purchase, `monetary` float64 what was paid as far as prices are known.
+    """
+
+    keys: np.ndarray
+    last: np.ndarray
     frequency: np.ndarray
     monetary: np.ndarray
 
@@ -85,17 +89,19 @@ class Buyers:
     def of(cls, columns: Columns, targets: np.ndarray, before: int) -> "Buyers":
         """From rows of events whose kinds are among `targets`."""
         bought = np.flatnonzero(np.isin(columns.kind, targets) & (columns.recorded < before))
-        _, person = np.unique(columns.user[bought], return_inverse=True)
-        count = int(person.max(initial=-1)) + 1
+        keys, person = np.unique(columns.user[bought], return_inverse=True)
+        count = len(keys)
         last = np.full(count, np.iinfo(np.int64).min)
         np.maximum.at(last, person, columns.occurred[bought])
         days = np.unique(np.stack([person, columns.occurred[bought] // DAY]), axis=1)
-        paid = np.nan_to_num(columns.price[bought])
-        return cls(
-            np.maximum(before - last, 0) / DAY,
-            np.bincount(days[0], minlength=count).astype(np.float64),
-            np.bincount(person, paid, count),
-        )
+        paid = np.nan_to_num(columns.price[bought]) * columns.quantity[bought]
+        frequency = np.bincount(days[0], minlength=count).astype(np.float64)
+        return cls(keys, last, frequency, np.bincount(person, paid, count))
+
+    def others(self, keys: np.ndarray) -> "Buyers":
+        """Without those of some keys."""
+        kept = ~np.isin(self.keys, keys)
+        return Buyers(self.keys[kept], self.last[kept], self.frequency[kept], self.monetary[kept])
 
 
 def profile(
@@ -194,22 +200,27 @@ def _activity(past: Columns, types: Sequence[str]) -> list[Activity]:
 
 
 def _rfm(past: Columns, targets: np.ndarray, before: int, buyers: Buyers) -> Rfm | None:
-    mine = Buyers.of(Columns(**past.__dict__ | {"user": np.zeros(len(past.kind), np.int64)}), targets, before)
-    if not len(mine.recency):
+    mine = Buyers.of(replace(past, user=np.zeros(len(past.kind), np.int64)), targets, before)
+    if not len(mine.keys):
         return None
-    recency, frequency, monetary = float(mine.recency[0]), int(mine.frequency[0]), float(mine.monetary[0])
-    scores = (
-        _fifth(-buyers.recency, -recency),
-        _fifth(buyers.frequency, frequency),
-        _fifth(buyers.monetary, monetary),
+    # The others may be as of an hour ago: so they are compared by when, and not by how long ago.
+    others = buyers.others(np.unique(past.user))
+    return Rfm(
+        max(before - int(mine.last[0]), 0) / DAY,
+        int(mine.frequency[0]),
+        float(mine.monetary[0]),
+        (
+            _fifth(others.last, mine.last[0]),
+            _fifth(others.frequency, mine.frequency[0]),
+            _fifth(others.monetary, mine.monetary[0]),
+        ),
     )
-    return Rfm(recency, frequency, monetary, scores)
 
 
-def _fifth(everybody: np.ndarray, value: float) -> int:
-    """Which fifth a value is in, 1 the lowest: by who is below it and half of those that are equal."""
-    below = np.count_nonzero(everybody < value) + np.count_nonzero(everybody == value) / 2
-    return min(int(_FIFTHS * below / max(len(everybody), 1)), _FIFTHS - 1) + 1
+def _fifth(others: np.ndarray, value: float) -> int:
+    """Which fifth a value is in, 1 the lowest: by who is below it, and half of those equal, oneself too."""
+    below = np.count_nonzero(others < value) + (np.count_nonzero(others == value) + 1) / 2
+    return min(int(_FIFTHS * below / (len(others) + 1)), _FIFTHS - 1) + 1
 
 
 def _channels(channels: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -8,13 +8,13 @@ before `as_of`, the request and the bundle.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from operator import methodcaller
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -144,6 +144,7 @@ class Ranking:
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None
         self._buyers: tuple[int, Buyers] | None = None
+        self._finishing: set[asyncio.Task[Any]] = set()
         self._advancing = threading.Lock()
         self._taking = threading.Lock()
         self.successor: Ranking | None = None
@@ -186,16 +187,29 @@ class Ranking:
 
     async def forget(self, user_id: str, visitor_id: str) -> Forgotten:
         """Delete all that is known of a person; on return no answer rests on it."""
-        forgotten = await asyncio.wrap_future(self.store.forget(user_id, visitor_id))
-        await self._lose(methodcaller("forget", forgotten.user_keys))
-        return forgotten
+
+        async def forget() -> Forgotten:
+            forgotten = await asyncio.wrap_future(self.store.forget(user_id, visitor_id))
+            await self._lose(methodcaller("forget", forgotten.user_keys, user_id, visitor_id))
+            await self._on(self.store.scrub)
+            return forgotten
+
+        return await self._to_the_end(forget())
 
     async def expire(self, before: datetime) -> int:
         """Delete the events that happened before a time; how many."""
+
+        async def some() -> int:
+            gone = await asyncio.wrap_future(self.store.expire(before, _EXPIRED_AT_ONCE))
+            if gone.sequences:
+                await self._lose(methodcaller("drop", gone.sequences, gone.user_keys))
+            return len(gone.sequences)
+
         many = 0
-        while gone := await asyncio.wrap_future(self.store.expire(before, _EXPIRED_AT_ONCE)):
-            await self._lose(methodcaller("drop", gone))
-            many += len(gone)
+        while count := await self._to_the_end(some()):
+            many += count
+        if many:
+            await self._on(self.store.scrub)
         return many
 
     async def keep_for(self, days: int, clock: Callable[[], datetime]) -> None:
@@ -215,6 +229,13 @@ class Ranking:
                 self.store.exported(user_id, visitor_id, after, limit),
             )
         )
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for what must not stop in the middle, as it would when a caller goes away."""
+        task = asyncio.ensure_future(work)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        return await asyncio.shield(task)
 
     async def _lose(self, from_state: Callable[[BehaviourState], None]) -> None:
         """Let every state over the store lose what that has lost, one that is still being filled too."""
@@ -280,10 +301,7 @@ class Ranking:
             last = self.store.sequence
             while self.state.sequence < last:
                 start = self.state.sequence
-                rows = self.store.rows(start, _BATCH)
-                users = set(rows.user.tolist())
-                everyone = len(users) > _BATCH // 4
-                self.state.extend(rows, self.store.identities(None if everyone else users))
+                self.state.extend(*self.store.changes(start, _BATCH))
                 # What was deleted leaves gaps.
                 self.state.sequence = max(self.state.sequence, min(start + _BATCH, last))
 
@@ -381,9 +399,10 @@ class Ranking:
 
     def _profile(self, user_id: str, visitor_id: str, as_of: datetime) -> UserProfile:
         now, cut = self.moment(as_of), self.cut(as_of)
-        kept = self._buyers
-        if kept is None or kept[0] != now.tick:
-            self._buyers = kept = now.tick, Buyers.of(self.state.all(), self._targets, now.tick)
+        with self._taking:  # so that nobody is put back who was forgotten meanwhile
+            kept = self._buyers
+            if kept is None or kept[0] != now.tick:
+                self._buyers = kept = now.tick, Buyers.of(self.state.all(), self._targets, now.tick)
         past = self.state.everything(user_id, visitor_id, cut, _MOST_OF_A_PERSON)
         known = self.state, self.view.table, now, cut, self.profile.attributes, self._targets
         return profile(past, *known, kept[1])
@@ -395,8 +414,10 @@ class Ranking:
         known = np.flatnonzero((rows >= 0) & (rows < len(now.age)))
         found = self._reasoner.reasons(query, rows[known], now)
         past = np.append(table.item_numbers[np.concatenate([query.session, query.history])], 0)
-        strongest = query.session_weights >= self.state.weights[self._targets].max()
-        bought = np.concatenate([strongest, query.bought, [False]])
+        done = np.array([self.state.kinds[t] for n, t in reversed(person.session)], np.int64)
+        counted = self.state.weights[done] > 0
+        counted &= table.rows(n for n, _ in reversed(person.session)) >= 0
+        bought = np.concatenate([np.isin(done[counted], self._targets), query.bought, [False]])
         shares = np.full((len(numbers), found.shares.shape[1]), np.nan, np.float32)
         items, had = np.zeros(shares.shape, np.int64), np.zeros(shares.shape, bool)
         shares[known], items[known], had[known] = found.shares, past[found.seeds], bought[found.seeds]

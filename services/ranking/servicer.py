@@ -18,6 +18,7 @@ from services.ranking.ranking import Person, Ranking, Retrieved
 from services.ranking.reasons import KINDS
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DIGITS = 19
 MAX_EVENTS = 1000
 DEFAULT_PAGE = 100
 MAX_LIMIT = 2000
@@ -68,8 +69,9 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         """A page of what is known of a person."""
         _check_ids(request)
         limit = wire.check_limit(request.page_size, MAX_EVENTS, "page_size", DEFAULT_PAGE)
-        after = int(request.page_token) if request.page_token.isdecimal() else 0
-        if request.page_token and not 0 < after < 2**63:
+        token = request.page_token
+        after = int(token) if token.isascii() and token.isdecimal() and len(token) <= _DIGITS else 0
+        if token and not 0 < after < 2**63:
             raise InvalidArgument.of("page_token", "is not a token of this service")
         ids, events = await self._ranking.export(request.user_id, request.visitor_id, after, limit + 1)
         response = pb.ExportUserResponse(user_ids=ids["user"], visitor_ids=ids["visitor"])

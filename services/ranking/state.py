@@ -18,7 +18,7 @@ class Columns:
 
     `user`, `number`, `sequence` int64; `kind` int16, the event type's place in the shop's list;
     `channel` int16, a place in the state's `channels`, -1 unknown; `occurred`, `recorded` int64,
-    microseconds since 1970; `price` float64, NaN unknown.
+    microseconds since 1970; `price` of one, float64, NaN unknown; `quantity` int64.
     """
 
     user: np.ndarray
@@ -28,6 +28,7 @@ class Columns:
     occurred: np.ndarray
     recorded: np.ndarray
     price: np.ndarray
+    quantity: np.ndarray
     sequence: np.ndarray
 
     def take(self, rows: np.ndarray) -> "Columns":
@@ -37,7 +38,7 @@ class Columns:
 
 MAX_CHANNELS = 16
 _WEEK = 7 * 86_400 * 1e6
-_DTYPES = (np.int64, np.int64, np.int16, np.int16, np.int64, np.int64, np.float64, np.int64)
+_DTYPES = (np.int64, np.int64, np.int16, np.int16, np.int64, np.int64, np.float64, np.int64, np.int64)
 
 
 class BehaviourState:
@@ -52,6 +53,7 @@ class BehaviourState:
         self._length = 0
         self._rows_of: dict[int, list[int]] = {}
         self._keys: dict[tuple[str, str], int] = {}
+        self._users: set[int] = set()
         self.sequence = 0
 
     def extend(self, rows: Rows, identities: Mapping[tuple[str, str], int]) -> None:
@@ -66,6 +68,7 @@ class BehaviourState:
                 occurred=rows.occurred,
                 recorded=rows.recorded,
                 price=rows.price,
+                quantity=rows.quantity,
                 sequence=rows.sequence,
             ),
             identities,
@@ -86,36 +89,48 @@ class BehaviourState:
         )
         for row, user in enumerate(new.user.tolist(), start):
             self._rows_of.setdefault(user, []).append(row)
-        for identity, key in identities.items():
-            self._join(self._keys.get(identity, key), key)
+        joined = {
+            old: key for identity, key in identities.items() if (old := self._keys.get(identity, key)) != key
+        }
+        for old, key in joined.items():
+            # A visitor turned out to be a user. Who reads meanwhile finds what both did under either key.
+            moved = self._rows_of.get(old, [])
+            self._columns.user[moved] = key
+            self._rows_of[key] = sorted([*moved, *self._rows_of.get(key, [])])
         self._keys.update(identities)
+        self._users |= {key for (kind, _), key in identities.items() if kind == "user"}
+        for old in joined:
+            self._rows_of.pop(old, None)
         self._length = end
         if end > start:
             self.sequence = int(new.sequence[-1])
 
-    def _join(self, old: int, new: int) -> None:
-        """Give what was of one key to another: a visitor turned out to be a user."""
-        if old != new and (moved := self._rows_of.pop(old, None)):
-            self._columns.user[moved] = new
-            self._rows_of[new] = sorted([*moved, *self._rows_of.get(new, [])])
+    def forget(self, user_keys: Collection[int], user_id: str = "", visitor_id: str = "") -> None:
+        """Leave nothing of people: their rows are of no kind, and so nobody's.
 
-    def forget(self, user_keys: Collection[int]) -> None:
-        """Leave nothing of people: their rows are of no kind, and so nobody's."""
-        for key in user_keys:
+        Ids count too, for a store that has forgotten them already.
+        """
+        gone = set(user_keys) | self.keys_of(user_id, visitor_id)
+        for key in gone:
             self._clear(np.array(self._rows_of.pop(key, []), np.int64))
-        self._keys = {identity: key for identity, key in self._keys.items() if key not in user_keys}
+        self._keys = {identity: key for identity, key in self._keys.items() if key not in gone}
+        self._users -= gone
 
-    def drop(self, sequences: Collection[int]) -> None:
-        """Leave nothing of events, by their sequence."""
-        rows = np.flatnonzero(np.isin(self._columns.sequence[: self._length], list(sequences)))
+    def drop(self, sequences: Collection[int], user_keys: Collection[int] = ()) -> None:
+        """Leave nothing of events, by their sequence, and of people of whom nothing is left."""
+        wanted = np.sort(np.fromiter(sequences, np.int64))
+        known = self._columns.sequence[: self._length]  # rising
+        first, last = (np.searchsorted(known, wanted, side) for side in ("left", "right"))
+        rows = np.concatenate([np.empty(0, np.int64), *map(np.arange, first, last)])
         gone = set(rows.tolist())
         for key in set(self._columns.user[rows].tolist()):
             self._rows_of[key] = [row for row in self._rows_of.get(key, ()) if row not in gone]
         self._clear(rows)
+        self.forget(user_keys)
 
     def _clear(self, rows: np.ndarray) -> None:
         self._columns.kind[rows] = -1
-        self._columns.user[rows] = self._columns.number[rows] = 0
+        self._columns.user[rows] = self._columns.number[rows] = self._columns.quantity[rows] = 0
         self._columns.price[rows] = np.nan
 
     def all(self) -> Columns:
@@ -167,11 +182,17 @@ class BehaviourState:
         np.add.at(counts, item[shown], np.exp2(-np.maximum(before - mine.occurred[shown], 0) / _WEEK))
         return numbers[counts > 0], counts[counts > 0].astype(np.float32)
 
+    def keys_of(self, user_id: str, visitor_id: str) -> set[int]:
+        """The keys of a person; a visitor's who is another user's is not among them."""
+        user, visitor = self._keys.get(("user", user_id)), self._keys.get(("visitor", visitor_id))
+        if user_id and visitor != user and visitor in self._users:
+            visitor = None
+        return {key for key in (user, visitor) if key is not None}
+
     def _rows(self, user_id: str, visitor_id: str) -> np.ndarray:
         """The rows of a person, int64, under either id."""
-        keys = {self._keys.get(("user", user_id)), self._keys.get(("visitor", visitor_id))} - {None}
-        found = [np.array(self._rows_of[key], np.int64) for key in keys if key in self._rows_of]
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+        mine = [self._rows_of.get(key, []) for key in self.keys_of(user_id, visitor_id)]
+        return np.unique(np.array([row for rows in mine for row in rows], np.int64))
 
 
 def _appended(values: np.ndarray, length: int, new: np.ndarray) -> np.ndarray:

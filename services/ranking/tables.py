@@ -19,6 +19,7 @@ events = sa.Table(
     sa.Column("recorded", sa.BigInteger, nullable=False),
 )
 sa.Index("events_by_user", events.c.user_key, events.c.occurred)
+sa.Index("events_by_time", events.c.occurred)
 event_items = sa.Table(
     "event_items",
     store.metadata,

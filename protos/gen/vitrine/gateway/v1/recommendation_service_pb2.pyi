@@ -229,8 +229,8 @@ Global___Boost: _TypeAlias = Boost  # noqa: Y015
 
 @_typing.final
 class Quota(_message.Message):
-    """Items that have a share of the slots: of the first n at least floor(share * n),
-    as long as there are any.
+    """Items that have a share of the slots: of the first n at least floor(share * n), as
+    long as there are any; of several quotas that fall due together one after the other.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -286,7 +286,9 @@ class Rules(_message.Message):
 
     @_builtins.property
     def boosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Boost]:
-        """Optional. At most 32; of an item they add up, to 1 or -1 at most."""
+        """Optional. At most 32; of an item they add up, to 1 or -1 at most. The filters of
+        boosts and quotas take 64 KiB at most in all.
+        """
 
     @_builtins.property
     def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]:
@@ -680,7 +682,7 @@ class Recommendation(_message.Message):
 
     @_builtins.property
     def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The rules that moved it: "boost", "rotation", "quota". Caps, filters and
+        """The rules that bore on its place: "boost", "rotation", "quota". Caps, filters and
         diversity keep others away and are not named.
         """
 
