@@ -237,11 +237,12 @@ class BehaviourStore:
 
     @contextmanager
     def _snapshot(self) -> Iterator[sa.Connection]:
-        """A connection that sees one moment, whatever is committed meanwhile, as SQLite's do by themselves."""
+        """A connection that sees one moment, whatever is committed meanwhile."""
         with self._engine.connect() as connection:
-            if self._engine.dialect.name != "sqlite":
-                connection = connection.execution_options(isolation_level="REPEATABLE READ")
-            yield connection
+            if self._engine.dialect.name == "sqlite":  # sees one by itself
+                yield connection
+            else:
+                yield connection.execution_options(isolation_level="REPEATABLE READ")
 
     def scrub(self) -> None:
         """Leave nothing of what was deleted in SQLite's log beside its file; waits for readers."""
