@@ -157,6 +157,7 @@ def test_a_page_says_why_over_grpc_in_both_languages(bundle: Path, tmp_path: Pat
         assert await violations(stub.Recommend(request)) == ["language"]
         stranger = await stub.Recommend(pb.RecommendRequest(page_size=3, include_reasons=True))
         assert all(item.explanation and not item.reasons[0].history_item_id for item in stranger.items)
+        assert not any("you" in item.explanation for item in stranger.items)
         await stub.WriteEvents(
             pb.WriteEventsRequest(events=[purchase("1", "ann", "garden-04", kind="click")])
         )
@@ -187,10 +188,10 @@ def test_a_page_is_there_when_its_reasons_are_not(
 def test_every_kind_has_its_sentences_in_every_language() -> None:
     said = {
         (kind, language, sentence(kind, language, title, bought=bought))
-        for kind in KINDS
+        for kind in (*KINDS, "nobody")
         for language in LANGUAGES
         for title in ("", "A {curly} cup")
         for bought in (False, True)
     }
-    assert len(said) == len(LANGUAGES) * (4 * 3 + 1)
+    assert len(said) == len(LANGUAGES) * (4 * 3 + 2)
     assert all("{title}" not in text for _, _, text in said)

@@ -27,6 +27,7 @@ _SENTENCES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
             "Fits what you usually choose",
         ),
         "popularity": ("Popular at the moment",) * 3,
+        "nobody": ("A good choice to begin with",) * 3,
     },
     "zh": {
         "behaviour": (
@@ -50,12 +51,16 @@ _SENTENCES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
             "符合您平时的选择",
         ),
         "popularity": ("近期热门",) * 3,
+        "nobody": ("本店为新顾客推荐",) * 3,
     },
 }
 
 
 def sentence(kind: str, language: str, title: str, *, bought: bool) -> str:
-    """The sentence of a kind of evidence; `title` is of the person's own item, empty for none."""
+    """The sentence of a kind of evidence; `title` is of the person's own item, empty for none.
+
+    The kind "nobody" is of somebody of whom nothing is known: they have no likings yet.
+    """
     of_bought, of_seen, of_none = _SENTENCES[language][kind]
     if not title:
         return of_none

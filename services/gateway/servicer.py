@@ -326,6 +326,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
     ) -> None:
         numbers = [item_number(item.item_id) for item in items]
         reasons, titles = await self.pipeline.reasons(wish, ordered, numbers, degraded)
+        known = any(reason.item_id for mine in reasons.values() for reason in mine)
         for item, number in zip(items, numbers, strict=True):
             mine = reasons.get(number, ())
             for reason in mine:
@@ -338,7 +339,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             if mine:
                 first = mine[0]
                 title = titles.get(first.item_id, "")
-                item.explanation = sentence(first.kind, language, title, bought=first.bought)
+                kind = first.kind if known or first.kind == "popularity" else "nobody"
+                item.explanation = sentence(kind, language, title, bought=first.bought)
 
     def _exists(self, item_id: str, now: datetime) -> bool:
         table = self.pipeline.table
