@@ -250,9 +250,6 @@ def _request(query: Query, task: Task) -> pb.RecommendRequest:
         session=[event_pb2.SessionItem(item_id=item_id) for item_id in query.session],
         page_size=PAGE,
         bought_policy=policy,
-        diversity=0,
-        exploration=0,
-        rotation=False,
     )
     for attribute, text in task.filter.items():
         part = request.filter.all_of.filters.add()
