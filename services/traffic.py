@@ -5,7 +5,7 @@ once as each thing that was done with it, whatever is sent twice; of which answe
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -103,9 +103,13 @@ def traffic(
         group.revenue += paid.get(key, 0.0)
         for event_type in done.get(key, ()):
             group.done[event_type] = group.done.get(event_type, 0) + 1
-    order: Callable[[str], tuple[int, str]] = lambda name: (int(name) if name.isdecimal() else 0, name)  # noqa: E731
-    ordered = {name: groups[name] for name in sorted(groups, key=order)}
+    ordered = {name: groups[name] for name in sorted(groups, key=_place)}
     return Traffic(ordered, unreadable, sum(len(kinds) for key, kinds in done.items() if key not in shown))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Positions by their number, all else by name."""
+    return int(name) if name.isdecimal() else 0, name
 
 
 def _rows(connection: sa.Connection, since: datetime | None, until: datetime | None) -> Iterator[Any]:

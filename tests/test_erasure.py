@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services.ranking import behaviour as module
-from services.ranking import erasure
+from services.ranking import erasure, ranking
 from services.ranking.behaviour import BehaviourStore, Event, EventItem, Outcome
 from services.ranking.state import BehaviourState
 from tests.conftest import Clock
@@ -256,7 +256,10 @@ def test_a_caller_who_goes_away_does_not_leave_half_of_a_person(
         Shop(make_bundle(tmp_path / layout), tmp_path / layout / "state", layout, clock=None).run(body)
 
 
-def test_what_is_older_than_the_retention_goes_and_a_start_finds_what_is_left(tmp_path: Path) -> None:
+def test_what_is_older_than_the_retention_goes_and_a_start_finds_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "_BATCH", 2)  # so that a start reads batches of which nothing is left
     bundle, state = make_bundle(tmp_path), tmp_path / "state"
 
     async def old_and_new(stub: Any) -> None:

@@ -2,7 +2,7 @@
 
     python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--churn 100000] [--json FILE]
     python -m bench.index --rows 1000000 --storages fp16,pq --alone --churn 0
-    python -m bench.index --rows 10000000 --storages pq --alone --churn 0        # 40 GB of disk, hours
+    python -m bench.index --rows 10000000 --storages pq --alone --churn 0        # 20 GB of disk, an hour
 
 Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of texts
 too vary in few directions, and kept as float16, in a file where they are many. Recall is of the 100 nearest,

@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from services import store
 from services.catalog import identifier_problem, item_number
 from services.errors import AlreadyExists, FieldViolation, InvalidArgument
-from services.ranking import erasure, tables
+from services.ranking import erasure, identities, tables
 from services.ranking.erasure import Expired, Forgotten
 
 MAX_EVENT_ITEMS = 500
@@ -182,19 +182,18 @@ class BehaviourStore:
     def known_ids(self, user_id: str, visitor_id: str) -> dict[str, list[str]]:
         """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
         with self._engine.connect() as connection:
-            return erasure.known_ids(connection, user_id, visitor_id)
+            return identities.known_ids(connection, user_id, visitor_id)
 
     def exported(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Stored]:
         """A person's events after a sequence number, in commit order."""
-        with self._engine.connect() as connection:
-            keys = erasure.keys_of(connection, user_id, visitor_id)
-        query = (
-            sa.select(tables.events)
-            .where(tables.events.c.user_key.in_(keys), tables.events.c.sequence > after)
-            .order_by(tables.events.c.sequence)
-            .limit(limit)
-        )
-        with self._engine.connect() as connection:
+        with self._snapshot() as connection:
+            mine = tables.events.c.user_key.in_(identities.keys_of(connection, user_id, visitor_id))
+            query = (
+                sa.select(tables.events)
+                .where(mine, tables.events.c.sequence > after)
+                .order_by(tables.events.c.sequence)
+                .limit(limit)
+            )
             found = connection.execute(query).all()
             within = tables.event_items.c.sequence.in_([row.sequence for row in found])
             ordered = tables.event_items.select().where(within).order_by(tables.event_items.c.row)
@@ -261,18 +260,16 @@ class BehaviourStore:
 
     def history(self, user_id: str, visitor_id: str, before: datetime, limit: int) -> list[HistoryRow]:
         """What a person did, newest first, of events recorded strictly before a time."""
-        with self._engine.connect() as connection:
-            keys = erasure.keys_of(connection, user_id, visitor_id)
-        query = (
-            sa.select(tables.events, tables.event_items)
-            .join(tables.event_items, tables.event_items.c.sequence == tables.events.c.sequence)
-            .where(tables.events.c.user_key.in_(keys), tables.events.c.recorded < _micros(before))
-            .order_by(
-                tables.events.c.occurred.desc(), tables.events.c.sequence.desc(), tables.event_items.c.row
+        columns = tables.events.c
+        with self._snapshot() as connection:
+            mine = columns.user_key.in_(identities.keys_of(connection, user_id, visitor_id))
+            query = (
+                sa.select(tables.events, tables.event_items)
+                .join(tables.event_items, tables.event_items.c.sequence == columns.sequence)
+                .where(mine, columns.recorded < _micros(before))
+                .order_by(columns.occurred.desc(), columns.sequence.desc(), tables.event_items.c.row)
+                .limit(limit)
             )
-            .limit(limit)
-        )
-        with self._engine.connect() as connection:
             return [
                 HistoryRow(
                     sequence=row.sequence,
@@ -392,7 +389,7 @@ def _write(connection: sa.Connection, event: Event, now: datetime) -> Recorded:
             raise AlreadyExists("event", event.event_id, message)
         return Recorded(Outcome.DUPLICATE, known.sequence)
     sequence = store.take_sequence(connection, _SEQUENCE)
-    key = _user_key(connection, event, sequence)
+    key = identities.join(connection, event.user_id, event.visitor_id, sequence)
     connection.execute(tables.events.insert().values(_event_row(event, sequence, key, now)))
     rows = _item_rows(event, sequence)
     connection.execute(tables.event_items.insert(), rows)
@@ -416,10 +413,10 @@ def _load(connection: sa.Connection, events: Iterable[Event]) -> int:
     for sequence, event in enumerate(new, first):
         person = (event.user_id, event.visitor_id)
         if person not in keys:
-            keys[person] = _user_key(connection, event, sequence)
+            keys[person] = identities.join(connection, event.user_id, event.visitor_id, sequence)
     if any(visitor for _, visitor in keys):  # a later event may have joined two
         for user_id, visitor_id in keys:
-            mine = erasure.keys_of(connection, user_id, "" if user_id else visitor_id)
+            mine = identities.keys_of(connection, user_id, "" if user_id else visitor_id)
             [keys[user_id, visitor_id]] = mine
     event_rows: list[dict[str, object]] = []
     item_rows: list[dict[str, object]] = []
@@ -470,33 +467,6 @@ def _item_rows(event: Event, sequence: int) -> list[dict[str, object]]:
 
 def _content_hash(event: Event) -> bytes:
     return hashlib.blake2b(repr(event).encode(), digest_size=32).digest()
-
-
-def _user_key(connection: sa.Connection, event: Event, sequence: int) -> int:
-    """The person's key: the first event's sequence. An event with both ids joins the two.
-
-    What a visitor did who was nobody's yet becomes the user's; one who was another user's stays that user's.
-    """
-    ids = tables.identities.c
-    known = ((ids.kind == kind) & (ids.id == i) for kind, i in _named(event))
-    query = tables.identities.select().where(sa.or_(sa.false(), *known))
-    keys = {row.kind: row.user_key for row in connection.execute(query)}
-    visitor: int | None = keys.get("visitor")
-    if event.user_id and visitor is not None and keys.get("user") != visitor:
-        visitor = None if erasure.is_users(connection, visitor) else visitor
-    key: int = keys.get("user", sequence if visitor is None else visitor)
-    for kind, identifier in _named(event):
-        if kind not in keys:
-            connection.execute(tables.identities.insert().values(kind=kind, id=identifier, user_key=key))
-    if visitor not in (None, key):
-        for table in (tables.identities, tables.events):
-            connection.execute(table.update().where(table.c.user_key == visitor).values(user_key=key))
-    return key
-
-
-def _named(event: Event) -> list[tuple[str, str]]:
-    """The ids of an event that are not empty, with their kinds."""
-    return [(kind, i) for kind, i in (("user", event.user_id), ("visitor", event.visitor_id)) if i]
 
 
 def _micros(time: datetime) -> int:

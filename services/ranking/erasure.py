@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from services.ranking import tables
+from services.ranking import identities, tables
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,9 @@ class Forgotten:
     ids: int
 
 
-def keys_of(connection: sa.Connection, user_id: str, visitor_id: str) -> set[int]:
-    """The keys of a person; a visitor's who is another user's is not among them."""
-    ids = tables.identities.c
-    named = ((kind, i) for kind, i in (("user", user_id), ("visitor", visitor_id)) if i)
-    which = sa.or_(sa.false(), *((ids.kind == kind) & (ids.id == i) for kind, i in named))
-    keys = {row.kind: row.user_key for row in connection.execute(tables.identities.select().where(which))}
-    visitor = keys.get("visitor")
-    if user_id and visitor is not None and keys.get("user") != visitor and is_users(connection, visitor):
-        del keys["visitor"]
-    return set(keys.values())
-
-
-def is_users(connection: sa.Connection, key: int) -> bool:
-    """Whether a key is a user's, and not only a visitor's."""
-    ids = tables.identities.c
-    mine = sa.select(ids.id).where(ids.user_key == key, ids.kind == "user").limit(1)
-    return connection.execute(mine).first() is not None
-
-
-def known_ids(connection: sa.Connection, user_id: str, visitor_id: str) -> dict[str, list[str]]:
-    """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
-    found: dict[str, list[str]] = {"user": [], "visitor": []}
-    mine = tables.identities.c.user_key.in_(keys_of(connection, user_id, visitor_id))
-    for row in connection.execute(tables.identities.select().where(mine).order_by(tables.identities.c.id)):
-        found[row.kind].append(row.id)
-    return found
-
-
 def forget(connection: sa.Connection, user_id: str, visitor_id: str) -> Forgotten:
     """Delete a person who has either id."""
-    keys = frozenset(keys_of(connection, user_id, visitor_id))
+    keys = frozenset(identities.keys_of(connection, user_id, visitor_id))
     events = _delete(connection, tables.events.c.user_key.in_(keys))
     theirs = tables.identities.delete().where(tables.identities.c.user_key.in_(keys))
     return Forgotten(keys, len(events), connection.execute(theirs).rowcount)
