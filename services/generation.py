@@ -21,6 +21,7 @@ from services.settings import Settings
 if TYPE_CHECKING:
     from services.embedding.encoding import Encoding
     from services.embedding.items import Block, ItemStore
+    from services.gateway.served_log import ServedLog
     from services.gateway.servicer import GatewayServicer
     from services.ranking.behaviour import BehaviourStore
 
@@ -37,6 +38,7 @@ class Shared:
     clock: Callable[[], datetime]
     items: "ItemStore | None" = None
     events: "BehaviourStore | None" = None
+    served: "ServedLog | None" = None
 
 
 class Generation:
@@ -60,6 +62,7 @@ class Generation:
         self.catalogue: Any = None
         self.ranking: Any = None
         self.gateway: GatewayServicer | None = None
+        self.log: Any = None  # takes pages that its gateway answered
         self._mirror: Any = None
         self._closing: list[Callable[[], None]] = []
         try:
@@ -170,6 +173,9 @@ class Generation:
         self._closing.append(self.ranking.close)
         if days := self._settings.retention_days:
             self.background.append(partial(self.ranking.keep_for, days, self._shared.clock))
+        kept = [days for days in (self._settings.served_days, self._settings.retention_days) if days]
+        if kept:
+            self.background.append(partial(self.ranking.keep_pages_for, min(kept), self._shared.clock))
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:
@@ -190,9 +196,10 @@ class Generation:
         popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
         stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
         signed = tokens.Tokens(_secret(settings))
-        self.gateway = servicer.GatewayServicer(
-            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for, self._scenarios()
-        )
+        shared = self._shared
+        waiting = mirror.wait_for, self._scenarios(), shared.served
+        self.gateway = servicer.GatewayServicer(stages, embedding, ranking, signed, shared.clock, *waiting)
+        self.log = ranking.log
         self.servicers[GATEWAY] = self.gateway
 
     def _scenarios(self) -> Any:

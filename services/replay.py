@@ -102,6 +102,7 @@ def evaluate(
             address="127.0.0.1:0",
             clock=day + _NOON,
             graph_rows=0,  # exact, and the same in every process
+            served_days=0,
         )
         import_events(settings, bundle, shop)
         task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})

@@ -58,5 +58,8 @@ class Settings(BaseSettings):
     retention_days: int = Field(
         0, ge=0, description="events that happened longer ago are deleted; 0 keeps them"
     )
+    served_days: int = Field(
+        30, ge=0, description="days for which pages that were answered are kept; 0 keeps none"
+    )
     metrics: str = Field("", description="host:port where Prometheus finds figures over HTTP; empty: nowhere")
     clock: datetime | None = Field(None, description="a time that stands still, for replays of the past")

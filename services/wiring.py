@@ -53,11 +53,16 @@ class App:
         self._closing: list[Callable[[], None]] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._looking: asyncio.Task[None] | None = None
+        self._logging: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Future[None]] = set()
         self._preparation: Preparation | None = None
         self._server: Server | None = None
         self.port = 0
         self._shared = Shared(settings, tuple(name for name in ALL if name in hosted), _clock(settings.clock))
+        if GATEWAY in hosted and settings.served_days:
+            from services.gateway.served_log import ServedLog
+
+            self._shared.served = ServedLog(self._keep)
         bundle = Bundle(settings.bundle)
         if owned := sorted(set(hosted) - {GATEWAY}):
             self._closing.append(store.StateLock(settings.state / "-".join(owned)).release)
@@ -86,6 +91,8 @@ class App:
         if self.now.catalogue is not None:
             await self.now.catalogue.reencode()
         self._tasks = _running(self.now)
+        if self._shared.served is not None:
+            self._logging = asyncio.ensure_future(self._shared.served.run())
         services = [Service(NAMES[name], to, _add(name)) for name, to in self._currents.items()]
         if self.settings.metrics:
             self.metrics_port, close = self.telemetry.serve(self.settings.metrics)
@@ -110,6 +117,7 @@ class App:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
         await asyncio.gather(*self._retiring, return_exceptions=True)  # their calls have ended
+        await _ended([self._logging] if self._logging else [])
         await _ended(self._tasks)
         for generation in reversed(self._alive):
             generation.close()
@@ -145,6 +153,9 @@ class App:
         self._closing.append(engine.dispose)
         return engine
 
+    async def _keep(self, pages: Any) -> None:
+        await self.now.log(pages)  # of whichever bundle is served by then
+
     def _tell(self) -> None:
         """Let operators read what the encoders, the indexes and the next bundle do."""
 
@@ -162,7 +173,11 @@ class App:
         def preparation() -> Mapping[str, float]:
             return {"done": at.done, "left": at.left} if (at := self._preparation) else {}
 
+        def pages() -> Mapping[str, float]:
+            return self._shared.served.counts if self._shared.served else {}
+
         self.telemetry.add(
+            Reading("vitrine_served_pages_total", "Pages logged, and lost", "state", pages, counts=True),
             Reading("vitrine_encoded_total", "Rows encoded", "kind", lambda: work("totals"), counts=True),
             Reading(
                 "vitrine_encoding_waiting",

@@ -9,7 +9,8 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services import filters
 from services.catalog import item_number
-from services.gateway.rules import FILTER, Slate, arrange
+from services.gateway.rules import FILTER, Slate, arrange, relevance
+from services.gateway.trial import Trial, expectation, trial
 from services.gateway.wish import DEEPEST, Candidates, Ordered, Wish
 from services.item_table import ItemTable
 
@@ -29,14 +30,17 @@ class Assortment:
         if not wish.rules.reorder and (len(ranked.numbers) >= depth or not wish.fill):
             return ranked
         more: list[int] = []
-        arranged = arrange(self._slate(wish, retrieved, ranked, []), wish.rules, depth, more=wish.fill)
+        slate = self._slate(wish, retrieved, ranked, [])
+        arranged = arrange(slate, wish.rules, depth, more=wish.fill)
         if arranged is None:
             more = self._filling(wish, retrieved, ranked.numbers)
-            arranged = arrange(self._slate(wish, retrieved, ranked, more), wish.rules, depth)
+            slate = self._slate(wish, retrieved, ranked, more)
+            arranged = arrange(slate, wish.rules, depth)
         assert arranged is not None  # noqa: S101 - there is no more
         numbers = [*ranked.numbers, *more]
         scores = [*ranked.scores, *[0.0] * len(more)]
         shown = [numbers[place] for place in arranged.places]
+        pool = [numbers[place] for place in slate.trial.places.tolist()] if slate.trial else []
         candidates = Candidates(dict(ranked.candidates.sources))
         filled = [numbers[place] for place in arranged.places if place >= len(ranked.numbers)]
         candidates.add("catalogue", filled, [0.0] * len(filled))
@@ -55,6 +59,10 @@ class Assortment:
             candidates=candidates,
             degraded=[*ranked.degraded, *relaxed],
             moved={numbers[place]: why for place, why in arranged.moved.items()},
+            draws=arranged.draws,
+            pool=pool,
+            propensities={pool[draw.drawn]: draw.propensity for draw in arranged.draws},
+            relevances=relevance(slate.scores)[slate.trial.places].tolist() if slate.trial else (),
         )
 
     def of_quota(
@@ -175,4 +183,31 @@ class Assortment:
             quotas=quotas,
             shown=np.array([shown.get(n, 0.0) for n in ranked.numbers], np.float32),
             vectors=column[0][rows[:count]].astype(np.float32) if column and wish.rules.diversity else None,
+            trial=_trial(wish, retrieved, ranked) if wish.rules.exploration.share else None,
         )
+
+
+def _trial(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Ordered) -> Trial | None:
+    """What may be tried, of what was ranked; None for nothing."""
+    if retrieved is None:
+        return None
+    place_of = {number: place for place, number in enumerate(ranked.numbers)}
+    found, sources = retrieved.explorable, ranked.candidates.sources
+    held = [at for at, number in enumerate(found.item_numbers) if number in place_of]
+    if not held:
+        return None
+    numbers = [found.item_numbers[at] for at in held]
+    places = np.array([place_of[number] for number in numbers], np.int64)
+    expected = expectation(relevance(np.array(ranked.scores, np.float32))[places])
+    if ranked.probabilities:  # of the strongest event that they are known of
+        known = next(iter(ranked.probabilities.values()))
+        expected = np.array([known.get(number, np.nan) for number in numbers])
+    return trial(
+        places,
+        np.array([set(sources[number]) == {"explore"} for number in numbers], bool),
+        np.array(found.showings, np.float64)[held],
+        np.array(found.engagements, np.float64)[held],
+        np.nan_to_num(expected),
+        seed=wish.seed,
+        depth=wish.depth,
+    )

@@ -51,6 +51,9 @@ class Ranking(Protocol):
     ) -> ranking_pb.GetUserProfileResponse:
         """What a person's behaviour says of them."""
 
+    async def log(self, request: ranking_pb.LogPagesRequest) -> ranking_pb.LogPagesResponse:
+        """Keep pages that were answered."""
+
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """A person's state and candidates."""
 
@@ -107,6 +110,10 @@ class LocalRanking:
     ) -> ranking_pb.GetUserProfileResponse:
         """See `Ranking`."""
         return await _bounded(self._servicer.GetUserProfile(request, None))
+
+    async def log(self, request: ranking_pb.LogPagesRequest) -> ranking_pb.LogPagesResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.LogPages(request, None))
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""
@@ -176,6 +183,10 @@ class RemoteRanking:
     ) -> ranking_pb.GetUserProfileResponse:
         """See `Ranking`."""
         return await _sent(self._stub.GetUserProfile, request)
+
+    async def log(self, request: ranking_pb.LogPagesRequest) -> ranking_pb.LogPagesResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.LogPages, request)
 
     async def retrieve(self, request: ranking_pb.RetrieveRequest) -> ranking_pb.RetrieveResponse:
         """See `Ranking`."""

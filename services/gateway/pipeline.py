@@ -48,6 +48,7 @@ _SOURCES = {
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
 _OF_BEHAVIOUR = {name: source for source, name in _SOURCES.items()}
 _PER_QUOTA = 200
+_EXPLORED = 100
 _MAX_EXCLUDED = 100_000
 
 
@@ -197,6 +198,9 @@ class Pipeline:
             for result in searched.results if searched else ():
                 if _SPACES[result.space] in wanted:
                     candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
+        if retrieved is not None:
+            trial = retrieved.explorable
+            candidates.add("explore", trial.item_numbers, [1.0 / (1 + n) for n in trial.showings])
         for quota in wish.rules.quotas:
             if quota.condition is not None:
                 numbers = self._assortment.of_quota(wish, retrieved, quota.condition, _PER_QUOTA)
@@ -251,6 +255,8 @@ class Pipeline:
             sources=self._asked(wish),
             include_shown=wish.rules.rotation,
         )
+        if wish.rules.exploration.share and wish.items is None:
+            request.explore.CopyFrom(_explore(wish))
         return self._ranking.retrieve(request)
 
     @staticmethod
@@ -293,15 +299,27 @@ class Pipeline:
 def _by_rank(kept: Sequence[int], candidates: Candidates) -> np.ndarray:
     """Reciprocal rank fusion of the sources (Cormack et al., 2009), float32 (C,)."""
     total = np.zeros(len(kept), np.float32)
-    # A quota brings items without saying which is better.
-    names = sorted({source for number in kept for source in candidates.sources[number]} - {"quota"})
-    for name in names:
+    # A quota or a trial brings items without saying which is better.
+    names = {source for number in kept for source in candidates.sources[number]} - {"quota", "explore"}
+    for name in sorted(names):
         scores = np.array([candidates.sources[n].get(name, -np.inf) for n in kept])
         order = np.lexsort((np.array(kept), -scores))
         place = np.empty(len(kept))
         place[order] = np.arange(1, len(kept) + 1)
         total += np.where(np.isfinite(scores), 1 / (60 + place), 0).astype(np.float32)
     return total
+
+
+def _explore(wish: Wish) -> ranking_pb.Explore:
+    explored = wish.rules.exploration
+    return ranking_pb.Explore(
+        scenario=wish.scenario,
+        limit=_EXPLORED,
+        seed=wish.seed,
+        max_age_days=explored.max_age_days,
+        showings=explored.showings,
+        per_day=explored.per_day,
+    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a shop wants of a page beside its order: caps, boosts, quotas, diversity, a least relevance.
+"""What a shop wants of a page beside its order: caps, boosts, quotas, diversity, a least relevance, trials.
 
 A page is filled slot by slot, each with the best item that the rules allow there, so that a longer page
 begins with a shorter one. Knows arrays of items, neither messages nor where items come from.
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from services.filters import Filter
+from services.gateway.trial import Draw, Trial
 
 CAPS, MIN_RELEVANCE, FILTER = "caps", "min_relevance", "filter"
 RELAXABLE = (CAPS, MIN_RELEVANCE, FILTER)
@@ -46,6 +47,20 @@ class Quota:
 
 
 @dataclass(frozen=True)
+class Exploration:
+    """Of the first n slots floor(`share` * n) are for trying what is new.
+
+    At most `max_age_days` old, 0 for any age, and shown so less than `showings` times; of a scenario at most
+    `per_day` slots a day.
+    """
+
+    share: float = 0.0
+    max_age_days: int = 30
+    showings: int = 100
+    per_day: int | None = None
+
+
+@dataclass(frozen=True)
 class Rules:
     """All rules of a page. `relax` names what is given up, in this order, before a page stays short."""
 
@@ -56,12 +71,19 @@ class Rules:
     diversity: float = 0.0
     rotation: bool = False
     relax: tuple[str, ...] = ()
+    exploration: Exploration = Exploration()
 
     @property
     def reorder(self) -> bool:
         """Whether a page may differ from the order of its scores."""
         return bool(
-            self.caps or self.boosts or self.quotas or self.min_relevance or self.diversity or self.rotation
+            self.caps
+            or self.boosts
+            or self.quotas
+            or self.min_relevance
+            or self.diversity
+            or self.rotation
+            or self.exploration.share
         )
 
 
@@ -82,6 +104,7 @@ class Slate:
     quotas: np.ndarray
     shown: np.ndarray
     vectors: np.ndarray | None = None
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,7 @@ class Arranged:
     places: np.ndarray
     moved: dict[int, tuple[str, ...]] = field(default_factory=dict)
     relaxed: tuple[str, ...] = ()
+    draws: tuple[Draw, ...] = ()
 
 
 def relevance(scores: np.ndarray) -> np.ndarray:
@@ -109,56 +133,102 @@ def arrange(slate: Slate, rules: Rules, depth: int, *, more: bool = False) -> Ar
     None where there is `more` to fill with, which the slate lacks, and a slot needs it: so what a slot holds
     depends neither on `depth` nor on when the rest was brought.
     """
-    ranked, count = len(slate.scores), len(slate.outside)
-    plain = relevance(slate.scores)
-    sunk = 1 - np.exp2(-slate.shown / _SHOWINGS) if rules.rotation else np.zeros(ranked)
-    # Below any candidate, whatever lifts the one and sinks the other, in their own order.
-    filling = -5 - np.arange(count - ranked, dtype=np.float32) / max(count - ranked, 1)
-    worth = np.concatenate([plain - sunk, filling]) + np.clip(slate.boosts, -1, 1)
-    poor = np.concatenate([plain < rules.min_relevance, np.full(count - ranked, rules.min_relevance > 0)])
-    left = np.ones(count, bool)
-    near = np.concatenate([np.zeros(ranked, np.float32), np.ones(count - ranked, np.float32)])
-    caps = [_Window(cap, values) for cap, values in zip(rules.caps, slate.values, strict=True)]
-    chosen: list[int] = []
-    filled = [0] * len(rules.quotas)
-    moved: dict[int, tuple[str, ...]] = {}
-    relaxed: set[str] = set()
-    while len(chosen) < depth:
-        allowed, given_up = _allowed(left, caps, poor, slate.outside, rules.relax)
+    page = _Page(slate, rules)
+    while len(page.chosen) < depth:
+        allowed, given_up = page.allowed()
         if more and (allowed is None or given_up):
             return None
         if allowed is None:
             break
-        relaxed.update(given_up)
-        due = [n for n, q in enumerate(rules.quotas) if filled[n] < int(q.share * (len(chosen) + 1) + 1e-9)]
-        quota = next((n for n in due if (allowed & slate.quotas[n]).any()), None)
-        if more and any(
-            rules.quotas[n].condition is not None and not (allowed & slate.quotas[n]).any() for n in due
-        ):
-            return None
+        quota, lacking = page.quota(allowed)
         if quota is not None:
             allowed = allowed & slate.quotas[quota]
-        value = worth
-        if rules.diversity and len(chosen) < _DIVERSE_SLOTS:
+        drawn = page.drawn(allowed) if quota is None else None
+        usual = allowed & ~page.apart
+        if more and (lacking or (drawn is None and not usual.any())):
+            return None
+        page.relaxed.update(given_up)
+        if drawn is not None and slate.trial:
+            page.draws.append(drawn)
+            page.take(int(slate.trial.places[drawn.drawn]), "exploration")
+        else:
+            best = page.best(usual if usual.any() else allowed)
+            page.take(best, *(["quota"] if quota is not None else []))
+    relaxed = tuple(n for n in rules.relax if n in page.relaxed)
+    return Arranged(np.array(page.chosen, np.int64), page.moved, relaxed, tuple(page.draws))
+
+
+class _Page:
+    """A page that is being filled: places of the slate in `chosen`, and what that leaves to come."""
+
+    def __init__(self, slate: Slate, rules: Rules) -> None:
+        self._slate, self._rules = slate, rules
+        ranked, count = len(slate.scores), len(slate.outside)
+        plain = relevance(slate.scores)
+        sunk = 1 - np.exp2(-slate.shown / _SHOWINGS) if rules.rotation else np.zeros(ranked)
+        # Below any candidate, whatever lifts the one and sinks the other, in their own order.
+        filling = -5 - np.arange(count - ranked, dtype=np.float32) / max(count - ranked, 1)
+        self._worth = np.concatenate([plain - sunk, filling]) + np.clip(slate.boosts, -1, 1)
+        fills = np.full(count - ranked, rules.min_relevance > 0)
+        self._poor = np.concatenate([plain < rules.min_relevance, fills])
+        self._left = np.ones(count, bool)
+        self._near = np.concatenate([np.zeros(ranked, np.float32), np.ones(count - ranked, np.float32)])
+        self._caps = [_Window(cap, values) for cap, values in zip(rules.caps, slate.values, strict=True)]
+        self._filled = [0] * len(rules.quotas)
+        self.apart = np.zeros(count, bool)
+        if slate.trial is not None:
+            self.apart[slate.trial.places[slate.trial.only]] = True
+        self.chosen: list[int] = []
+        self.moved: dict[int, tuple[str, ...]] = {}
+        self.relaxed: set[str] = set()
+        self.draws: list[Draw] = []
+
+    def allowed(self) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """What may come next, bool (C + F,), and the rules given up for there to be any; None: nothing."""
+        return _allowed(self._left, self._caps, self._poor, self._slate.outside, self._rules.relax)
+
+    def quota(self, allowed: np.ndarray) -> tuple[int | None, bool]:
+        """The quota that the next slot is for, and whether one whose items can be brought lacks them."""
+        slots = len(self.chosen) + 1
+        promised = enumerate(self._rules.quotas)
+        due = [n for n, quota in promised if self._filled[n] < int(quota.share * slots + 1e-9)]
+        there = {n: bool((allowed & self._slate.quotas[n]).any()) for n in due}
+        lacking = any(self._rules.quotas[n].condition is not None and not there[n] for n in due)
+        return next((n for n in due if there[n]), None), lacking
+
+    def drawn(self, allowed: np.ndarray) -> Draw | None:
+        """What is tried in the next slot, where that is for trying something."""
+        due = int(self._rules.exploration.share * (len(self.chosen) + 1) + 1e-9)
+        if self._slate.trial is None or len(self.draws) >= due:
+            return None
+        return self._slate.trial.draw(len(self.chosen), allowed)
+
+    def best(self, allowed: np.ndarray) -> int:
+        """The place of the best that is allowed."""
+        value, diversity = self._worth, self._rules.diversity
+        if diversity and len(self.chosen) < _DIVERSE_SLOTS:
             # Maximal marginal relevance (Carbonell and Goldstein, 1998).
-            value = (1 - rules.diversity) * worth - rules.diversity * near
-        place = int(np.where(allowed, value, -np.inf).argmax())
-        why = [
+            value = (1 - diversity) * self._worth - diversity * self._near
+        return int(np.where(allowed, value, -np.inf).argmax())
+
+    def take(self, place: int, *why: str) -> None:
+        """Let an item have the next slot."""
+        slate, ranked = self._slate, len(self._slate.scores)
+        bore = [
             *(["boost"] if slate.boosts[place] else []),
-            *(["rotation"] if rules.rotation and place < ranked and slate.shown[place] else []),
-            *(["quota"] if quota is not None else []),
+            *(["rotation"] if self._rules.rotation and place < ranked and slate.shown[place] else []),
+            *why,
         ]
-        if why:
-            moved[place] = tuple(why)
-        for n in range(len(rules.quotas)):
-            filled[n] += bool(slate.quotas[n, place])
-        chosen.append(place)
-        left[place] = False
-        for window in caps:
+        if bore:
+            self.moved[place] = tuple(bore)
+        for n in range(len(self._rules.quotas)):
+            self._filled[n] += bool(slate.quotas[n, place])
+        self.chosen.append(place)
+        self._left[place] = False
+        for window in self._caps:
             window.take(place)
-        if rules.diversity and slate.vectors is not None and place < ranked:
-            near[:ranked] = np.maximum(near[:ranked], slate.vectors @ slate.vectors[place])
-    return Arranged(np.array(chosen, np.int64), moved, tuple(n for n in rules.relax if n in relaxed))
+        if self._rules.diversity and slate.vectors is not None and place < ranked:
+            self._near[:ranked] = np.maximum(self._near[:ranked], slate.vectors @ slate.vectors[place])
 
 
 class _Window:

@@ -1,24 +1,26 @@
 """Scenarios: what a server does in each place of a site, from a TOML file that may change while it is served.
 
 A table per scenario, with the fields of the message `Scenario` by their names. Without a file, or beside it,
-there are those of `BUILT_IN`.
+there are those of `BUILT_IN`. The table "experiments" has one `Experiment` per name.
 """
 
 import asyncio
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from vitrine.catalog.v1 import filter_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services import filters, wire
 from services.errors import InvalidArgument, NotFound
-from services.gateway.rules import RELAXABLE, Boost, Cap, Quota, Rules
+from services.gateway.experiments import Assigned, Experiment, assigned, experiment_from
+from services.gateway.rules import RELAXABLE, Boost, Cap, Exploration, Quota, Rules
 from services.gateway.wish import SOURCES
 
 HOME, SIMILAR = "home", "similar"
@@ -38,6 +40,8 @@ _AMONG, _MOST_AMONG = 20, 500
 _MOST = {"caps": 16, "boosts": 32, "quotas": 8}
 _MOST_BYTES = 64 * 1024
 _LOOK_EVERY = 1.0
+_EXPERIMENTS = "experiments"
+_Message = TypeVar("_Message", bound=Message)
 _log = logging.getLogger(__name__)
 
 
@@ -65,9 +69,15 @@ class Scenarios:
         self._path, self._seen, self._wrong = path, b"", ""
         self._known = _read(self._look())
 
+    def assigned(self, name: str, person: str) -> Assigned:
+        """By which scenario and arm a request is served, `person` being whatever tells people apart."""
+        scenario = name or HOME
+        experiment = next((e for e in self._known.experiments if e.scenario == scenario), None)
+        return assigned(experiment, scenario, person)
+
     def find(self, name: str) -> Scenario:
         """The scenario of that name, "home" for none; NotFound."""
-        found = self._known.get(name or HOME)
+        found = self._known.scenarios.get(name or HOME)
         if found is None:
             raise NotFound("scenario", name)
         return found
@@ -86,7 +96,10 @@ class Scenarios:
             self._wrong = str(error)
             return False
         self._wrong = ""
-        _log.info("%s: %d scenarios", self._path, len(self._known))
+        known = self._known
+        _log.info(
+            "%s: %d scenarios, %d experiments", self._path, len(known.scenarios), len(known.experiments)
+        )
         return True
 
     async def follow(self) -> None:
@@ -105,25 +118,49 @@ class Scenarios:
         return self._seen
 
 
-def _read(content: bytes) -> dict[str, Scenario]:
+@dataclass(frozen=True)
+class _Known:
+    scenarios: Mapping[str, Scenario]
+    experiments: Sequence[Experiment]
+
+
+def _read(content: bytes) -> _Known:
     try:
         stated = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # of the encoding or of TOML
         raise InvalidArgument.of("scenarios", f"is no TOML: {error}") from None
+    tables = stated.pop(_EXPERIMENTS, {})
     found = {}
     for name, table in {**BUILT_IN, **stated}.items():
-        message = pb.Scenario()
-        if not isinstance(table, dict):
-            raise InvalidArgument.of(f"scenarios.{name}", f"is {table!r}, no table")
+        scenario = _message(table, pb.Scenario(), f"scenarios.{name}")
         try:
-            json_format.ParseDict(table, message)
-        except (json_format.ParseError, RecursionError) as error:
-            raise InvalidArgument.of(f"scenarios.{name}", str(error)) from None
-        try:
-            found[name] = scenario_from(message)
+            found[name] = scenario_from(scenario)
         except InvalidArgument as error:
             raise error.under(f"scenarios.{name}") from None
-    return found
+    rules = {name: scenario.rules for name, scenario in found.items()}
+    experiments: list[Experiment] = []
+    if not isinstance(tables, dict):
+        raise InvalidArgument.of(_EXPERIMENTS, f"is {tables!r}, no table")
+    for name, table in tables.items():
+        where = f"{_EXPERIMENTS}.{name}"
+        message = _message(table, pb.Experiment(), where)
+        try:
+            one = experiment_from(name, message, rules)
+        except InvalidArgument as error:
+            raise error.under(where) from None
+        if twice := next((e.name for e in experiments if e.scenario == one.scenario), ""):
+            raise InvalidArgument.of(f"{where}.scenario", f"is that of {twice!r} already")
+        experiments.append(one)
+    return _Known(found, experiments)
+
+
+def _message(table: object, message: _Message, where: str) -> _Message:
+    if not isinstance(table, dict):
+        raise InvalidArgument.of(where, f"is {table!r}, no table")
+    try:
+        return json_format.ParseDict(table, message)
+    except (json_format.ParseError, RecursionError) as error:
+        raise InvalidArgument.of(where, str(error)) from None
 
 
 def scenario_from(message: pb.Scenario) -> Scenario:
@@ -136,6 +173,7 @@ def scenario_from(message: pb.Scenario) -> Scenario:
         rules_from(message.rules, Rules()),
         diversity=_share(message.diversity, "diversity"),
         rotation=message.rotation,
+        exploration=_exploration(message.exploration),
     )
     return Scenario(
         sources=tuple(message.sources),
@@ -210,6 +248,17 @@ def _quota(message: pb.Quota, field: str) -> Quota:
             return Quota(message.share, condition=wire.filter_from(message.filter, f"{field}.filter"))
         case _:
             raise InvalidArgument.of(field, "has neither source nor filter")
+
+
+def _exploration(message: pb.Exploration) -> Exploration:
+    found = Exploration(share=_share(message.share, "exploration.share"))
+    for name in ("max_age_days", "showings", "per_day"):
+        if message.HasField(name):
+            value = getattr(message, name)
+            if value < 0:
+                raise InvalidArgument.of(f"exploration.{name}", "must not be negative")
+            found = replace(found, **{name: value})
+    return found
 
 
 def _share(value: float, field: str) -> float:

@@ -1,40 +1,48 @@
 """`RecommendationService`: what other teams call. Validates, asks the pipeline, writes the answer."""
 
-import hashlib
+import asyncio
 import math
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from vitrine.catalog.v1 import event_pb2, filter_pb2, item_pb2
+from vitrine.catalog.v1 import event_pb2, item_pb2, served_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
-from services import filters, wire
+from services import wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
+from services.gateway.asking import both_filters, digest, numbers_of, person_key, seed_of, wish_of
 from services.gateway.clients import Embedding, Ranking
+from services.gateway.experiments import Arm, Assigned, interleaved
 from services.gateway.pipeline import Pipeline, person_of
-from services.gateway.rules import Rules
-from services.gateway.scenarios import HOME, SIMILAR, Scenario, Scenarios, rules_from
+from services.gateway.scenarios import HOME, SIMILAR, Scenarios
 from services.gateway.sentences import LANGUAGES, sentence
+from services.gateway.served_log import ServedLog, page_of
 from services.gateway.tokens import Tokens
-from services.gateway.wish import DEEPEST, Ordered, Wish
+from services.gateway.wish import Ordered, Wish
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 20
-MAX_SESSION = 200
-MAX_EXCLUDED = 10_000
-MAX_CONTEXT = 50
-MAX_ITEMS = 2000
 _SEARCH_DEPTH = 2000
 _RRF = 60
 _CROSS_MODAL_WEIGHT = 0.3
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a page begins in its answer, when and by whom that was first asked for, and who serves it."""
+
+    start: int
+    as_of: datetime
+    person: str
+    assigned: Assigned
 
 
 class GatewayServicer(pb_grpc.RecommendationServiceServicer):
@@ -49,39 +57,45 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         clock: Callable[[], datetime],
         wait_for: Callable[[int], Awaitable[None]],
         scenarios: Scenarios,
+        served: ServedLog | None = None,
     ) -> None:
         self.pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
-        self._scenarios = scenarios
+        self._scenarios, self._served = scenarios, served
         self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
 
     async def Recommend(self, request: pb.RecommendRequest, context: Any) -> pb.RecommendResponse:
         """A page for a person."""
         now = self._clock()
         size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
-        start, as_of = self._page(request, now)
-        page = slice(start, start + size)
-        wish = self._wish(request, as_of, page.stop + 1)
         request_id = request.request_id or uuid.uuid4().hex
+        place = self._page(request, request_id, now)
+        as_of, chosen = place.as_of, place.assigned
+        page = slice(place.start, place.start + size)
+        wish = wish_of(request, self._scenarios.find(chosen.scenario), as_of, page.stop + 1)
         if request.validate_only:
             return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
-        ordered = await self.pipeline.run(wish)
+        ordered = await self._run(request, chosen, wish)
         degraded, left_out = list(ordered.degraded), set(ordered.left_out)
         items = self._items(ordered, page)
         if request.include_reasons:
             await self._explain(wish, ordered, items, request.language or LANGUAGES[0], degraded)
         response = pb.RecommendResponse(
             items=items,
-            attribution_token=self._attribution(request_id, request.scenario or HOME, now),
+            attribution_token=self._attribution(request_id, request.scenario or HOME, now, chosen),
             versions=self._versions(as_of, ordered.state_sequence),
             degraded=degraded,
             request_id=request_id,
+            assignment=_assignment(chosen),
             stages=_stages(ordered) if request.debug else (),
             left_out_item_ids=[i for i in request.item_ids if item_number(i) in left_out],
         )
         if page.stop < len(ordered.numbers):
-            content = {"o": page.stop, "a": as_of.isoformat(), "h": _digest(request)}
+            content = {"o": page.stop, "a": as_of.isoformat(), "h": digest(request), "x": _mark(chosen)}
+            if not person_key(request, ""):
+                content["u"] = place.person
             response.next_page_token = self._tokens.sign("page", content, now)
+        self._log(request, ordered, page, request_id, chosen, as_of, items)
         return response
 
     async def ExplainItem(self, request: pb.ExplainItemRequest, context: Any) -> pb.ExplainItemResponse:
@@ -91,8 +105,9 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         asked, now = request.request, self._clock()
         try:
             size = wire.check_limit(asked.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
-            start, as_of = self._page(asked, now)
-            wish = self._wish(asked, as_of, start + size)
+            place = self._page(asked, asked.request_id or uuid.uuid4().hex, now)
+            depth = place.start + size
+            wish = wish_of(asked, self._scenarios.find(place.assigned.scenario), place.as_of, depth)
         except InvalidArgument as error:
             raise error.under("request") from None
         await self._wait_for(asked.min_sequence)
@@ -111,7 +126,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         if answer.ranked:
             at = ordered.ranked.index(number)
             response.item.CopyFrom(self._item(ordered, number, request.item_id, ordered.ranked_scores[at]))
-        if shown := ordered.scores[: start + size]:
+        if shown := ordered.scores[:depth]:
             response.last_score = shown[-1]
         return response
 
@@ -125,11 +140,11 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         if not self._exists(request.item_id, now):
             raise NotFound("item", request.item_id)
         scenario = self._scenarios.find(SIMILAR)
-        sent, condition = _both(scenario, request.filter if request.HasField("filter") else None)
+        sent, condition = both_filters(scenario, request.filter if request.HasField("filter") else None)
         wish = Wish(
             person=person_of("", "", [event_pb2.SessionItem(item_id=request.item_id)]),
             as_of=now,
-            excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
+            excluded=numbers_of(request.exclude_item_ids, "exclude_item_ids"),
             filter=sent,
             condition=condition,
             min_sequence=request.min_sequence,
@@ -138,11 +153,16 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             rules=scenario.rules,
             depth=size,
             loose=scenario.condition,
+            scenario=SIMILAR,
+            seed=seed_of(pb.RecommendRequest(context_item_ids=[request.item_id]), now),
         )
         ordered = await self.pipeline.run(wish)
+        items, request_id = self._items(ordered, slice(0, size)), uuid.uuid4().hex
+        asked = pb.RecommendRequest(scenario=SIMILAR)
+        self._log(asked, ordered, slice(0, size), request_id, Assigned(SIMILAR), now, items)
         return pb.SimilarItemsResponse(
-            items=self._items(ordered, slice(0, size)),
-            attribution_token=self._attribution(uuid.uuid4().hex, SIMILAR, now),
+            items=items,
+            attribution_token=self._attribution(request_id, SIMILAR, now),
             versions=self._versions(now, ordered.state_sequence),
             degraded=ordered.degraded,
         )
@@ -201,9 +221,11 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
 
     async def DeleteUser(self, request: pb.DeleteUserRequest, context: Any) -> pb.DeleteUserResponse:
         """Forget a person."""
+        if self._served is not None:
+            await self._served.flush()
         asked = ranking_pb.DeleteUserRequest(user_id=request.user_id, visitor_id=request.visitor_id)
         deleted = await self._ranking.delete_user(asked)
-        return pb.DeleteUserResponse(events=deleted.events, ids=deleted.ids)
+        return pb.DeleteUserResponse(events=deleted.events, ids=deleted.ids, pages=deleted.pages)
 
     async def GetUserProfile(
         self, request: pb.GetUserProfileRequest, context: Any
@@ -229,6 +251,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             visitor_ids=page.visitor_ids,
             events=page.events,
             next_page_token=page.next_page_token,
+            pages=page.pages,
         )
 
     async def BatchUpsertItems(
@@ -259,40 +282,79 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         deleted = await self._embedding.delete(embedding_pb.DeleteItemsRequest(item_ids=request.item_ids))
         return pb.DeleteItemsResponse(outcomes=deleted.outcomes)
 
-    def _page(self, request: pb.RecommendRequest, now: datetime) -> tuple[int, datetime]:
-        """Where the page begins and the moment that all pages of an answer share."""
-        if not request.page_token:
-            return 0, now
-        content = self._tokens.read("page", request.page_token, now, "page_token")
-        if content["h"] != _digest(request):
-            raise InvalidArgument.of("page_token", "belongs to another request; only page_size may change")
-        return content["o"], datetime.fromisoformat(content["a"])
+    def _page(self, request: pb.RecommendRequest, request_id: str, now: datetime) -> _Place:
+        """Where the page begins, with the moment and the arm that all pages of an answer share."""
+        start, as_of, person = 0, now, person_key(request, request_id)
+        content = None
+        if request.page_token:
+            content = self._tokens.read("page", request.page_token, now, "page_token")
+            if content["h"] != digest(request):
+                why = "belongs to another request; only page_size may change"
+                raise InvalidArgument.of("page_token", why)
+            start, as_of = content["o"], datetime.fromisoformat(content["a"])
+            person = content.get("u", person)
+        chosen = self._scenarios.assigned(request.scenario, person)
+        if content is not None and content["x"] != _mark(chosen):
+            raise InvalidArgument.of("page_token", "is of an experiment that has changed; begin again")
+        return _Place(start, as_of, person, chosen)
 
-    def _wish(self, request: pb.RecommendRequest, as_of: datetime, depth: int) -> Wish:
-        scenario = self._scenarios.find(request.scenario)
-        _check(request)
-        sent, condition = _both(scenario, request.filter if request.HasField("filter") else None)
-        context = [event_pb2.SessionItem(item_id=item_id) for item_id in request.context_item_ids]
-        policy, named = request.bought_policy, bool(request.item_ids)
-        return Wish(
-            person=person_of(
-                request.user_id, request.visitor_id, [*request.session, *context][-MAX_SESSION:]
-            ),
-            as_of=as_of,
-            excluded=_numbers(request.exclude_item_ids, "exclude_item_ids"),
-            exclude_bought=(
-                policy == pb.BOUGHT_POLICY_EXCLUDE if policy or named else scenario.exclude_bought
-            ),
-            filter=sent,
-            condition=condition,
-            min_sequence=request.min_sequence,
-            sources=scenario.sources,
-            by_source=scenario.by_source,
-            items=tuple(dict.fromkeys(map(item_number, request.item_ids))) if named else None,
-            rules=_rules(request, scenario),
-            depth=min(depth, DEEPEST),
-            fill=not named,
-            loose=scenario.condition,
+    async def _run(self, request: pb.RecommendRequest, chosen: Assigned, wish: Wish) -> Ordered:
+        """What is shown of a request, by the arm or arms that serve it."""
+        if chosen.rival is None or chosen.arm is None:
+            return await self.pipeline.run(wish)
+        other = wish_of(request, self._scenarios.find(chosen.rival.scenario), wish.as_of, wish.depth)
+        both = await asyncio.gather(self.pipeline.run(wish), self.pipeline.run(other))
+        return interleaved(both, (chosen.arm.name, chosen.rival.name), wish.depth, wish.seed)
+
+    def _log(
+        self,
+        request: pb.RecommendRequest,
+        ordered: Ordered,
+        page: slice,
+        request_id: str,
+        chosen: Assigned,
+        as_of: datetime,
+        items: Sequence[pb.Recommendation],
+    ) -> None:
+        """Let a page be kept, and those of shadows be made."""
+        if self._served is None:
+            return
+        logged = page_of(
+            request,
+            ordered,
+            page,
+            items=[item.item_id for item in items],
+            request_id=request_id,
+            scenario=request.scenario or HOME,
+            bundle=self.pipeline.bundle,
+            at=as_of,
+        )
+        logged.experiment, logged.arm = chosen.experiment, "" if chosen.rival else _arm(chosen)
+        self._served.add(logged)
+        for arm in chosen.shadows:
+            self._served.beside(self._shadow(request, page, logged, arm, as_of))
+
+    async def _shadow(
+        self,
+        request: pb.RecommendRequest,
+        page: slice,
+        shown: served_pb2.ServedPage,
+        arm: Arm,
+        as_of: datetime,
+    ) -> served_pb2.ServedPage:
+        """The page that another arm would have shown."""
+        wish = wish_of(request, self._scenarios.find(arm.scenario), as_of, page.stop + 1)
+        ordered = await self.pipeline.run(wish)
+        return page_of(
+            request,
+            ordered,
+            page,
+            items=[item.item_id for item in self._items(ordered, page)],
+            request_id=shown.request_id,
+            scenario=shown.scenario,
+            bundle=shown.bundle,
+            at=as_of,
+            shadow_of=(shown.experiment, arm.name),
         )
 
     def _items(self, ordered: Ordered, page: slice) -> list[pb.Recommendation]:
@@ -314,6 +376,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             if not math.isnan(probabilities.get(number, math.nan)):
                 item.probabilities.add(type=name, probability=probabilities[number])
         item.rules.extend(ordered.moved.get(number, ()))
+        item.propensity = ordered.propensities.get(number, 1.0)
         return item
 
     async def _explain(
@@ -347,8 +410,13 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         row = int(table.rows([item_number(item_id)])[0])
         return row >= 0 and bool(table.available(now)[row])
 
-    def _attribution(self, request_id: str, scenario: str, now: datetime) -> str:
-        return self._tokens.sign("shown", {"r": request_id, "s": scenario, "b": self.pipeline.bundle}, now)
+    def _attribution(
+        self, request_id: str, scenario: str, now: datetime, chosen: Assigned | None = None
+    ) -> str:
+        content = {"r": request_id, "s": scenario, "b": self.pipeline.bundle}
+        if chosen is not None and chosen.experiment:
+            content["x"] = _mark(chosen)
+        return self._tokens.sign("shown", content, now)
 
     def _versions(self, as_of: datetime, event_sequence: int) -> pb.Versions:
         return pb.Versions(
@@ -359,43 +427,19 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         )
 
 
-def _check(request: pb.RecommendRequest) -> None:
-    """InvalidArgument names the first field that is wrong by itself."""
-    for name in ("user_id", "visitor_id", "session_id", "request_id"):
-        value = getattr(request, name)
-        if value and (problem := identifier_problem(value)):
-            raise InvalidArgument.of(name, problem)
-    if len(request.session) > MAX_SESSION:
-        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
-    for at, item in enumerate(request.session):
-        if problem := identifier_problem(item.item_id):
-            raise InvalidArgument.of(f"session[{at}].item_id", problem)
-    for name, most in (("context_item_ids", MAX_CONTEXT), ("item_ids", MAX_ITEMS)):
-        for at, item_id in enumerate(ids := getattr(request, name)):
-            if problem := identifier_problem(item_id):
-                raise InvalidArgument.of(f"{name}[{at}]", problem)
-        if len(ids) > most:
-            raise InvalidArgument.of(name, f"has {len(ids)}, at most {most} are allowed")
-    if not 0 <= request.diversity <= 1:
-        raise InvalidArgument.of("diversity", "must be between 0 and 1")
-    if request.language and request.language not in LANGUAGES:
-        raise InvalidArgument.of("language", f"is none of {', '.join(LANGUAGES)}")
-    if request.exploration:
-        raise InvalidArgument.of("exploration", "must be 0: this server does not explore yet")
+def _arm(chosen: Assigned) -> str:
+    return chosen.arm.name if chosen.arm else ""
 
 
-def _rules(request: pb.RecommendRequest, scenario: Scenario) -> Rules:
-    """The rules of a scenario with those of a request in their place; InvalidArgument where it is locked."""
-    own: tuple[Literal["rules", "diversity", "rotation"], ...] = ("rules", "diversity", "rotation")
-    for part in own:
-        if scenario.locked and request.HasField(part):
-            raise InvalidArgument.of(part, f"is not for a request: scenario {request.scenario!r} is locked")
-    rules = rules_from(request.rules, scenario.rules)
-    if request.HasField("diversity"):
-        rules = replace(rules, diversity=request.diversity)
-    if request.HasField("rotation"):
-        rules = replace(rules, rotation=request.rotation)
-    return rules
+def _mark(chosen: Assigned) -> str:
+    """The experiment and arm of an answer, as tokens hold them."""
+    return f"{chosen.experiment}/{'' if chosen.rival else _arm(chosen)}" if chosen.experiment else ""
+
+
+def _assignment(chosen: Assigned) -> pb.Assignment | None:
+    if not chosen.experiment:
+        return None
+    return pb.Assignment(experiment=chosen.experiment, arm="" if chosen.rival else _arm(chosen))
 
 
 def _stages(ordered: Ordered) -> list[pb.Stage]:
@@ -404,33 +448,3 @@ def _stages(ordered: Ordered) -> list[pb.Stage]:
 
 def _sources(scores: dict[str, float]) -> list[pb.SourceScore]:
     return [pb.SourceScore(source=name, score=score) for name, score in sorted(scores.items())]
-
-
-def _numbers(ids: Sequence[str], field: str) -> frozenset[int]:
-    if len(ids) > MAX_EXCLUDED:
-        raise InvalidArgument.of(field, f"has {len(ids)}, at most {MAX_EXCLUDED} are allowed")
-    return frozenset(item_number(item_id) for item_id in ids)
-
-
-def _both(
-    scenario: Scenario, sent: filter_pb2.Filter | None
-) -> tuple[filter_pb2.Filter | None, filters.Filter | None]:
-    """What both a scenario and a request ask of items, as a message and decoded."""
-    if sent is None:
-        return scenario.filter, scenario.condition
-    mine = wire.filter_from(sent)
-    if scenario.filter is None or scenario.condition is None:
-        return sent, mine
-    both = filter_pb2.Filter(all_of=filter_pb2.AllOf(filters=[scenario.filter, sent]))
-    try:
-        return both, wire.filter_from(both)
-    except InvalidArgument as error:
-        raise InvalidArgument.of("filter", f"with the scenario's own filter: {error}") from None
-
-
-def _digest(request: pb.RecommendRequest) -> str:
-    same = pb.RecommendRequest()
-    same.CopyFrom(request)
-    for name in ("page_token", "page_size", "request_id", "min_sequence"):
-        same.ClearField(name)
-    return hashlib.blake2b(same.SerializeToString(deterministic=True), digest_size=8).hexdigest()

@@ -9,6 +9,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import filters
 from services.catalog import item_number
 from services.gateway.assortment import Assortment
+from services.gateway.rules import Exploration
 from services.gateway.wish import Ordered, Wish
 from services.item_table import ItemTable
 
@@ -86,6 +87,7 @@ def _without(wish: Wish) -> list[tuple[str, Wish]]:
         "min_relevance": replace(rules, min_relevance=0.0),
         "diversity": replace(rules, diversity=0.0),
         "rotation": replace(rules, rotation=False),
+        "exploration": replace(rules, exploration=Exploration()),
     }
     return [(name, replace(wish, rules=some)) for name, some in less.items() if some != rules]
 

@@ -10,6 +10,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services import filters
 from services.gateway.rules import Rules
+from services.gateway.trial import Draw
 
 SOURCES = frozenset(
     ("graph", "popular", "rising", "new", "family", "affinity", "sequence", "words", "text", "image")
@@ -26,6 +27,7 @@ class Wish:
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
     order is the sources' own where `by_source`. Where fewer than `depth` are allowed and it is to `fill`,
     others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
+    What is explored is taken from the budget of `scenario`, and drawn by `seed`.
     """
 
     person: ranking_pb.Person
@@ -42,6 +44,8 @@ class Wish:
     depth: int = DEEPEST
     fill: bool = False
     loose: filters.Filter | None = None
+    scenario: str = ""
+    seed: int = 0
 
 
 @dataclass
@@ -80,7 +84,8 @@ class Stage:
 class Ordered:
     """Every candidate that may be shown, best first, with what its place rests on.
 
-    `ranked` are those that were ranked, as they were before the rules.
+    `ranked` are those that were ranked, as they were before the rules. `draws` were made among `pool`, item
+    numbers, of the `relevances`, with the `propensities`. Of a page of two `arms` each item has its own.
     """
 
     numbers: list[int]
@@ -95,3 +100,8 @@ class Ordered:
     stages: Sequence[Stage] = ()
     ranked: Sequence[int] = ()
     ranked_scores: Sequence[float] = ()
+    draws: Sequence[Draw] = ()
+    pool: Sequence[int] = ()
+    relevances: Sequence[float] = ()
+    propensities: Mapping[int, float] = field(default_factory=dict)
+    arms: Sequence[str] = ()

@@ -24,8 +24,9 @@ import sqlalchemy as sa
 from services import store
 from services.catalog import identifier_problem, item_number
 from services.errors import AlreadyExists, FieldViolation, InvalidArgument
-from services.ranking import erasure, identities, tables
+from services.ranking import erasure, identities, served, tables
 from services.ranking.erasure import Expired, Forgotten
+from services.ranking.served import Kept, ServedLog
 
 MAX_EVENT_ITEMS = 500
 MAX_TOKEN_LENGTH = 4096
@@ -138,6 +139,7 @@ class BehaviourStore:
             engine, [tables.events, tables.event_items, tables.identities, tables.counters], _SEQUENCE
         )
         self._writer = store.Writer(engine)
+        self.served = ServedLog(engine, self._writer)
 
     def close(self) -> None:
         """Commit what is waiting and stop."""
@@ -171,13 +173,24 @@ class BehaviourStore:
         return self._writer.submit(lambda connection: _load(connection, events))
 
     def forget(self, user_id: str, visitor_id: str) -> Future[Forgotten]:
-        """Delete all that is known of a person: events, their keys, what they counted, and every id."""
-        return self._writer.submit(lambda connection: erasure.forget(connection, user_id, visitor_id))
+        """Delete all that is known of a person: events, keys, what they counted, pages, and every id."""
+
+        def forget(connection: sa.Connection) -> Forgotten:
+            forgotten = erasure.forget(connection, user_id, visitor_id)
+            self.served.forgot(forgotten.person, _micros(self._clock()))
+            return forgotten
+
+        return self._writer.submit(forget)
 
     def expire(self, before: datetime, limit: int) -> Future[Expired]:
         """Delete at most `limit` events that happened before a time, the oldest first."""
         at = _micros(before)
         return self._writer.submit(lambda connection: erasure.expire(connection, at, limit))
+
+    def expire_pages(self, before: datetime, limit: int) -> Future[int]:
+        """Delete at most `limit` pages that were answered before a time, the oldest first; how many."""
+        at = _micros(before)
+        return self._writer.submit(lambda connection: served.expire(connection, at, limit))
 
     def known_ids(self, user_id: str, visitor_id: str) -> dict[str, list[str]]:
         """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
@@ -217,6 +230,12 @@ class BehaviourStore:
             )
             for row in found
         ]
+
+    def exported_pages(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Kept]:
+        """The pages a person was answered, after a place in the log."""
+        with self._engine.connect() as connection:
+            person = identities.person(connection, user_id, visitor_id)
+        return self.served.exported(person, after, limit)
 
     def rows(self, after: int, limit: int) -> Rows:
         """The items of up to `limit` events committed after a sequence number, in commit order."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from services.ranking import identities, tables
+from services.ranking import identities, served, tables
 
 
 @dataclass(frozen=True)
@@ -18,19 +18,23 @@ class Expired:
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The keys a person had, and how many events and ids were deleted."""
+    """The keys and ids a person had, and how many events, ids and pages were deleted."""
 
     user_keys: frozenset[int]
     events: int
     ids: int
+    pages: int
+    person: served.Person
 
 
 def forget(connection: sa.Connection, user_id: str, visitor_id: str) -> Forgotten:
     """Delete a person who has either id."""
     keys = frozenset(identities.keys_of(connection, user_id, visitor_id))
+    person = identities.person(connection, user_id, visitor_id)
+    pages = served.forget(connection, person)
     events = _delete(connection, tables.events.c.user_key.in_(keys))
     theirs = tables.identities.delete().where(tables.identities.c.user_key.in_(keys))
-    return Forgotten(keys, len(events), connection.execute(theirs).rowcount)
+    return Forgotten(keys, len(events), connection.execute(theirs).rowcount, pages, person)
 
 
 def expire(connection: sa.Connection, before: int, limit: int) -> Expired:

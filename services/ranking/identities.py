@@ -7,6 +7,7 @@ The first user of a device keeps its visitor's id; to every other user that visi
 import sqlalchemy as sa
 
 from services.ranking import tables
+from services.ranking.served import Person
 
 
 def keys_of(connection: sa.Connection, user_id: str, visitor_id: str) -> set[int]:
@@ -24,6 +25,14 @@ def known_ids(connection: sa.Connection, user_id: str, visitor_id: str) -> dict[
     for row in connection.execute(tables.identities.select().where(mine).order_by(tables.identities.c.id)):
         found[row.kind].append(row.id)
     return found
+
+
+def person(connection: sa.Connection, user_id: str, visitor_id: str) -> Person:
+    """Every id of a person, those of whom no event tells among them."""
+    known = known_ids(connection, user_id, visitor_id)
+    theirs = _is_theirs(connection, user_id, _known(connection, user_id, visitor_id))
+    visitors = {*known["visitor"], *([visitor_id] if visitor_id and theirs else [])}
+    return Person(frozenset({*known["user"], *([user_id] if user_id else [])}), frozenset(visitors))
 
 
 def join(connection: sa.Connection, user_id: str, visitor_id: str, new_key: int) -> int:

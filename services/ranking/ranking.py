@@ -25,6 +25,7 @@ from services.item_table import ItemTable
 from services.ranking.basis import Basis
 from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded, Stored
 from services.ranking.erasure import Forgotten
+from services.ranking.exploring import Explorable, Explore, explorable
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
@@ -33,6 +34,7 @@ from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
 from services.ranking.sequence import SequenceView
+from services.ranking.served import Kept, Served
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
 
@@ -91,6 +93,7 @@ class Retrieved:
     sequence: int
     shown: tuple[np.ndarray, np.ndarray] | None = None
     """What was shown of late and not followed up, when asked for: see `BehaviourState.ignored`."""
+    explorable: Explorable | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,23 @@ class Ranking:
             await self._on(self.store.scrub)
         return many
 
+    async def log(self, pages: Sequence[Served]) -> int:
+        """Keep pages that were answered; how many."""
+        return await asyncio.wrap_future(self.store.served.write(pages))
+
+    async def keep_pages_for(self, days: int, clock: Callable[[], datetime]) -> None:
+        """Delete pages that were answered more than so many days ago, without end."""
+        while True:
+            many = 0
+            while count := await asyncio.wrap_future(
+                self.store.expire_pages(clock() - timedelta(days=days), _EXPIRED_AT_ONCE)
+            ):
+                many += count
+            if many:
+                await self._on(self.store.scrub)
+                _log.info("%d pages of more than %d days ago were deleted", many, days)
+            await asyncio.sleep(_BETWEEN_EXPIRIES)
+
     async def keep_for(self, days: int, clock: Callable[[], datetime]) -> None:
         """Delete what is older than so many days, without end."""
         while True:
@@ -229,6 +249,10 @@ class Ranking:
                 self.store.exported(user_id, visitor_id, after, limit),
             )
         )
+
+    async def export_pages(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Kept]:
+        """At most `limit` pages that a person was answered, after a place in the log."""
+        return await self._on(lambda: self.store.exported_pages(user_id, visitor_id, after, limit))
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Wait for what must not stop in the middle, as it would when a caller goes away."""
@@ -261,12 +285,14 @@ class Ranking:
         sources: Collection[str] = (),
         min_sequence: int = 0,
         include_shown: bool = False,
+        explore: Explore | None = None,
     ) -> Retrieved:
         """A person's state and at most `limit` candidates per source, under the filter."""
         await self.view.wait_for(min_sequence)
 
         def retrieve() -> Retrieved:
-            found = self._retrieve(person, as_of, limit, condition, excluded, exclude_bought, sources)
+            asked = condition, excluded, exclude_bought, sources, explore
+            found = self._retrieve(person, as_of, limit, *asked)
             if not include_shown:
                 return found
             cut, ids = self.cut(as_of), (person.user_id, person.visitor_id)
@@ -344,6 +370,7 @@ class Ranking:
         excluded: Collection[int],
         exclude_bought: bool,
         sources: Collection[str],
+        explore: Explore | None,
     ) -> Retrieved:
         sequence = self.state.sequence
         query, past = self.query(person, as_of, sequence)
@@ -364,7 +391,11 @@ class Ranking:
             candidates[source] = Candidates(table.item_numbers[rows], scores)
         numbers, kinds, ages, weights = self._history(person, past, self.cut(as_of))
         bought = np.unique(past.number[np.isin(past.kind, self._targets)])
-        return Retrieved(numbers, kinds, ages, weights, bought, candidates, sequence)
+        trial = None
+        if explore is not None:
+            before = (as_of - _EPOCH) // timedelta(microseconds=1)
+            trial = explorable(explore, allowed, now, table, self.store.served, before)
+        return Retrieved(numbers, kinds, ages, weights, bought, candidates, sequence, explorable=trial)
 
     def _history(
         self, person: Person, past: Columns, cut: int

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
-from vitrine.catalog.v1 import event_pb2, item_pb2, profile_pb2
+from vitrine.catalog.v1 import event_pb2, item_pb2, profile_pb2, served_pb2
 from vitrine.ranking.v1 import ranking_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2_grpc as pb_grpc
 
@@ -13,13 +13,18 @@ from services import status, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.ranking.behaviour import Event, EventItem, Outcome, Recorded, Stored
+from services.ranking.exploring import Explorable, Explore
 from services.ranking.people import UserProfile
 from services.ranking.ranking import Person, Ranking, Retrieved
 from services.ranking.reasons import KINDS
+from services.ranking.served import Served
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DIGITS = 19
+_NO_MORE = 2**63 - 1
 MAX_EVENTS = 1000
+MAX_PAGES = 1000
+MAX_EXPLORED = 500
 DEFAULT_PAGE = 100
 MAX_LIMIT = 2000
 MAX_EXCLUDED = 100_000
@@ -63,23 +68,35 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         """Forget a person."""
         _check_ids(request)
         forgotten = await self._ranking.forget(request.user_id, request.visitor_id)
-        return pb.DeleteUserResponse(events=forgotten.events, ids=forgotten.ids)
+        return pb.DeleteUserResponse(events=forgotten.events, ids=forgotten.ids, pages=forgotten.pages)
 
     async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
         """A page of what is known of a person."""
         _check_ids(request)
         limit = wire.check_limit(request.page_size, MAX_EVENTS, "page_size", DEFAULT_PAGE)
-        token = request.page_token
-        after = int(token) if token.isascii() and token.isdecimal() and len(token) <= _DIGITS else 0
-        if token and not 0 < after < 2**63:
-            raise InvalidArgument.of("page_token", "is not a token of this service")
-        ids, events = await self._ranking.export(request.user_id, request.visitor_id, after, limit + 1)
+        of_pages, after = _export_token(request.page_token)
+        person = request.user_id, request.visitor_id
+        # After a page's place in the log there are no events any more.
+        ids, events = await self._ranking.export(*person, _NO_MORE if of_pages else after, limit + 1)
         response = pb.ExportUserResponse(user_ids=ids["user"], visitor_ids=ids["visitor"])
         for stored in events[:limit]:
             response.events.append(_stored(stored))
         if len(events) > limit:
             response.next_page_token = str(events[limit - 1].sequence)
+            return response
+        left = limit - len(events)
+        pages = await self._ranking.export_pages(*person, after if of_pages else 0, left + 1)
+        response.pages.extend(served_pb2.ServedPage.FromString(page.content) for page in pages[:left])
+        if len(pages) > left:
+            response.next_page_token = f"p{pages[left - 1].sequence if left else 0}"
         return response
+
+    async def LogPages(self, request: pb.LogPagesRequest, context: Any) -> pb.LogPagesResponse:
+        """Keep pages that were answered."""
+        if not 1 <= len(request.pages) <= MAX_PAGES:
+            raise InvalidArgument.of("pages", f"has {len(request.pages)}, 1 to {MAX_PAGES} are allowed")
+        await self._ranking.log([_served(at, page) for at, page in enumerate(request.pages)])
+        return pb.LogPagesResponse()
 
     async def GetUserProfile(
         self, request: pb.GetUserProfileRequest, context: Any
@@ -107,6 +124,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             sources=[_NAMES[s] for s in request.sources],
             min_sequence=request.min_sequence,
             include_shown=request.include_shown,
+            explore=_explore(request.explore) if request.HasField("explore") else None,
         )
         return self._retrieved(retrieved)
 
@@ -180,6 +198,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             bundle=self._bundle,
             shown_item_numbers=retrieved.shown[0].tolist() if retrieved.shown else (),
             shown_counts=retrieved.shown[1].tolist() if retrieved.shown else (),
+            explorable=_explorable(retrieved.explorable) if retrieved.explorable else None,
         )
 
     def _person(self, message: pb.Person) -> Person:
@@ -207,6 +226,66 @@ def _signed(numbers: Iterable[int]) -> np.ndarray:
     if wrong := [n for n in found if n >> 63]:
         raise InvalidArgument.of("item_numbers", f"{wrong[0]} is no item number")
     return np.array(found, np.int64)
+
+
+def _export_token(token: str) -> tuple[bool, int]:
+    """Whether a token goes on among pages, and after which sequence number."""
+    if not token:
+        return False, 0
+    digits = token.removeprefix("p")
+    of_pages = digits != token
+    known = digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS
+    if not known or not (0 if of_pages else 1) <= int(digits) < _NO_MORE:
+        raise InvalidArgument.of("page_token", "is not a token of this service")
+    return of_pages, int(digits)
+
+
+def _served(at: int, page: served_pb2.ServedPage) -> Served:
+    """A page to keep; its ids stand beside it, where they can be found and cleared."""
+    for field in ("user_id", "visitor_id", "session_id"):
+        value = getattr(page, field)
+        if value and (problem := identifier_problem(value)):
+            raise InvalidArgument.of(f"pages[{at}].{field}", problem)
+    when = wire.time_from(page.served_at, f"pages[{at}].served_at")
+    kept = served_pb2.ServedPage()
+    kept.CopyFrom(page)
+    kept.ClearField("user_id")
+    kept.ClearField("visitor_id")
+    pool = _signed(page.exploring.item_numbers).tolist()
+    try:
+        explored = {pool[draw.drawn] for draw in page.exploring.draws if not page.shadow}
+    except IndexError:
+        raise InvalidArgument.of(f"pages[{at}].exploring.draws", "draws what is not in the pool") from None
+    return Served(
+        user_id=page.user_id,
+        visitor_id=page.visitor_id,
+        scenario=page.scenario,
+        at=(when - _EPOCH) // timedelta(microseconds=1),
+        content=kept.SerializeToString(),
+        explored=tuple(sorted(explored)),
+    )
+
+
+def _explore(message: pb.Explore) -> Explore:
+    if not 1 <= message.limit <= MAX_EXPLORED:
+        raise InvalidArgument.of("explore.limit", f"is {message.limit}, 1 to {MAX_EXPLORED} are allowed")
+    return Explore(
+        scenario=message.scenario,
+        limit=message.limit,
+        seed=message.seed,
+        max_age_days=max(message.max_age_days, 0),
+        showings=message.showings,
+        per_day=message.per_day if message.HasField("per_day") else None,
+    )
+
+
+def _explorable(found: Explorable) -> pb.Explorable:
+    return pb.Explorable(
+        item_numbers=found.numbers.tolist(),
+        showings=found.showings.tolist(),
+        engagements=found.engagements.tolist(),
+        of=found.of,
+    )
 
 
 def _as_of(

@@ -45,6 +45,24 @@ counters = sa.Table(
     sa.Column("type", sa.Text, primary_key=True),
     sa.Column("events", sa.BigInteger, nullable=False),
 )
+served = sa.Table(
+    "served",
+    store.metadata,
+    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("user_id", sa.Text, nullable=False, index=True),
+    sa.Column("visitor_id", sa.Text, nullable=False, index=True),
+    sa.Column("scenario", sa.Text, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False, index=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),
+)
+explored = sa.Table(
+    "explored",
+    store.metadata,
+    sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("scenario", sa.Text, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False),
+)
 
 
 def count(connection: sa.Connection, number: object, event_type: str, by: int = 1) -> None:

@@ -14,6 +14,7 @@ from vitrine.catalog.v1 import event_pb2 as _event_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
 from vitrine.catalog.v1 import item_pb2 as _item_pb2
 from vitrine.catalog.v1 import profile_pb2 as _profile_pb2
+from vitrine.catalog.v1 import served_pb2 as _served_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -72,6 +73,38 @@ ORDERING_RANKED: Ordering.ValueType  # 1
 ORDERING_SOURCES: Ordering.ValueType  # 2
 """By their sources' own scores, several fused by reciprocal rank: what is popular is first."""
 Global___Ordering: _TypeAlias = Ordering  # noqa: Y015
+
+class _ExperimentKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ExperimentKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExperimentKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EXPERIMENT_KIND_UNSPECIFIED: _ExperimentKind.ValueType  # 0
+    """SPLIT."""
+    EXPERIMENT_KIND_SPLIT: _ExperimentKind.ValueType  # 1
+    """Each person is served by one arm, by a hash of their id."""
+    EXPERIMENT_KIND_INTERLEAVE: _ExperimentKind.ValueType  # 2
+    """Each page has items of both arms in turns (team draft); what is clicked decides."""
+    EXPERIMENT_KIND_SHADOW: _ExperimentKind.ValueType  # 3
+    """The first arm is served; pages of the others are made afterwards, logged and not
+    shown.
+    """
+
+class ExperimentKind(_ExperimentKind, metaclass=_ExperimentKindEnumTypeWrapper):
+    """How the arms of an experiment are compared."""
+
+EXPERIMENT_KIND_UNSPECIFIED: ExperimentKind.ValueType  # 0
+"""SPLIT."""
+EXPERIMENT_KIND_SPLIT: ExperimentKind.ValueType  # 1
+"""Each person is served by one arm, by a hash of their id."""
+EXPERIMENT_KIND_INTERLEAVE: ExperimentKind.ValueType  # 2
+"""Each page has items of both arms in turns (team draft); what is clicked decides."""
+EXPERIMENT_KIND_SHADOW: ExperimentKind.ValueType  # 3
+"""The first arm is served; pages of the others are made afterwards, logged and not
+shown.
+"""
+Global___ExperimentKind: _TypeAlias = ExperimentKind  # noqa: Y015
 
 class _DegradationCode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -320,6 +353,57 @@ class Rules(_message.Message):
 Global___Rules: _TypeAlias = Rules  # noqa: Y015
 
 @_typing.final
+class Exploration(_message.Message):
+    """Slots in which items that are new, or little shown, are tried. What stands there is
+    drawn by Thompson sampling, and the probability with which it was drawn is told.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    MAX_AGE_DAYS_FIELD_NUMBER: _builtins.int
+    SHOWINGS_FIELD_NUMBER: _builtins.int
+    PER_DAY_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Required. The share of slots, 0 to 1: of the first n floor(share * n)."""
+    max_age_days: _builtins.int
+    """Optional. Only items that came to the shop at most so many days ago; absent means
+    30, 0 any.
+    """
+    showings: _builtins.int
+    """Optional. How often an item is shown for exploring in all; absent means 100."""
+    per_day: _builtins.int
+    """Optional. How many slots of the scenario are explored in a day (UTC); absent means
+    no bound, 0 none.
+    """
+    def __init__(
+        self,
+        *,
+        share: _builtins.float = ...,
+        max_age_days: _builtins.int | None = ...,
+        showings: _builtins.int | None = ...,
+        per_day: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "per_day", b"per_day", "showings", b"showings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "per_day", b"per_day", "share", b"share", "showings", b"showings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_age_days: _TypeAlias = _typing.Literal["max_age_days"]  # noqa: Y015
+    _WhichOneofArgType__max_age_days: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days"]  # noqa: Y015
+    _WhichOneofReturnType__per_day: _TypeAlias = _typing.Literal["per_day"]  # noqa: Y015
+    _WhichOneofArgType__per_day: _TypeAlias = _typing.Literal["_per_day", b"_per_day"]  # noqa: Y015
+    _WhichOneofReturnType__showings: _TypeAlias = _typing.Literal["showings"]  # noqa: Y015
+    _WhichOneofArgType__showings: _TypeAlias = _typing.Literal["_showings", b"_showings"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_age_days) -> _WhichOneofReturnType__max_age_days | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__per_day) -> _WhichOneofReturnType__per_day | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__showings) -> _WhichOneofReturnType__showings | None: ...
+
+Global___Exploration: _TypeAlias = Exploration  # noqa: Y015
+
+@_typing.final
 class Scenario(_message.Message):
     """A place on the site: what a server does there when a request does not say otherwise."""
 
@@ -333,6 +417,7 @@ class Scenario(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     LOCKED_FIELD_NUMBER: _builtins.int
+    EXPLORATION_FIELD_NUMBER: _builtins.int
     ordering: Global___Ordering.ValueType
     """Optional. What they are ordered by."""
     bought_policy: Global___BoughtPolicy.ValueType
@@ -342,8 +427,8 @@ class Scenario(_message.Message):
     rotation: _builtins.bool
     """Optional. True lets what was shown and ignored sink."""
     locked: _builtins.bool
-    """Optional. True refuses requests that bring rules, a diversity or a rotation of
-    their own.
+    """Optional. True refuses requests that bring rules, a diversity, a rotation or an
+    exploration of their own.
     """
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -357,6 +442,10 @@ class Scenario(_message.Message):
     def rules(self) -> Global___Rules:
         """Optional. Its rules."""
 
+    @_builtins.property
+    def exploration(self) -> Global___Exploration:
+        """Optional. Slots for what is new."""
+
     def __init__(
         self,
         *,
@@ -368,14 +457,113 @@ class Scenario(_message.Message):
         filter: _filter_pb2.Filter | None = ...,
         rules: Global___Rules | None = ...,
         locked: _builtins.bool = ...,
+        exploration: Global___Exploration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exploration", b"exploration", "filter", b"filter", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Scenario: _TypeAlias = Scenario  # noqa: Y015
+
+@_typing.final
+class Arm(_message.Message):
+    """One way to serve."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SCENARIO_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Required. Its name, 1 to 64 letters, digits, "-" and "_"."""
+    scenario: _builtins.str
+    """Optional. The scenario it serves by; empty means the experiment's own."""
+    weight: _builtins.float
+    """Optional. Its part of the people beside the other arms'; absent means 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        scenario: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "scenario", b"scenario", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___Arm: _TypeAlias = Arm  # noqa: Y015
+
+@_typing.final
+class Experiment(_message.Message):
+    """A comparison of ways to serve a place on the site."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCENARIO_FIELD_NUMBER: _builtins.int
+    ARMS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    scenario: _builtins.str
+    """Required. The scenario whose requests take part; at most one experiment has it."""
+    kind: Global___ExperimentKind.ValueType
+    """Optional. How they are compared."""
+    share: _builtins.float
+    """Optional. The share of people that take part; absent means all."""
+    @_builtins.property
+    def arms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arm]:
+        """Required. 2 to 8; exactly 2 for INTERLEAVE, whose scenarios may have no caps,
+        quotas and exploration.
+        """
+
+    def __init__(
+        self,
+        *,
+        scenario: _builtins.str = ...,
+        arms: _abc.Iterable[Global___Arm] | None = ...,
+        kind: Global___ExperimentKind.ValueType = ...,
+        share: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "share", b"share"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_share", b"_share", "arms", b"arms", "kind", b"kind", "scenario", b"scenario", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__share: _TypeAlias = _typing.Literal["share"]  # noqa: Y015
+    _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__share) -> _WhichOneofReturnType__share | None: ...
+
+Global___Experiment: _TypeAlias = Experiment  # noqa: Y015
+
+@_typing.final
+class Assignment(_message.Message):
+    """The part of an experiment that an answer has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXPERIMENT_FIELD_NUMBER: _builtins.int
+    ARM_FIELD_NUMBER: _builtins.int
+    experiment: _builtins.str
+    """The experiment's name."""
+    arm: _builtins.str
+    """The arm; empty for an interleaved page, which is of both."""
+    def __init__(
+        self,
+        *,
+        experiment: _builtins.str = ...,
+        arm: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "experiment", b"experiment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Assignment: _TypeAlias = Assignment  # noqa: Y015
 
 @_typing.final
 class RecommendRequest(_message.Message):
@@ -429,7 +617,7 @@ class RecommendRequest(_message.Message):
     """
     exploration: _builtins.float
     """Optional. The share of slots given to exploring, 0 to 1; absent means the
-    scenario's setting.
+    scenario's setting, whose other bounds hold either way.
     """
     rotation: _builtins.bool
     """Optional. False stops what was shown and ignored from sinking; absent means
@@ -535,8 +723,8 @@ class SourceScore(_message.Message):
     SCORE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """The source: "graph", "popular", "rising", "new", "family", "affinity", "sequence", "words",
-    "text", "image"; "request" for item_ids, "quota" for what a quota brought, "catalogue" for
-    what only fills a page.
+    "text", "image"; "request" for item_ids, "quota" for what a quota brought, "explore" for
+    what may be explored, "catalogue" for what only fills a page.
     """
     score: _builtins.float
     """Its score, on its own scale."""
@@ -656,6 +844,7 @@ class Recommendation(_message.Message):
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     RULES_FIELD_NUMBER: _builtins.int
     EXPLANATION_FIELD_NUMBER: _builtins.int
+    PROPENSITY_FIELD_NUMBER: _builtins.int
     item_id: _builtins.str
     """The item's id."""
     score: _builtins.float
@@ -663,6 +852,10 @@ class Recommendation(_message.Message):
     explanation: _builtins.str
     """The strongest reason as a sentence, in the language asked for; only when asked
     for.
+    """
+    propensity: _builtins.float
+    """With which probability it was drawn into its slot, given the items before it; 1 for
+    what was not drawn.
     """
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___ComponentScore]:
@@ -682,8 +875,8 @@ class Recommendation(_message.Message):
 
     @_builtins.property
     def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The rules that bore on its place: "boost", "rotation", "quota". Caps, filters and
-        diversity keep others away and are not named.
+        """The rules that bore on its place: "boost", "rotation", "quota", "exploration". Caps,
+        filters and diversity keep others away and are not named.
         """
 
     def __init__(
@@ -697,10 +890,11 @@ class Recommendation(_message.Message):
         probabilities: _abc.Iterable[Global___Probability] | None = ...,
         rules: _abc.Iterable[_builtins.str] | None = ...,
         explanation: _builtins.str = ...,
+        propensity: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "explanation", b"explanation", "item_id", b"item_id", "probabilities", b"probabilities", "reasons", b"reasons", "rules", b"rules", "score", b"score", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["components", b"components", "explanation", b"explanation", "item_id", b"item_id", "probabilities", b"probabilities", "propensity", b"propensity", "reasons", b"reasons", "rules", b"rules", "score", b"score", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -786,6 +980,7 @@ class RecommendResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     LEFT_OUT_ITEM_IDS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
     attribution_token: _builtins.str
     """Return it with every event on these items."""
     next_page_token: _builtins.str
@@ -812,6 +1007,10 @@ class RecommendResponse(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
         """The stages in their order; only when asked for."""
 
+    @_builtins.property
+    def assignment(self) -> Global___Assignment:
+        """The experiment it took part in; absent for none."""
+
     def __init__(
         self,
         *,
@@ -823,10 +1022,11 @@ class RecommendResponse(_message.Message):
         request_id: _builtins.str = ...,
         left_out_item_ids: _abc.Iterable[_builtins.str] | None = ...,
         stages: _abc.Iterable[Global___Stage] | None = ...,
+        assignment: Global___Assignment | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "versions", b"versions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "left_out_item_ids", b"left_out_item_ids", "next_page_token", b"next_page_token", "request_id", b"request_id", "stages", b"stages", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "attribution_token", b"attribution_token", "degraded", b"degraded", "items", b"items", "left_out_item_ids", b"left_out_item_ids", "next_page_token", b"next_page_token", "request_id", b"request_id", "stages", b"stages", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -923,7 +1123,7 @@ class ExplainItemResponse(_message.Message):
     @_builtins.property
     def rules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The rules without each of which it would be shown: "caps", "boosts", "quotas",
-        "min_relevance", "diversity", "rotation".
+        "min_relevance", "diversity", "rotation", "exploration".
         """
 
     @_builtins.property
@@ -1206,19 +1406,23 @@ class DeleteUserResponse(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     """How many events, with their idempotency keys and what they counted."""
     ids: _builtins.int
     """How many ids of users and visitors."""
+    pages: _builtins.int
+    """How many pages that were answered."""
     def __init__(
         self,
         *,
         events: _builtins.int = ...,
         ids: _builtins.int = ...,
+        pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "ids", b"ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "ids", b"ids", "pages", b"pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1270,6 +1474,7 @@ class ExportUserResponse(_message.Message):
     VISITOR_IDS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Reads the next page; empty on the last."""
     @_builtins.property
@@ -1286,6 +1491,10 @@ class ExportUserResponse(_message.Message):
         empty.
         """
 
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedCompositeFieldContainer[_served_pb2.ServedPage]:
+        """After the last event: the pages that were answered and are still kept."""
+
     def __init__(
         self,
         *,
@@ -1293,10 +1502,11 @@ class ExportUserResponse(_message.Message):
         visitor_ids: _abc.Iterable[_builtins.str] | None = ...,
         events: _abc.Iterable[_event_pb2.StoredEvent] | None = ...,
         next_page_token: _builtins.str = ...,
+        pages: _abc.Iterable[_served_pb2.ServedPage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "pages", b"pages", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -141,7 +141,7 @@ class RecommendationServiceServicer:
 
     def DeleteUser(self, request, context):
         """Deletes all that is known of a person: events with their idempotency keys and
-        counts, and every id that was ever joined to the one given. What models learned
+        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -51,7 +51,7 @@ class RecommendationServiceStub:
     """Records what people did and were shown."""
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.DeleteUserRequest, _recommendation_service_pb2.DeleteUserResponse]
     """Deletes all that is known of a person: events with their idempotency keys and
-    counts, and every id that was ever joined to the one given. What models learned
+    counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetUserProfileRequest, _recommendation_service_pb2.GetUserProfileResponse]
@@ -92,7 +92,7 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """Records what people did and were shown."""
     DeleteUser: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.DeleteUserRequest, _recommendation_service_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Deletes all that is known of a person: events with their idempotency keys and
-    counts, and every id that was ever joined to the one given. What models learned
+    counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.GetUserProfileRequest, _recommendation_service_pb2.GetUserProfileResponse]  # type: ignore[assignment]
@@ -166,7 +166,7 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_recommendation_service_pb2.DeleteUserResponse, _abc.Awaitable[_recommendation_service_pb2.DeleteUserResponse]]:
         """Deletes all that is known of a person: events with their idempotency keys and
-        counts, and every id that was ever joined to the one given. What models learned
+        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
         """
 

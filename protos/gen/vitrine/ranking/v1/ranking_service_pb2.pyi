@@ -13,6 +13,7 @@ from vitrine.catalog.v1 import event_pb2 as _event_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
 from vitrine.catalog.v1 import item_pb2 as _item_pb2
 from vitrine.catalog.v1 import profile_pb2 as _profile_pb2
+from vitrine.catalog.v1 import served_pb2 as _served_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -164,19 +165,23 @@ class DeleteUserResponse(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     events: _builtins.int
     """How many events, with their idempotency keys and what they counted."""
     ids: _builtins.int
     """How many ids of users and visitors."""
+    pages: _builtins.int
+    """How many pages that were answered."""
     def __init__(
         self,
         *,
         events: _builtins.int = ...,
         ids: _builtins.int = ...,
+        pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "ids", b"ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "ids", b"ids", "pages", b"pages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,6 +233,7 @@ class ExportUserResponse(_message.Message):
     VISITOR_IDS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Reads the next page; empty on the last."""
     @_builtins.property
@@ -244,6 +250,10 @@ class ExportUserResponse(_message.Message):
         empty.
         """
 
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedCompositeFieldContainer[_served_pb2.ServedPage]:
+        """After the last event: the pages that were answered and are still kept."""
+
     def __init__(
         self,
         *,
@@ -251,10 +261,11 @@ class ExportUserResponse(_message.Message):
         visitor_ids: _abc.Iterable[_builtins.str] | None = ...,
         events: _abc.Iterable[_event_pb2.StoredEvent] | None = ...,
         next_page_token: _builtins.str = ...,
+        pages: _abc.Iterable[_served_pb2.ServedPage] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token", "pages", b"pages", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,6 +411,7 @@ class RetrieveRequest(_message.Message):
     MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
     BUNDLE_FIELD_NUMBER: _builtins.int
     INCLUDE_SHOWN_FIELD_NUMBER: _builtins.int
+    EXPLORE_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """Required. The most candidates per source, 1 to 2000."""
     exclude_bought: _builtins.bool
@@ -430,6 +442,10 @@ class RetrieveRequest(_message.Message):
     def sources(self) -> _containers.RepeatedScalarFieldContainer[Global___Source.ValueType]:
         """Optional. The sources to ask; empty means all."""
 
+    @_builtins.property
+    def explore(self) -> Global___Explore:
+        """Optional. Asks for what may be explored."""
+
     def __init__(
         self,
         *,
@@ -443,14 +459,103 @@ class RetrieveRequest(_message.Message):
         min_sequence: _builtins.int = ...,
         bundle: _builtins.str = ...,
         include_shown: _builtins.bool = ...,
+        explore: Global___Explore | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "filter", b"filter", "person", b"person"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explore", b"explore", "filter", b"filter", "person", b"person"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "exclude_bought", b"exclude_bought", "exclude_item_numbers", b"exclude_item_numbers", "filter", b"filter", "include_shown", b"include_shown", "limit", b"limit", "min_sequence", b"min_sequence", "person", b"person", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "exclude_bought", b"exclude_bought", "exclude_item_numbers", b"exclude_item_numbers", "explore", b"explore", "filter", b"filter", "include_shown", b"include_shown", "limit", b"limit", "min_sequence", b"min_sequence", "person", b"person", "sources", b"sources"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetrieveRequest: _TypeAlias = RetrieveRequest  # noqa: Y015
+
+@_typing.final
+class Explore(_message.Message):
+    """What may be explored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCENARIO_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    MAX_AGE_DAYS_FIELD_NUMBER: _builtins.int
+    SHOWINGS_FIELD_NUMBER: _builtins.int
+    PER_DAY_FIELD_NUMBER: _builtins.int
+    scenario: _builtins.str
+    """Required. The place on the site, whose budget it takes from."""
+    limit: _builtins.int
+    """Required. The most items, 1 to 500; of more, these are a fair draw by seed."""
+    seed: _builtins.int
+    """Required. What decides the draw."""
+    max_age_days: _builtins.int
+    """Optional. Only items that came to the shop at most so many days before as_of; 0
+    means any.
+    """
+    showings: _builtins.int
+    """Required. Items that were shown so often for exploring are left out."""
+    per_day: _builtins.int
+    """Optional. Nothing once so many slots of the scenario were explored on the day of
+    as_of (UTC); absent means no bound.
+    """
+    def __init__(
+        self,
+        *,
+        scenario: _builtins.str = ...,
+        limit: _builtins.int = ...,
+        seed: _builtins.int = ...,
+        max_age_days: _builtins.int = ...,
+        showings: _builtins.int = ...,
+        per_day: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_per_day", b"_per_day", "per_day", b"per_day"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_per_day", b"_per_day", "limit", b"limit", "max_age_days", b"max_age_days", "per_day", b"per_day", "scenario", b"scenario", "seed", b"seed", "showings", b"showings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__per_day: _TypeAlias = _typing.Literal["per_day"]  # noqa: Y015
+    _WhichOneofArgType__per_day: _TypeAlias = _typing.Literal["_per_day", b"_per_day"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__per_day) -> _WhichOneofReturnType__per_day | None: ...
+
+Global___Explore: _TypeAlias = Explore  # noqa: Y015
+
+@_typing.final
+class Explorable(_message.Message):
+    """What may be explored, in columns of one length."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    SHOWINGS_FIELD_NUMBER: _builtins.int
+    ENGAGEMENTS_FIELD_NUMBER: _builtins.int
+    OF_FIELD_NUMBER: _builtins.int
+    of: _builtins.int
+    """Of how many these are a draw."""
+    @_builtins.property
+    def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The items."""
+
+    @_builtins.property
+    def showings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """How often each was shown for exploring before as_of."""
+
+    @_builtins.property
+    def engagements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """How often people engaged with each in the last 30 days."""
+
+    def __init__(
+        self,
+        *,
+        item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        showings: _abc.Iterable[_builtins.int] | None = ...,
+        engagements: _abc.Iterable[_builtins.float] | None = ...,
+        of: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engagements", b"engagements", "item_numbers", b"item_numbers", "of", b"of", "showings", b"showings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explorable: _TypeAlias = Explorable  # noqa: Y015
 
 @_typing.final
 class History(_message.Message):
@@ -513,6 +618,7 @@ class RetrieveResponse(_message.Message):
     BUNDLE_FIELD_NUMBER: _builtins.int
     SHOWN_ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
     SHOWN_COUNTS_FIELD_NUMBER: _builtins.int
+    EXPLORABLE_FIELD_NUMBER: _builtins.int
     state_sequence: _builtins.int
     """The last event the answer reflects: pass it to Rank."""
     bundle: _builtins.str
@@ -537,6 +643,10 @@ class RetrieveResponse(_message.Message):
     def shown_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """How often each was, one of a week ago counting half."""
 
+    @_builtins.property
+    def explorable(self) -> Global___Explorable:
+        """What may be explored; when asked for."""
+
     def __init__(
         self,
         *,
@@ -547,14 +657,56 @@ class RetrieveResponse(_message.Message):
         bundle: _builtins.str = ...,
         shown_item_numbers: _abc.Iterable[_builtins.int] | None = ...,
         shown_counts: _abc.Iterable[_builtins.float] | None = ...,
+        explorable: Global___Explorable | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["history", b"history"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["explorable", b"explorable", "history", b"history"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_item_numbers", b"bought_item_numbers", "bundle", b"bundle", "candidates", b"candidates", "history", b"history", "shown_counts", b"shown_counts", "shown_item_numbers", b"shown_item_numbers", "state_sequence", b"state_sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_item_numbers", b"bought_item_numbers", "bundle", b"bundle", "candidates", b"candidates", "explorable", b"explorable", "history", b"history", "shown_counts", b"shown_counts", "shown_item_numbers", b"shown_item_numbers", "state_sequence", b"state_sequence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RetrieveResponse: _TypeAlias = RetrieveResponse  # noqa: Y015
+
+@_typing.final
+class LogPagesRequest(_message.Message):
+    """The pages to keep."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pages(self) -> _containers.RepeatedCompositeFieldContainer[_served_pb2.ServedPage]:
+        """Required. 1 to 1000 pages. Those of somebody who was forgotten since are not kept."""
+
+    def __init__(
+        self,
+        *,
+        pages: _abc.Iterable[_served_pb2.ServedPage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogPagesRequest: _TypeAlias = LogPagesRequest  # noqa: Y015
+
+@_typing.final
+class LogPagesResponse(_message.Message):
+    """The pages are kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogPagesResponse: _TypeAlias = LogPagesResponse  # noqa: Y015
 
 @_typing.final
 class RankRequest(_message.Message):

@@ -60,6 +60,11 @@ class RankingServiceStub:
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.LogPages = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/LogPages',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesResponse.FromString,
+                _registered_method=True)
         self.Rank = channel.unary_unary(
                 '/vitrine.ranking.v1.RankingService/Rank',
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RankRequest.SerializeToString,
@@ -85,7 +90,7 @@ class RankingServiceServicer:
 
     def DeleteUser(self, request, context):
         """Deletes all that is known of a person: events with their idempotency keys and
-        counts, and every id that was ever joined to the one given. What models learned
+        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -109,6 +114,13 @@ class RankingServiceServicer:
 
     def Retrieve(self, request, context):
         """A person's state and the candidates behaviour proposes, in one round trip.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LogPages(self, request, context):
+        """Keeps pages that were answered.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +167,11 @@ def add_RankingServiceServicer_to_server(servicer, server):
                     servicer.Retrieve,
                     request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveRequest.FromString,
                     response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'LogPages': grpc.unary_unary_rpc_method_handler(
+                    servicer.LogPages,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesResponse.SerializeToString,
             ),
             'Rank': grpc.unary_unary_rpc_method_handler(
                     servicer.Rank,
@@ -303,6 +320,33 @@ class RankingService:
             '/vitrine.ranking.v1.RankingService/Retrieve',
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveRequest.SerializeToString,
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LogPages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/LogPages',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.LogPagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,7 +37,7 @@ class RankingServiceStub:
     """Commits events. The outcome of each says what became of it."""
     DeleteUser: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.DeleteUserRequest, _ranking_service_pb2.DeleteUserResponse]
     """Deletes all that is known of a person: events with their idempotency keys and
-    counts, and every id that was ever joined to the one given. What models learned
+    counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
     GetUserProfile: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.GetUserProfileRequest, _ranking_service_pb2.GetUserProfileResponse]
@@ -48,6 +48,8 @@ class RankingServiceStub:
     """Reads all that is known of a person, page by page."""
     Retrieve: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RetrieveRequest, _ranking_service_pb2.RetrieveResponse]
     """A person's state and the candidates behaviour proposes, in one round trip."""
+    LogPages: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.LogPagesRequest, _ranking_service_pb2.LogPagesResponse]
+    """Keeps pages that were answered."""
     Rank: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]
     """Orders candidates for a person."""
     Explain: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]
@@ -62,7 +64,7 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """Commits events. The outcome of each says what became of it."""
     DeleteUser: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.DeleteUserRequest, _ranking_service_pb2.DeleteUserResponse]  # type: ignore[assignment]
     """Deletes all that is known of a person: events with their idempotency keys and
-    counts, and every id that was ever joined to the one given. What models learned
+    counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
     stays until they are trained again.
     """
     GetUserProfile: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.GetUserProfileRequest, _ranking_service_pb2.GetUserProfileResponse]  # type: ignore[assignment]
@@ -73,6 +75,8 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """Reads all that is known of a person, page by page."""
     Retrieve: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.RetrieveRequest, _ranking_service_pb2.RetrieveResponse]  # type: ignore[assignment]
     """A person's state and the candidates behaviour proposes, in one round trip."""
+    LogPages: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.LogPagesRequest, _ranking_service_pb2.LogPagesResponse]  # type: ignore[assignment]
+    """Keeps pages that were answered."""
     Rank: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.RankRequest, _ranking_service_pb2.RankResponse]  # type: ignore[assignment]
     """Orders candidates for a person."""
     Explain: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]  # type: ignore[assignment]
@@ -96,7 +100,7 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.DeleteUserResponse, _abc.Awaitable[_ranking_service_pb2.DeleteUserResponse]]:
         """Deletes all that is known of a person: events with their idempotency keys and
-        counts, and every id that was ever joined to the one given. What models learned
+        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
         stays until they are trained again.
         """
 
@@ -125,6 +129,14 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.RetrieveResponse, _abc.Awaitable[_ranking_service_pb2.RetrieveResponse]]:
         """A person's state and the candidates behaviour proposes, in one round trip."""
+
+    @_abc_1.abstractmethod
+    def LogPages(
+        self,
+        request: _ranking_service_pb2.LogPagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.LogPagesResponse, _abc.Awaitable[_ranking_service_pb2.LogPagesResponse]]:
+        """Keeps pages that were answered."""
 
     @_abc_1.abstractmethod
     def Rank(

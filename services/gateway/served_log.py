@@ -1,0 +1,141 @@
+"""Pages on their way to the log that the ranking service keeps: off the request's path, bounded, counted.
+
+What does not fit is lost and counted; what the ranking service cannot take now is sent again.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from vitrine.catalog.v1 import served_pb2
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
+
+from services import deadline, wire
+from services.errors import VitrineError
+from services.gateway.wish import Ordered
+
+_MOST = 10_000
+_AT_ONCE = 500
+_MOST_MADE = 8
+_EVERY = 0.25
+_PATIENCE = 5.0
+_log = logging.getLogger(__name__)
+
+Send = Callable[[ranking_pb.LogPagesRequest], Awaitable[object]]
+
+
+class ServedLog:
+    """Takes pages and hands them on with `send`, in their order, several at once."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._waiting: deque[served_pb2.ServedPage] = deque()
+        self._sending = asyncio.Lock()
+        self._counts = {"kept": 0, "lost": 0}
+        self._making: set[asyncio.Task[None]] = set()
+
+    @property
+    def counts(self) -> Mapping[str, float]:
+        """How many pages were kept, and how many lost."""
+        return self._counts
+
+    def add(self, page: served_pb2.ServedPage) -> None:
+        """Take a page; returns at once."""
+        if len(self._waiting) >= _MOST:
+            self._counts["lost"] += 1
+        else:
+            self._waiting.append(page)
+
+    def beside(self, page: Coroutine[Any, Any, served_pb2.ServedPage]) -> None:
+        """Take a page that is still to be made, unless too many are."""
+        if len(self._making) >= _MOST_MADE:
+            page.close()
+            self._counts["lost"] += 1
+            return
+        task = asyncio.ensure_future(self._made(page))
+        self._making.add(task)
+        task.add_done_callback(self._making.discard)
+
+    async def _made(self, page: Coroutine[Any, Any, served_pb2.ServedPage]) -> None:
+        try:
+            with deadline.within(_PATIENCE):
+                self.add(await deadline.wait(page))
+        except VitrineError as error:
+            self._counts["lost"] += 1
+            _log.warning("a page could not be made for comparison: %s", error)
+
+    async def flush(self) -> None:
+        """Hand on what is there; whatever goes wrong stays for the next time."""
+        async with self._sending:
+            while self._waiting:
+                some = [self._waiting[at] for at in range(min(_AT_ONCE, len(self._waiting)))]
+                try:
+                    with deadline.within(_PATIENCE):
+                        await deadline.wait(self._send(ranking_pb.LogPagesRequest(pages=some)))
+                except VitrineError as error:
+                    _log.warning("%d pages could not be logged yet: %s", len(self._waiting), error)
+                    return
+                self._counts["kept"] += len(some)
+                for _ in some:
+                    self._waiting.popleft()
+
+    async def run(self) -> None:
+        """Hand on what comes, without end; at the end what is left."""
+        try:
+            while True:
+                await asyncio.sleep(_EVERY)
+                await self.flush()
+        finally:
+            await self.flush()
+
+
+def page_of(
+    request: pb.RecommendRequest,
+    ordered: Ordered,
+    page: slice,
+    *,
+    items: Sequence[str],
+    request_id: str,
+    scenario: str,
+    bundle: str,
+    at: datetime,
+    shadow_of: tuple[str, str] | None = None,
+) -> served_pb2.ServedPage:
+    """A page of an answer as it is logged; `items` are the ids of its slots.
+
+    One that is not shown is a shadow of an experiment and its arm.
+    """
+    numbers = ordered.numbers[page]
+    names = sorted({source for number in numbers for source in ordered.candidates.sources[number]})
+    bit = {name: 1 << place for place, name in enumerate(names)}
+    logged = served_pb2.ServedPage(
+        request_id=request_id,
+        served_at=wire.time_to(at),
+        user_id=request.user_id,
+        visitor_id=request.visitor_id,
+        session_id=request.session_id,
+        scenario=scenario,
+        bundle=bundle,
+        start=page.start,
+        item_ids=items,
+        scores=ordered.scores[page],
+        propensities=[ordered.propensities.get(number, 1.0) for number in numbers],
+        sources=names,
+        item_sources=[sum(bit[name] for name in ordered.candidates.sources[n]) for n in numbers],
+        item_arms=ordered.arms[page],
+    )
+    if shadow_of is not None:
+        logged.shadow, (logged.experiment, logged.arm) = True, shadow_of
+    draws = [draw for draw in ordered.draws if page.start <= draw.slot < page.stop]
+    if draws:
+        logged.exploring.item_numbers.extend(ordered.pool)
+        logged.exploring.relevances.extend(ordered.relevances)
+        for draw in draws:
+            logged.exploring.draws.add(
+                slot=draw.slot, drawn=draw.drawn, left_out=draw.left_out, propensity=draw.propensity
+            )
+    return logged

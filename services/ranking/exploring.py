@@ -1,0 +1,77 @@
+"""What is new or little shown, and may be tried in some slots of a page.
+
+Each item is tried so often in all, and each scenario tries so much in a day. Of more items than a page can
+weigh a fair draw by the request's seed is taken, the same in every process.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.item_table import ItemTable
+from services.ranking.moment import DAY, WINDOWS, Moment
+from services.ranking.served import ServedLog
+
+_ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Explore:
+    """What is asked for: at most `limit` items, each shown for exploring less than `showings` times.
+
+    `max_age_days` 0 is any age; `per_day` None no bound.
+    """
+
+    scenario: str
+    limit: int
+    seed: int
+    max_age_days: int
+    showings: int
+    per_day: int | None = None
+
+
+@dataclass(frozen=True)
+class Explorable:
+    """Items in columns, by number: int64 (E,); `of` is how many they were drawn from.
+
+    `showings` int64 (E,), for exploring so far; `engagements` float32 (E,), of the last 30 days.
+    """
+
+    numbers: np.ndarray
+    showings: np.ndarray
+    engagements: np.ndarray
+    of: int
+
+
+def explorable(
+    asked: Explore, allowed: np.ndarray, now: Moment, table: ItemTable, log: ServedLog, before: int
+) -> Explorable:
+    """Of rows that are `allowed`, bool (N,), those to try at `before`, microseconds since 1970."""
+    counts, today = log.explored(asked.scenario, before)
+    young = np.ones(len(allowed), bool)
+    if asked.max_age_days:
+        # An item that is to come to the shop tomorrow is not of an age yet.
+        young = table.created[: len(allowed)] >= before - asked.max_age_days * DAY
+    if asked.per_day is not None and today >= asked.per_day:
+        young[:] = False
+    rows = np.flatnonzero(allowed & young)
+    numbers = table.item_numbers[rows]
+    showings = np.array([counts[number] for number in numbers.tolist()], np.int64)
+    fresh = np.flatnonzero(showings < asked.showings)
+    if len(fresh) > asked.limit:
+        lots = _lots(numbers[fresh], asked.seed)
+        drawn = fresh[np.argpartition(lots, asked.limit)[: asked.limit]]
+    else:
+        drawn = fresh
+    drawn = drawn[np.argsort(numbers[drawn])]
+    engagements = now.popular[rows[drawn], len(WINDOWS) - 1]
+    return Explorable(numbers[drawn], showings[drawn], engagements, len(fresh))
+
+
+def _lots(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """A lot for each number, uint64 (N,): SplitMix64 (Steele et al., 2014) of both."""
+    lots = numbers.astype(np.uint64) + np.uint64(seed)
+    for odd, shift in zip(_ODD, _SHIFTS, strict=False):
+        lots = (lots ^ (lots >> shift)) * odd
+    return np.asarray(lots ^ (lots >> _SHIFTS[2]))
