@@ -133,6 +133,12 @@ class ItemTable:
         """When each item was first written, microseconds since 1970, int64 (N,)."""
         return self._created[: self._length, 0]
 
+    @property
+    def came(self) -> np.ndarray:
+        """When each item came to the shop: as it says itself, else when it was first written."""
+        stated = self._window[: self._length, 0]
+        return np.where(stated > _EARLIEST, stated, self.created[: len(stated)])
+
     def ids(self, rows: Iterable[int]) -> list[str]:
         """The item ids of rows."""
         return [self._ids[row] for row in rows]

@@ -89,3 +89,8 @@ async def violations(call: Awaitable[Any]) -> list[str]:
     bad = error_details_pb2.BadRequest()
     details = rpc_status.from_call(caught.value).details
     return [v.field for d in details if d.Unpack(bad) for v in bad.field_violations]
+
+
+def knows(state: Path, text: bytes) -> bool:
+    """Whether any file of a state directory holds a text, deleted rows included."""
+    return any(text in path.read_bytes() for path in state.rglob("*") if path.is_file())

@@ -21,7 +21,7 @@ from services.ranking import erasure, ranking
 from services.ranking.behaviour import BehaviourStore, Event, EventItem, Outcome
 from services.ranking.state import BehaviourState
 from tests.conftest import Clock
-from tests.recommending import Shop, ids, purchase, violations
+from tests.recommending import Shop, ids, knows, purchase, violations
 from tests.shops import make_bundle
 
 TYPES = {"view": 0.5, "purchase": 1.0}
@@ -44,11 +44,6 @@ def filled(behaviour: BehaviourStore) -> BehaviourState:
 def seen(state: BehaviourState, person: tuple[str, str]) -> list[tuple[int, int]]:
     found = state.history(*person, 2**62, 100)
     return sorted(zip(found.sequence.tolist(), found.number.tolist(), strict=True))
-
-
-def knows(state: Path, text: bytes) -> bool:
-    """Whether any file of a state directory holds a text, deleted rows included."""
-    return any(text in path.read_bytes() for path in state.rglob("*") if path.is_file())
 
 
 def test_a_person_is_read_back_as_written_and_deleted_with_every_id(

@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.filters import AllOf
-from services.gateway.rules import Arranged, Cap, Quota, Rules, Slate, arrange, relevance
+from services.gateway.rules import Arranged, Cap, Exploration, Quota, Rules, Slate, arrange, relevance
+from services.gateway.trial import Trial, trial
 
 ANY = AllOf(())
+
+
+def trials(tried: np.ndarray, only: np.ndarray, seed: int) -> Trial:
+    zero = np.zeros(len(tried))
+    return trial(tried, only, zero, zero, zero + 0.1, seed=seed, depth=30)
 
 
 @st.composite
@@ -31,7 +37,9 @@ def slates(draw: st.DrawFn) -> tuple[Slate, Rules, int]:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     outside = flags(count)
     outside[:ranked] = False
+    tried = np.flatnonzero(flags(ranked))
     slate = Slate(
+        trial=trials(tried, flags(len(tried)), draw(st.integers(0, 99))) if len(tried) else None,
         scores=np.array(scores, np.float32),
         outside=outside,
         values=[np.array(draw(codes)).reshape(count, 2) for _ in caps],
@@ -46,6 +54,7 @@ def slates(draw: st.DrawFn) -> tuple[Slate, Rules, int]:
         min_relevance=draw(st.sampled_from([0.0, 0.0, 0.3])),
         diversity=draw(st.sampled_from([0.0, 0.0, 0.5, 1.0])),
         rotation=draw(st.booleans()),
+        exploration=Exploration(draw(st.sampled_from([0.0, 0.2, 0.5, 1.0]))),
         relax=tuple(draw(st.permutations(["caps", "min_relevance", "filter"]))[: draw(st.integers(0, 3))]),
     )
     return slate, rules, draw(st.integers(0, count + 2))
@@ -140,7 +149,7 @@ def test_what_only_fills_is_brought_when_a_slot_needs_it_and_changes_no_slot_bef
 @settings(max_examples=200, deadline=None)
 def test_quotas_get_their_share_as_long_as_there_are_any(drawn: tuple[Slate, Rules, int]) -> None:
     slate, rules, depth = drawn
-    slate, rules = replace(slate, values=[]), Rules(quotas=rules.quotas)
+    slate, rules = replace(slate, values=[], trial=None), Rules(quotas=rules.quotas)
     order = places(slate, rules, depth)
     for at in range(1, len(order) + 1):
         for quota, mine in zip(rules.quotas, slate.quotas, strict=True):
@@ -148,6 +157,38 @@ def test_quotas_get_their_share_as_long_as_there_are_any(drawn: tuple[Slate, Rul
             left = [p for p in np.flatnonzero(mine & ~slate.outside).tolist() if p not in order[:at]]
             # Of two that fall due in one slot one waits for the next.
             assert got >= wanted - (len(rules.quotas) > 1) or not left
+
+
+@given(slates())
+@settings(max_examples=300, deadline=None)
+def test_slots_for_trying_have_their_share_and_what_is_only_tried_takes_no_other(
+    drawn: tuple[Slate, Rules, int],
+) -> None:
+    slate, rules, depth = drawn
+    rules = replace(rules, quotas=(), relax=())
+    slate = replace(slate, quotas=slate.quotas[:0])
+    found = arrange(slate, rules, depth)
+    assert found is not None
+    order, slots = found.places.tolist(), {draw.slot: draw for draw in found.draws}
+    assert slate.trial is not None or not slots
+    for at, place in enumerate(order):
+        possible = [p for p in range(len(slate.outside)) if p not in order[:at]]
+        possible = [p for p in possible if allowed(slate, rules, order[:at], p, ())]
+        tried = slate.trial.places.tolist() if slate.trial else []
+        apart = {p for p, only in zip(tried, slate.trial.only, strict=True) if only} if slate.trial else set()
+        before = sum(slot < at for slot in slots)
+        due = int(rules.exploration.share * (at + 1) + 1e-9) > before
+        assert (at in slots) == (due and any(p in tried for p in possible))
+        if at in slots:
+            draw = slots[at]
+            assert place == tried[draw.drawn]
+            assert {tried[n] for n in range(len(tried)) if n not in draw.left_out} == set(tried) & set(
+                possible
+            )
+            assert 0.2 / len(tried) <= draw.propensity <= 1
+            assert "exploration" in found.moved[place]
+        elif place in apart:
+            assert set(possible) <= apart
 
 
 def plain(scores: list[float], **more: object) -> Slate:

@@ -71,11 +71,10 @@ def trial(
     `expected` float (E,), 0 to 1, is what the ranking makes of them: P(event | shown) where that is known.
     """
     rng = np.random.default_rng(seed)
-    picks = rng.random(depth)
     led = np.minimum(engagements, showings)
     prior = np.clip(expected, 0.02, 0.98) * _SHOWINGS
     samples = rng.beta(prior + led, _SHOWINGS - prior + showings - led, (_SAMPLES, len(places)))
-    return Trial(places, only, samples, picks)
+    return Trial(places, only, samples, rng.random(depth))  # of a longer page these are the first
 
 
 def expectation(relevance: np.ndarray) -> np.ndarray:

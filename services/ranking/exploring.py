@@ -51,8 +51,7 @@ def explorable(
     counts, today = log.explored(asked.scenario, before)
     young = np.ones(len(allowed), bool)
     if asked.max_age_days:
-        # An item that is to come to the shop tomorrow is not of an age yet.
-        young = table.created[: len(allowed)] >= before - asked.max_age_days * DAY
+        young = table.came[: len(allowed)] >= before - asked.max_age_days * DAY
     if asked.per_day is not None and today >= asked.per_day:
         young[:] = False
     rows = np.flatnonzero(allowed & young)

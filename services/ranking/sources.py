@@ -71,7 +71,7 @@ class Sources:
         return np.where(last_day > 0, last_day / np.sqrt(last_week + 1), 0)
 
     def _new(self, query: Query, moment: Moment) -> np.ndarray:
-        age = (moment.tick - self._table.created) / DAY
+        age = (moment.tick - self._table.came) / DAY
         return np.where(age < _NEW_DAYS, _NEW_DAYS - np.maximum(age, 0), 0)
 
     def _family(self, query: Query, moment: Moment) -> np.ndarray:

@@ -1,0 +1,264 @@
+"""Pages that were answered are kept, read back and deleted with the person, and never hold a request up."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import sqlalchemy as sa
+from google.protobuf.timestamp_pb2 import Timestamp
+from vitrine.catalog.v1 import served_pb2
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
+from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
+
+from services.errors import Unavailable
+from services.gateway import served_log as module
+from services.gateway.served_log import ServedLog
+from services.ranking.behaviour import BehaviourStore, Event, EventItem
+from services.ranking.served import Person, Served
+from services.wire import time_to
+from services.wiring import App
+from tests.conftest import Clock
+from tests.recommending import NOW, Shop, ids, knows, purchase, session, violations
+from tests.shops import make_bundle
+
+TYPES = {"view": 0.5, "purchase": 1.0}
+DAY = 86_400_000_000
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(params=["one", "three"])
+def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
+    return Shop(bundle, tmp_path / "state", request.param)
+
+
+@pytest.fixture
+def one(bundle: Path, tmp_path: Path) -> Shop:
+    return Shop(bundle, tmp_path / "state", "one")
+
+
+@pytest.fixture
+def behaviour(engine: sa.Engine, clock: Clock) -> Iterator[BehaviourStore]:
+    behaviour = BehaviourStore(engine, TYPES, clock)
+    yield behaviour
+    behaviour.close()
+
+
+def page(content: bytes, at: int, user: str = "", visitor: str = "", *explored: int) -> Served:
+    return Served(user, visitor, "home", at, content, explored)
+
+
+def pages(behaviour: BehaviourStore, user: str = "", visitor: str = "") -> list[bytes]:
+    return [bytes(kept.content) for kept in behaviour.exported_pages(user, visitor, 0, 100)]
+
+
+def test_pages_follow_a_person_through_every_id_and_go_with_them(behaviour: BehaviourStore) -> None:
+    log = behaviour.served
+    log.write(
+        [page(b"1", 5, "", "phone"), page(b"2", 6, "ann", "phone"), page(b"3", 7, "bob", "phone")]
+    ).result()
+    assert pages(behaviour, "", "phone") == [b"1"]  # of whom no event tells yet
+    behaviour.write(Event("e", "view", (EventItem("a"),), user_id="ann", visitor_id="phone")).result()
+    assert pages(behaviour, "ann") == pages(behaviour, "", "phone") == [b"1", b"2"]
+    assert [k.content for k in behaviour.exported_pages("ann", "", 1, 1)] == [b"2"]
+    # A device's second user is not its first.
+    forgotten = behaviour.forget("bob", "phone").result()
+    assert (forgotten.pages, pages(behaviour, "bob")) == (1, [])
+    assert pages(behaviour, "ann") == [b"1", b"2"]
+    assert behaviour.forget("ann", "").result().pages == 2
+    assert not pages(behaviour, "ann") + pages(behaviour, "", "phone")
+
+
+def test_what_was_on_its_way_when_somebody_was_forgotten_is_not_kept(
+    behaviour: BehaviourStore, clock: Clock
+) -> None:
+    at = int(clock.now.timestamp() * 1e6)
+    behaviour.forget("ann", "phone").result()
+    late = [page(b"1", at - 1, "ann"), page(b"2", at - 1, "", "phone"), page(b"3", at - 1, "bob")]
+    assert behaviour.served.write(late).result() == 1
+    clock.now += timedelta(minutes=1)
+    assert behaviour.served.write([page(b"4", at + 1, "ann")]).result() == 1
+    assert (pages(behaviour, "ann"), pages(behaviour, "", "phone"), pages(behaviour, "bob")) == (
+        [b"4"],
+        [],
+        [b"3"],
+    )
+
+
+def test_old_pages_go_the_oldest_first(behaviour: BehaviourStore, clock: Clock) -> None:
+    now = int(clock.now.timestamp() * 1e6)
+    behaviour.served.write([page(b"%d" % n, now - n * DAY, "ann") for n in range(6)]).result()
+    month = clock.now - timedelta(days=2)
+    assert [behaviour.expire_pages(month, 2).result() for _ in range(3)] == [2, 1, 0]
+    assert pages(behaviour, "ann") == [b"0", b"1", b"2"]
+
+
+def test_what_was_explored_is_counted_as_of_a_moment_and_by_day(engine: sa.Engine, clock: Clock) -> None:
+    first, second = (BehaviourStore(engine, TYPES, clock) for _ in range(2))  # as two replicas
+    noon = (int(clock.now.timestamp() * 1e6) // DAY) * DAY + DAY // 2
+    first.served.write([page(b"", noon - DAY, "", "", 7), page(b"", noon, "", "", 7, 8)]).result()
+    second.served.write([page(b"", noon + 5, "", "", 8)]).result()
+    for store in (first, second):
+        assert store.served.explored("home", noon + 9) == ({7: 2, 8: 2}, 3)
+        assert store.served.explored("home", noon + 5) == ({7: 2, 8: 1}, 2)
+        assert store.served.explored("other", noon + 9) == ({7: 2, 8: 2}, 0)
+        store.close()
+
+
+def request_of(token: str) -> Any:
+    data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_")
+    return json.loads(data[12:])
+
+
+async def kept(stub: Any, many: int, **whom: Any) -> list[served_pb2.ServedPage]:
+    """The pages of a person, once there are so many."""
+    async with asyncio.timeout(60):
+        while True:
+            found = (await stub.ExportUser(pb.ExportUserRequest(**whom))).pages
+            if len(found) >= many:
+                return list(found)
+            await asyncio.sleep(0.05)
+
+
+def test_a_page_is_kept_as_it_was_answered(shop: Shop) -> None:
+    async def body(stub: Any) -> None:
+        asked = pb.RecommendRequest(
+            user_id="ann", session_id="s1", session=session("garden-03"), page_size=8, scenario="basket"
+        )
+        first = await stub.Recommend(asked)
+        asked.page_token = first.next_page_token
+        second = await stub.Recommend(asked)
+        for at, (answer, logged) in enumerate(
+            zip((first, second), await kept(stub, 2, user_id="ann"), strict=True)
+        ):
+            assert logged.request_id == answer.request_id == request_of(answer.attribution_token)["r"]
+            assert list(logged.item_ids) == ids(answer)
+            assert list(logged.scores) == [item.score for item in answer.items]
+            assert (logged.scenario, logged.session_id, logged.start) == ("basket", "s1", 8 * at)
+            assert logged.bundle == answer.versions.bundle
+            assert not (logged.user_id or logged.shadow or logged.experiment or logged.HasField("exploring"))
+            for bits, item in zip(logged.item_sources, answer.items, strict=True):
+                named = [name for n, name in enumerate(logged.sources) if bits >> n & 1]
+                assert named == [source.source for source in item.sources]
+
+    shop.run(body)
+
+
+def test_a_person_reads_their_pages_page_by_page_and_nothing_is_left_of_them(
+    shop: Shop, tmp_path: Path
+) -> None:
+    async def body(stub: Any) -> None:
+        events = [purchase(f"e{n}", "ann-4711", f"garden-0{n}") for n in range(3)]
+        await stub.WriteEvents(pb.WriteEventsRequest(events=events))
+        for _ in range(4):
+            await stub.Recommend(pb.RecommendRequest(user_id="ann-4711", page_size=3))
+        await kept(stub, 4, user_id="ann-4711")
+        read, asked = [], pb.ExportUserRequest(user_id="ann-4711", page_size=2)
+        while True:
+            answer = await stub.ExportUser(asked)
+            assert len(answer.events) + len(answer.pages) <= 2
+            read.append((len(answer.events), len(answer.pages)))
+            if not answer.next_page_token:
+                break
+            asked.page_token = answer.next_page_token
+        assert read == [(2, 0), (1, 1), (0, 2), (0, 1)]
+        await stub.Recommend(pb.RecommendRequest(user_id="ann-4711", page_size=3))
+        deleted = await stub.DeleteUser(pb.DeleteUserRequest(user_id="ann-4711"))
+        assert (deleted.events, deleted.ids, deleted.pages) == (3, 1, 5)
+        await asyncio.sleep(0.6)
+        assert not (await stub.ExportUser(pb.ExportUserRequest(user_id="ann-4711"))).pages
+        assert not knows(tmp_path / "state", b"ann-4711")
+        for wrong in ("p", "px", "p-1", "q3", "p" + "9" * 25):
+            asked.page_token = wrong
+            assert await violations(stub.ExportUser(asked)) == ["page_token"]
+
+    shop.run(body)
+
+
+def test_a_stop_loses_nothing_and_an_operator_may_want_no_log(one: Shop) -> None:
+    async def asks(stub: Any) -> None:
+        for _ in range(3):
+            await stub.Recommend(pb.RecommendRequest(user_id="ann"))
+
+    async def three(stub: Any) -> None:
+        assert len(await kept(stub, 3, user_id="ann")) == 3
+
+    one.run(asks)
+    one.run(asks, served_days=0)
+    one.run(three)
+
+
+def test_pages_wait_for_a_ranking_service_that_is_away_and_what_is_too_much_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_MOST", 3)
+    arrived: list[str] = []
+    away = True
+
+    async def send(request: ranking_pb.LogPagesRequest) -> None:
+        if away:
+            raise Unavailable("for lunch")
+        arrived.extend(page.request_id for page in request.pages)
+
+    async def body() -> None:
+        nonlocal away
+        log = ServedLog(send)
+        for n in range(5):
+            log.add(served_pb2.ServedPage(request_id=str(n)))
+        await log.flush()
+        assert (arrived, dict(log.counts)) == ([], {"kept": 0, "lost": 2})
+        away = False
+        running = asyncio.ensure_future(log.run())
+        await asyncio.sleep(0)
+        running.cancel()  # a stop hands on what is left
+        await asyncio.gather(running, return_exceptions=True)
+        assert (arrived, dict(log.counts)) == (["0", "1", "2"], {"kept": 3, "lost": 2})
+
+    asyncio.run(body())
+
+
+def test_wrong_pages_are_refused_by_name(bundle: Path, tmp_path: Path) -> None:
+    made = served_pb2.ServedPage
+    drawn = served_pb2.Exploring(draws=[served_pb2.Draw(drawn=2)], item_numbers=[5])
+    wrong = {
+        "pages": ranking_pb.LogPagesRequest(),
+        "pages[1].user_id": ranking_pb.LogPagesRequest(pages=[made(), made(user_id="a b")]),
+        "pages[0].served_at": ranking_pb.LogPagesRequest(pages=[made(served_at=Timestamp(nanos=-1))]),
+        "pages[0].exploring.draws": ranking_pb.LogPagesRequest(pages=[made(exploring=drawn)]),
+        "item_numbers": ranking_pb.LogPagesRequest(
+            pages=[made(exploring=served_pb2.Exploring(item_numbers=[2**63]))]
+        ),
+    }
+
+    async def body() -> None:
+        app = App(Shop(bundle, tmp_path / "state", "one").settings())
+        await app.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+            stub = ranking_grpc.RankingServiceStub(channel)
+            for field, request in wrong.items():
+                assert await violations(stub.LogPages(request)) == [field]
+            good = made(request_id="r", served_at=time_to(NOW), visitor_id="v")
+            await stub.LogPages(ranking_pb.LogPagesRequest(pages=[good]))
+        await app.stop()
+
+    asyncio.run(body())
+
+
+def test_ids_of_the_forgotten_are_remembered_for_a_while_only(
+    behaviour: BehaviourStore, clock: Clock
+) -> None:
+    for n in range(50):
+        behaviour.forget(f"u{n}", "").result()
+        clock.now += timedelta(minutes=1)
+    assert len(behaviour.served._forgotten) <= 5
+    assert Person(frozenset({"u49"}), frozenset()) in behaviour.served._forgotten
