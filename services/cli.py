@@ -13,6 +13,8 @@ from services import runtime
 from services.errors import FailedPrecondition, VitrineError
 from services.settings import Settings
 
+_BY = "scenario, bundle, arm, day, channel, position, band or source"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; 0 when it did what was asked, 1 with a line on stderr when it could not."""
@@ -110,7 +112,7 @@ def _add_import(commands: Any) -> None:
 def _add_analyze(commands: Any) -> None:
     analyze = commands.add_parser("analyze", help="tell what pages led to, from the events of a state")
     analyze.add_argument("--state", type=Path, required=True, help="the state directory, served or not")
-    analyze.add_argument("--by", default="scenario", help="scenario, bundle, day, channel, position or band")
+    analyze.add_argument("--by", default="scenario", help=_BY)
     analyze.add_argument("--since", type=_moment, help="only events from this date or time on")
     analyze.add_argument("--until", type=_moment, help="only events before this date or time")
     analyze.add_argument("--shown-as", default="impression", help="the event type of impressions")
@@ -119,6 +121,13 @@ def _add_analyze(commands: Any) -> None:
         "--ranking-database", default="", help="SQLAlchemy URL; empty means SQLite under state"
     )
     analyze.add_argument("--secret", default="", help="what signs tokens; empty means the one kept in state")
+    analyze.add_argument("--experiment", default="", help="the name of one: compare its arms")
+    analyze.add_argument(
+        "--policies", action="store_true", help="estimate what other ways to explore would have led to"
+    )
+    analyze.add_argument(
+        "--on", default="click", help="the event type that --experiment and --policies count"
+    )
     analyze.add_argument("--json", action="store_true", help="print JSON")
     analyze.set_defaults(run=_analyze)
 
@@ -155,37 +164,33 @@ def _import(options: dict[str, Any]) -> None:
 
 
 def _analyze(options: dict[str, Any]) -> None:
-    import json
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from services import store, traffic
+    from services import store
 
     state, url, secret = (options.pop(name) for name in ("state", "ranking_database", "secret"))
-    as_json = options.pop("json")
     kept = [state / "ranking.sqlite", state / "secret"]
     for path, given in zip(kept, (url, secret), strict=True):
         if not given and not path.is_file():
             raise FailedPrecondition(f"{path} is not there: is {state} the state of a ranking service?")
     engine = store.open_engine(url or f"sqlite:///{kept[0].absolute()}")
-    found = traffic.traffic(engine, secret.encode() or kept[1].read_bytes(), options.pop("by"), **options)
-    engine.dispose()
-    if as_json:
-        print(json.dumps(traffic.told(found), indent=1))  # noqa: T201 - a command's answer
-        return
-    head, lines = traffic.lines(found)
-    table = Table(*head)
-    for line in lines:
-        table.add_row(*map(Text, line))  # a name may look like markup
-    Console().print(table)
-    for many, what in (
-        (found.unreadable, "items of events have a token that is not of this secret"),
-        (found.unshown, "deeds have a token without an impression of that item"),
-    ):
-        if many:
-            print(f"{many} {what}; they are not counted")  # noqa: T201
+    try:
+        _told_of(engine, secret.encode() or kept[1].read_bytes(), options)
+    finally:
+        engine.dispose()
+
+
+def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
+    from services import analysis
+
+    by, as_json = options.pop("by"), options.pop("json")
+    experiment, policies, on = options.pop("experiment"), options.pop("policies"), options.pop("on")
+    span = options["since"], options["until"]
+    if experiment:
+        told = analysis.of_experiment(engine, secret, experiment, on, *span)
+    elif policies:
+        told = analysis.of_policies(engine, secret, on, *span)
+    else:
+        told = analysis.of_traffic(engine, secret, by, **options)
+    analysis.show(told, as_json=as_json)
 
 
 def _serve(options: dict[str, Any]) -> None:

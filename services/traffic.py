@@ -14,15 +14,19 @@ import sqlalchemy as sa
 
 from services.errors import InvalidArgument
 from services.gateway.tokens import Tokens
+from services.outcomes import content_of
+from services.outcomes import shown as pages_shown
 from services.ranking import tables
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_FAR = timedelta(days=36_500)
 _HEAD, _MID = 0.5, 0.8
 _95_PERCENT = 1.959964
 _READ_AT_ONCE = 5000
-BY = ("scenario", "bundle", "day", "channel", "position", "band")
-"""What a table may be by; the band of an item is head, mid or tail by how much of all events it has."""
+BY = ("scenario", "bundle", "arm", "day", "channel", "position", "band", "source")
+"""What a table may be by; the band of an item is head, mid or tail by how much of all events it has.
+
+An item counts for each of its sources, as the served log tells them, and for the arm that it came from.
+"""
 
 
 @dataclass
@@ -75,34 +79,37 @@ def traffic(
     if by not in BY:
         raise InvalidArgument.of("by", f"is {by!r}, none of {', '.join(BY)}")
     tokens, read = Tokens(secret), dict[str, dict[str, Any] | None]()
-    shown: dict[tuple[str, int], str] = {}
+    shown: dict[tuple[str, int], tuple[str, ...]] = {}
     done: dict[tuple[str, int], set[str]] = {}
     paid: dict[tuple[str, int], float] = {}
     unreadable = 0
     with engine.connect() as connection:
         band = _bands(connection) if by == "band" else {}
+        logged = _logged(engine, secret, by) if by in ("source", "arm") else {}
         for row in _rows(connection, since, until):
             token = row.attribution_token
             if token not in read:
-                read[token] = _content(tokens, token)
+                read[token] = content_of(tokens, token)
             content = read[token]
             if content is None:
                 unreadable += 1
                 continue
             key = token, row.number
             if row.type == shown_as:
-                shown.setdefault(key, _name(by, row, content, band))
+                known = logged.get((content["r"], row.number))
+                shown.setdefault(key, known or (_name(by, row, content, band),))
             else:
                 done.setdefault(key, set()).add(row.type)
             if row.type == bought_as and row.price is not None:
                 paid[key] = paid.get(key, 0.0) + row.price * row.quantity
     groups: dict[str, Group] = {}
-    for key, name in shown.items():
-        group = groups.setdefault(name, Group())
-        group.shown += 1
-        group.revenue += paid.get(key, 0.0)
-        for event_type in done.get(key, ()):
-            group.done[event_type] = group.done.get(event_type, 0) + 1
+    for key, names in shown.items():
+        for name in names:
+            group = groups.setdefault(name, Group())
+            group.shown += 1
+            group.revenue += paid.get(key, 0.0)
+            for event_type in done.get(key, ()):
+                group.done[event_type] = group.done.get(event_type, 0) + 1
     ordered = {name: groups[name] for name in sorted(groups, key=_place)}
     return Traffic(ordered, unreadable, sum(len(kinds) for key, kinds in done.items() if key not in shown))
 
@@ -130,11 +137,20 @@ def _rows(connection: sa.Connection, since: datetime | None, until: datetime | N
     yield from connection.execution_options(yield_per=_READ_AT_ONCE).execute(query)
 
 
-def _content(tokens: Tokens, token: str) -> dict[str, Any] | None:
-    try:  # an old one tells as much as a new one
-        return tokens.read("shown", token, _EPOCH - _FAR, "attribution_token")
-    except InvalidArgument:
-        return None
+def _logged(engine: sa.Engine, secret: bytes, by: str) -> dict[tuple[str, int], tuple[str, ...]]:
+    """The sources of each item of each answer, or the arms of those that two arms shared."""
+    found: dict[tuple[str, int], tuple[str, ...]] = {}
+    for one in pages_shown(engine, secret, None, None):
+        page = one.page
+        if page.shadow or (by == "arm" and not page.item_arms):
+            continue
+        for at, number in enumerate(one.numbers):
+            if by == "arm":
+                found[page.request_id, number] = (f"{page.experiment}/{page.item_arms[at]}",)
+            else:
+                bits = page.item_sources[at]
+                found[page.request_id, number] = tuple(s for n, s in enumerate(page.sources) if bits >> n & 1)
+    return found
 
 
 def _name(by: str, row: Any, content: Mapping[str, Any], band: Mapping[int, str]) -> str:
@@ -143,6 +159,10 @@ def _name(by: str, row: Any, content: Mapping[str, Any], band: Mapping[int, str]
             return str(content["s"])
         case "bundle":
             return str(content["b"])
+        case "arm":
+            return str(content.get("x", "none"))
+        case "source":
+            return "unknown"
         case "day":
             return (_EPOCH + timedelta(microseconds=row.occurred)).date().isoformat()
         case "channel":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_what_pages_led_to_is_counted_once_and_by_what_is_asked(tmp_path: Path) 
         assert sum(g["shown"] for g in (await told("--by", "band"))["groups"].values()) == 14
         assert len((await told("--by", "day"))["groups"]) == 2
         assert list((await told("--by", "bundle"))["groups"]) == [home.versions.bundle]
+        assert list((await told("--by", "arm"))["groups"]) == ["none"]
         recent = (datetime.now(UTC) - timedelta(days=1)).isoformat()
         assert list((await told("--since", recent))["groups"]) == ["home"]
         assert list((await told("--until", recent))["groups"]) == ["basket"]
@@ -106,5 +108,24 @@ def test_what_pages_led_to_is_counted_once_and_by_what_is_asked(tmp_path: Path) 
         assert (code, "by: is 'moon'" in wrong) == (1, True)
         code, _, wrong = await analyze(tmp_path / "nowhere")
         assert (code, "is not there" in wrong) == (1, True)
+
+    Shop(bundle, state, "one", clock=None).run(body)
+
+
+def test_an_item_counts_for_each_of_its_sources(tmp_path: Path) -> None:
+    bundle, state = make_bundle(tmp_path), tmp_path / "state"
+
+    async def body(stub: Any) -> None:
+        page = await stub.Recommend(pb.RecommendRequest(page_size=10))
+        seen = event_pb2.Event(event_id="e", type="impression", user_id="ann")
+        seen.attribution_token = page.attribution_token
+        for item_id in ids(page):
+            seen.items.add(item_id=item_id)
+        await stub.WriteEvents(pb.WriteEventsRequest(events=[seen]))
+        groups: dict[str, Any] = {"unknown": {}}
+        while "unknown" in groups:  # until the page is logged
+            groups = json.loads((await analyze(state, "--json", "--by", "source"))[1])["groups"]
+        expected = Counter(source.source for item in page.items for source in item.sources)
+        assert {name: group["shown"] for name, group in groups.items()} == expected
 
     Shop(bundle, state, "one", clock=None).run(body)

@@ -1,0 +1,96 @@
+"""Pages of the served log with what came of them: joined to events by the request that tokens name.
+
+Read from a state that may be served meanwhile.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from vitrine.catalog.v1 import served_pb2
+
+from services.catalog import item_number
+from services.errors import InvalidArgument
+from services.gateway.tokens import Tokens
+from services.ranking import tables
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FAR = timedelta(days=36_500)
+_MICROSECOND = timedelta(microseconds=1)
+_READ_AT_ONCE = 1000
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A page, who it was for, and what was done with its items: types of events by item number."""
+
+    person: str
+    page: served_pb2.ServedPage
+    done: Mapping[int, frozenset[str]]
+    paid: Mapping[int, float]
+
+    @property
+    def numbers(self) -> list[int]:
+        """The numbers of the page's items, in their order."""
+        return [item_number(item_id) for item_id in self.page.item_ids]
+
+
+@dataclass
+class Done:
+    """What was done with the items of an answer, by its request id."""
+
+    done: dict[int, set[str]] = field(default_factory=dict)
+    paid: dict[int, float] = field(default_factory=dict)
+
+
+def shown(
+    engine: sa.Engine, secret: bytes, since: datetime | None, until: datetime | None
+) -> Iterator[Shown]:
+    """The pages answered from `since` to `until`, exclusive, in the order of the log."""
+    nothing, columns = Done(), tables.served.c
+    query = tables.served.select().order_by(columns.sequence)
+    for moment, after in ((since, True), (until, False)):
+        if moment is not None:
+            at = (moment - _EPOCH) // _MICROSECOND
+            query = query.where(columns.at >= at if after else columns.at < at)
+    with engine.connect() as connection:
+        outcomes = _outcomes(connection, secret)
+        for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+            page = served_pb2.ServedPage.FromString(row.content)
+            came = nothing if page.shadow else outcomes.get(page.request_id, nothing)
+            person = row.user_id or row.visitor_id or page.session_id or page.request_id
+            done = {number: frozenset(kinds) for number, kinds in came.done.items()}
+            yield Shown(person, page, done, came.paid)
+
+
+def content_of(tokens: Tokens, token: str) -> dict[str, Any] | None:
+    """What an attribution token holds, an old one as well; None for one that is none of this secret."""
+    try:
+        return tokens.read("shown", token, _EPOCH - _FAR, "attribution_token")
+    except InvalidArgument:
+        return None
+
+
+def _outcomes(connection: sa.Connection, secret: bytes) -> dict[str, Done]:
+    events, items = tables.events.c, tables.event_items.c
+    query = (
+        sa.select(events.attribution_token, events.type, items.number, items.quantity, items.price)
+        .join(tables.event_items, items.sequence == events.sequence)
+        .where(events.attribution_token != "")
+    )
+    tokens, read = Tokens(secret), dict[str, str | None]()
+    found: dict[str, Done] = {}
+    for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
+        token = row.attribution_token
+        if token not in read:
+            content = content_of(tokens, token)
+            read[token] = content["r"] if content else None
+        if (request_id := read[token]) is None:
+            continue
+        mine = found.setdefault(request_id, Done())
+        mine.done.setdefault(row.number, set()).add(row.type)
+        if row.price is not None:
+            mine.paid[row.number] = mine.paid.get(row.number, 0.0) + row.price * row.quantity
+    return found

@@ -1,0 +1,163 @@
+"""`vitrine analyze` of experiments and of exploring, over what a served shop wrote."""
+
+import asyncio
+import io
+import json
+from collections.abc import Awaitable, Callable
+from contextlib import redirect_stderr, redirect_stdout
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+
+from services.cli import main
+from services.wire import time_to
+from tests.recommending import Shop, ids
+from tests.shops import make_bundle
+from tests.test_experiments import HALVES, SPLIT
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def analyzed(state: Path, *more: str) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(["analyze", "--state", str(state), *more])
+    return code, out.getvalue(), err.getvalue()
+
+
+async def clicked(stub: Any, page: Any, user: str, *item_ids: str, price: float | None = None) -> None:
+    events = [
+        event_pb2.Event(
+            event_id=f"{page.request_id}-{item_id}-{price}",
+            type="click" if price is None else "purchase",
+            user_id=user,
+            attribution_token=page.attribution_token,
+            items=[event_pb2.EventItem(item_id=item_id, price=price)],
+        )
+        for item_id in item_ids
+    ]
+    if events:
+        await stub.WriteEvents(pb.WriteEventsRequest(events=events))
+
+
+def serve(bundle: Path, tmp_path: Path, text: str, body: Callable[[Any], Awaitable[None]]) -> Path:
+    file = tmp_path / "scenarios.toml"
+    file.write_text(text)
+    Shop(bundle, tmp_path / "state", "one", clock=None).run(body, scenarios=file)
+    return tmp_path / "state"
+
+
+def test_arms_are_judged_by_what_their_people_did(bundle: Path, tmp_path: Path) -> None:
+    people = {"a": 0, "b": 0}
+
+    async def body(stub: Any) -> None:
+        for n in range(60):
+            user = f"u{n}"
+            page = await stub.Recommend(pb.RecommendRequest(user_id=user, page_size=5))
+            arm = page.assignment.arm
+            people[arm] += 1
+            # Everybody of arm b clicks two items, every other one of arm a one.
+            mine = ids(page)[:2] if arm == "b" else ids(page)[: people[arm] % 2]
+            await clicked(stub, page, user, *mine)
+            await clicked(stub, page, user, *mine[:1], price=4.0)
+
+    state = serve(bundle, tmp_path, SPLIT, body)
+    code, said, wrong = analyzed(state, "--experiment", "worlds", "--json")
+    assert code == 0, wrong
+    told = json.loads(said)
+    assert {arm: told["arms"][arm]["people"] for arm in "ab"} == people
+    assert told["arms"]["b"]["done"] == 2 * people["b"]
+    assert told["arms"]["b"]["revenue"] == 4.0 * people["b"]
+    assert told["arms"]["a"]["done"] == (people["a"] + 1) // 2
+    more = told["more_than_the_first"]["b"]
+    assert more["mean"] == pytest.approx(2 - told["arms"]["a"]["done"] / people["a"])
+    assert 1 < more["low"] < more["mean"] < more["high"] < 2
+    code, said, _ = analyzed(state, "--experiment", "worlds", "--on", "purchase")
+    assert (code, "more than the first" in said) == (0, True)
+    code, _, wrong = analyzed(state, "--experiment", "moons")
+    assert (code, "moons" in wrong) == (1, True)
+    code, _, wrong = analyzed(state, "--policies")
+    assert (code, "no slot that was explored" in wrong) == (1, True)
+    future = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    assert analyzed(state, "--experiment", "worlds", "--since", future)[0] == 1
+    by_arm = json.loads(analyzed(state, "--by", "arm", "--shown-as", "click", "--json")[1])["groups"]
+    assert set(by_arm) == {"worlds/a", "worlds/b"}
+
+
+def test_two_arms_of_a_page_are_judged_by_whose_items_were_clicked(bundle: Path, tmp_path: Path) -> None:
+    async def body(stub: Any) -> None:
+        for n in range(20):
+            user = f"u{n}"
+            page = await stub.Recommend(pb.RecommendRequest(user_id=user, page_size=6))
+            kitchen = [i for i in ids(page) if i.startswith("kitchen")]
+            garden = [i for i in ids(page) if i.startswith("garden")]
+            if n < 12:
+                await clicked(stub, page, user, *kitchen[:2], *garden[:1])
+            elif n < 14:
+                await clicked(stub, page, user, garden[0])
+            elif n < 16:
+                await clicked(stub, page, user, garden[0], kitchen[0])
+
+    state = serve(bundle, tmp_path, SPLIT + 'kind = "EXPERIMENT_KIND_INTERLEAVE"\n', body)
+    code, said, wrong = analyzed(state, "--experiment", "worlds", "--json")
+    assert code == 0, wrong
+    told = json.loads(said)
+    assert (told["wins"], told["ties"]) == ({"a": 2, "b": 12}, 6)
+    assert told["sign_test"] == pytest.approx(0.01294, abs=1e-4)  # twice the tail of 14 fair coins
+    code, said, _ = analyzed(state, "--experiment", "worlds")
+    assert (code, "b has the better of 12 pages" in said) == (0, True)
+    by_arm = json.loads(analyzed(state, "--by", "arm", "--shown-as", "click", "--json")[1])["groups"]
+    assert {name: group["shown"] for name, group in by_arm.items()} == {"worlds/a": 16, "worlds/b": 26}
+
+
+def test_a_shadow_is_told_by_what_it_has_in_common(bundle: Path, tmp_path: Path) -> None:
+    text = (
+        HALVES
+        + 'kind = "EXPERIMENT_KIND_SHADOW"\narms = [{ name = "a" }, { name = "b", scenario = "garden" }]\n'
+    )
+
+    async def body(stub: Any) -> None:
+        for n in range(5):
+            await stub.Recommend(pb.RecommendRequest(user_id=f"u{n}", page_size=40))
+        await asyncio.sleep(0.5)
+
+    state = serve(bundle, tmp_path, text, body)
+    code, said, wrong = analyzed(state, "--experiment", "worlds")
+    assert code == 0, wrong
+    assert "has 50.0% of the items shown" in said
+
+
+def test_what_exploring_another_way_would_have_led_to(bundle: Path, tmp_path: Path) -> None:
+    text = '[home]\nsources = ["popular"]\nexploration = { share = 0.5 }\n'
+    liked = {f"new-{n}" for n in range(2)}
+
+    async def body(stub: Any) -> None:
+        since = time_to(datetime.now(UTC) - timedelta(days=1))
+        items = [item_pb2.Item(id=f"new-{n}", title=f"thing {n}", available_from=since) for n in range(8)]
+        written = await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
+        wanted = max(outcome.sequence for outcome in written.outcomes)
+        for n in range(120):
+            asked = pb.RecommendRequest(user_id=f"u{n}", page_size=4, min_sequence=wanted)
+            page = await stub.Recommend(asked)
+            await clicked(stub, page, f"u{n}", *(i for i in ids(page) if i in liked))
+
+    state = serve(bundle, tmp_path, text, body)
+    code, said, wrong = analyzed(state, "--policies", "--json")
+    assert code == 0, wrong
+    told = json.loads(said)
+    assert told["slots"] == 240
+    uniform = told["policies"]["alike"]
+    # Two of eight, or of the seven that are left for the second slot.
+    assert uniform["ips"]["low"] < 0.25 < uniform["ips"]["high"]
+    assert uniform["dr"]["low"] < 0.25 < uniform["dr"]["high"]
+    # What was clicked is tried more: it was better than by chance.
+    assert told["as_served"]["mean"] > 0.25
+    code, said, _ = analyzed(state, "--policies")
+    assert (code, "the most relevant" in said) == (0, True)
