@@ -6,8 +6,9 @@ bundle's popularity for retrieval, and `degraded` says so.
 """
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -29,12 +30,19 @@ from services.errors import (
 )
 from services.gateway import why_not
 from services.gateway.assortment import Assortment
+from services.gateway.breaker import Breaker
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Stage, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
 T = TypeVar("T")
+_CODES: dict[type[VitrineError], pb.DegradationCode.ValueType] = {
+    DeadlineExceeded: pb.DEGRADATION_CODE_TIMEOUT,
+    FailedPrecondition: pb.DEGRADATION_CODE_NOT_READY,
+    Unavailable: pb.DEGRADATION_CODE_UNAVAILABLE,
+}
+_OF_EMBEDDING = ("search", "titles")
 _SOURCES = {
     ranking_pb.SOURCE_GRAPH: "graph",
     ranking_pb.SOURCE_POPULAR: "popular",
@@ -85,6 +93,7 @@ class Pipeline:
         self._embedding, self._ranking, self.table = embedding, ranking, table
         self._popular, self.bundle, self._limits = popular, bundle, limits or Limits()
         self._assortment = Assortment(table, popular)
+        self._breakers = {"embedding": Breaker(), "ranking": Breaker()}
 
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
@@ -105,7 +114,7 @@ class Pipeline:
         stages: list[Stage] = []
         first = budget * self._limits.retrieval_share
         with _timed("retrieve", stages) as told:
-            retrieved = await _attempt("retrieve", self._retrieve(wish), first, degraded)
+            retrieved = await self._attempt("retrieve", self._retrieve(wish), first, degraded)
             told(sum(len(found.item_numbers) for found in retrieved.candidates) if retrieved else 0)
         with _timed("search", stages) as told:
             candidates = await self._candidates(wish, retrieved, first, degraded)
@@ -154,7 +163,7 @@ class Pipeline:
             state_sequence=ordered.state_sequence,
             bundle=self.bundle,
         )
-        explained = await _attempt("explain", self._ranking.explain(request), budget, degraded)
+        explained = await self._attempt("explain", self._ranking.explain(request), budget, degraded)
         found: dict[int, list[Reason]] = {}
         # Told without a type, it was looked at for all that is known.
         seen = {item_number(item.item_id) for item in wish.person.session if not item.type}
@@ -174,8 +183,38 @@ class Pipeline:
         if not named:
             return found, {}
         get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=named))
-        items = await _attempt("explain", get, budget, degraded)
+        items = await self._attempt("titles", get, budget, degraded)
         return found, {record.item.id: record.item.title for record in (items.items if items else ())}
+
+    async def _attempt(
+        self, stage: str, call: Awaitable[T], seconds: float, degraded: list[pb.Degradation]
+    ) -> T | None:
+        """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error."""
+        breaker = self._breakers["embedding" if stage in _OF_EMBEDDING else "ranking"]
+        if pause := breaker.wait():
+            _drop(call)
+            why = f"it failed so often that it is not asked for another {pause:.1f} s"
+            code = pb.DEGRADATION_CODE_UNAVAILABLE
+            degraded.append(pb.Degradation(stage=stage, code=code, message=why))
+            return None
+        try:
+            with deadline.within(seconds):
+                answer = await deadline.wait(call)
+        except InvalidArgument:
+            breaker.succeeded()
+            raise
+        except VitrineError as error:
+            code = _CODES.get(type(error), pb.DEGRADATION_CODE_FAILED)
+            if isinstance(error, DeadlineExceeded):
+                breaker.failed(seconds)
+            elif isinstance(error, Unavailable):
+                breaker.failed(math.inf)
+            else:
+                breaker.succeeded()
+            degraded.append(pb.Degradation(stage=stage, code=code, message=str(error)))
+            return None
+        breaker.succeeded()
+        return answer
 
     async def _candidates(
         self,
@@ -194,7 +233,7 @@ class Pipeline:
                 candidates.add(_SOURCES[found.source], found.item_numbers, found.scores)
         groups = self._groups(wish, retrieved) if wanted.intersection(_SPACES.values()) else []
         if groups:
-            searched = await _attempt("search", self._search(wish, retrieved, groups), seconds, degraded)
+            searched = await self._attempt("search", self._search(wish, retrieved, groups), seconds, degraded)
             for result in searched.results if searched else ():
                 if _SPACES[result.space] in wanted:
                     candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
@@ -227,7 +266,7 @@ class Pipeline:
                 state_sequence=sequence,
                 bundle=self.bundle,
             )
-            ranked = await _attempt("rank", self._ranking.rank(request), budget, degraded)
+            ranked = await self._attempt("rank", self._ranking.rank(request), budget, degraded)
         components: dict[str, dict[int, float]] = {}
         probabilities: dict[str, dict[int, float]] = {}
         if ranked is not None:
@@ -330,24 +369,10 @@ def _timed(name: str, stages: list[Stage]) -> Iterator[Callable[[int], None]]:
     stages.append(Stage(name, counts[-1], time.perf_counter() - began))
 
 
-async def _attempt(
-    stage: str, call: Awaitable[T], seconds: float, degraded: list[pb.Degradation]
-) -> T | None:
-    """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error."""
-    codes: dict[type[VitrineError], pb.DegradationCode.ValueType] = {
-        DeadlineExceeded: pb.DEGRADATION_CODE_TIMEOUT,
-        FailedPrecondition: pb.DEGRADATION_CODE_NOT_READY,
-        Unavailable: pb.DEGRADATION_CODE_UNAVAILABLE,
-    }
-    try:
-        with deadline.within(seconds):
-            return await deadline.wait(call)
-    except InvalidArgument:
-        raise
-    except VitrineError as error:
-        code = codes.get(type(error), pb.DEGRADATION_CODE_FAILED)
-        degraded.append(pb.Degradation(stage=stage, code=code, message=str(error)))
-        return None
+def _drop(call: Awaitable[T]) -> None:
+    """Let go of a call that was not begun."""
+    if isinstance(call, Coroutine):
+        call.close()
 
 
 def person_of(user_id: str, visitor_id: str, session: Sequence[event_pb2.SessionItem]) -> ranking_pb.Person:

@@ -21,6 +21,7 @@ from services.errors import InvalidArgument, NotFound
 from services.gateway.asking import both_filters, digest, numbers_of, person_key, seed_of, wish_of
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.experiments import Arm, Assigned, interleaved
+from services.gateway.masks import keep, tree_of
 from services.gateway.pipeline import Pipeline, person_of
 from services.gateway.scenarios import HOME, SIMILAR, Scenarios
 from services.gateway.sentences import LANGUAGES, sentence
@@ -43,6 +44,7 @@ class _Place:
     as_of: datetime
     person: str
     assigned: Assigned
+    degraded: Sequence[pb.Degradation]
 
 
 class GatewayServicer(pb_grpc.RecommendationServiceServicer):
@@ -71,12 +73,13 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         place = self._page(request, request_id, now)
         as_of, chosen = place.as_of, place.assigned
         page = slice(place.start, place.start + size)
+        mask = tree_of(request.read_mask.paths, pb.RecommendResponse.DESCRIPTOR)
         wish = wish_of(request, self._scenarios.find(chosen.scenario), as_of, page.stop + 1)
         if request.validate_only:
             return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
         ordered = await self._run(request, chosen, wish)
-        degraded, left_out = list(ordered.degraded), set(ordered.left_out)
+        degraded, left_out = [*place.degraded, *ordered.degraded], set(ordered.left_out)
         items = self._items(ordered, page)
         if request.include_reasons:
             await self._explain(wish, ordered, items, request.language or LANGUAGES[0], degraded)
@@ -91,11 +94,18 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             left_out_item_ids=[i for i in request.item_ids if item_number(i) in left_out],
         )
         if page.stop < len(ordered.numbers):
-            content = {"o": page.stop, "a": as_of.isoformat(), "h": digest(request), "x": _mark(chosen)}
+            content = {
+                "o": page.stop,
+                "a": as_of.isoformat(),
+                "h": digest(request),
+                "x": _mark(chosen),
+                "b": self.pipeline.bundle,
+            }
             if not person_key(request, ""):
                 content["u"] = place.person
             response.next_page_token = self._tokens.sign("page", content, now)
-        self._log(request, ordered, page, request_id, chosen, as_of, items)
+        self._log(request, ordered, page, request_id, place, now, items)
+        keep(response, mask)
         return response
 
     async def ExplainItem(self, request: pb.ExplainItemRequest, context: Any) -> pb.ExplainItemResponse:
@@ -159,7 +169,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         ordered = await self.pipeline.run(wish)
         items, request_id = self._items(ordered, slice(0, size)), uuid.uuid4().hex
         asked = pb.RecommendRequest(scenario=SIMILAR)
-        self._log(asked, ordered, slice(0, size), request_id, Assigned(SIMILAR), now, items)
+        place = _Place(0, now, "", Assigned(SIMILAR), ())
+        self._log(asked, ordered, slice(0, size), request_id, place, now, items)
         return pb.SimilarItemsResponse(
             items=items,
             attribution_token=self._attribution(request_id, SIMILAR, now),
@@ -285,7 +296,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
     def _page(self, request: pb.RecommendRequest, request_id: str, now: datetime) -> _Place:
         """Where the page begins, with the moment and the arm that all pages of an answer share."""
         start, as_of, person = 0, now, person_key(request, request_id)
-        content = None
+        content, degraded = None, []
         if request.page_token:
             content = self._tokens.read("page", request.page_token, now, "page_token")
             if content["h"] != digest(request):
@@ -293,10 +304,12 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 raise InvalidArgument.of("page_token", why)
             start, as_of = content["o"], datetime.fromisoformat(content["a"])
             person = content.get("u", person)
+            if content["b"] != self.pipeline.bundle:
+                degraded.append(_bundle_changed(content["b"]))
         chosen = self._scenarios.assigned(request.scenario, person)
         if content is not None and content["x"] != _mark(chosen):
             raise InvalidArgument.of("page_token", "is of an experiment that has changed; begin again")
-        return _Place(start, as_of, person, chosen)
+        return _Place(start, as_of, person, chosen, degraded)
 
     async def _run(self, request: pb.RecommendRequest, chosen: Assigned, wish: Wish) -> Ordered:
         """What is shown of a request, by the arm or arms that serve it."""
@@ -312,8 +325,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         ordered: Ordered,
         page: slice,
         request_id: str,
-        chosen: Assigned,
-        as_of: datetime,
+        place: _Place,
+        now: datetime,
         items: Sequence[pb.Recommendation],
     ) -> None:
         """Let a page be kept, and those of shadows be made."""
@@ -327,12 +340,13 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             request_id=request_id,
             scenario=request.scenario or HOME,
             bundle=self.pipeline.bundle,
-            at=as_of,
+            at=now,
         )
+        chosen = place.assigned
         logged.experiment, logged.arm = chosen.experiment, "" if chosen.rival else _arm(chosen)
         self._served.add(logged)
         for arm in chosen.shadows:
-            self._served.beside(self._shadow(request, page, logged, arm, as_of))
+            self._served.beside(self._shadow(request, page, logged, arm, place.as_of))
 
     async def _shadow(
         self,
@@ -440,6 +454,14 @@ def _assignment(chosen: Assigned) -> pb.Assignment | None:
     if not chosen.experiment:
         return None
     return pb.Assignment(experiment=chosen.experiment, arm="" if chosen.rival else _arm(chosen))
+
+
+def _bundle_changed(before: str) -> pb.Degradation:
+    return pb.Degradation(
+        stage="pages",
+        code=pb.DEGRADATION_CODE_BUNDLE_CHANGED,
+        message=f"the pages before are of bundle {before}: items may come twice, or not at all",
+    )
 
 
 def _stages(ordered: Ordered) -> list[pb.Stage]:

@@ -124,6 +124,8 @@ class _DegradationCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Degra
     """It failed."""
     DEGRADATION_CODE_RULE_RELAXED: _DegradationCode.ValueType  # 5
     """A rule could not be kept in full."""
+    DEGRADATION_CODE_BUNDLE_CHANGED: _DegradationCode.ValueType  # 6
+    """Another bundle answered the pages before: items may come twice, or not at all."""
 
 class DegradationCode(_DegradationCode, metaclass=_DegradationCodeEnumTypeWrapper):
     """Why a stage was done without."""
@@ -140,6 +142,8 @@ DEGRADATION_CODE_FAILED: DegradationCode.ValueType  # 4
 """It failed."""
 DEGRADATION_CODE_RULE_RELAXED: DegradationCode.ValueType  # 5
 """A rule could not be kept in full."""
+DEGRADATION_CODE_BUNDLE_CHANGED: DegradationCode.ValueType  # 6
+"""Another bundle answered the pages before: items may come twice, or not at all."""
 Global___DegradationCode: _TypeAlias = DegradationCode  # noqa: Y015
 
 class _Standing:
@@ -593,6 +597,7 @@ class RecommendRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     LANGUAGE_FIELD_NUMBER: _builtins.int
     DEBUG_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Optional. The place on the site, such as "home"; empty means that one.
     NOT_FOUND when the server has no such scenario.
@@ -668,6 +673,12 @@ class RecommendRequest(_message.Message):
         basket, at most 50. They count as the latest of the session.
         """
 
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Optional. The fields of the answer to fill, such as "items.item_id" and
+        "attribution_token"; empty fills all. INVALID_ARGUMENT when one is none.
+        """
+
     def __init__(
         self,
         *,
@@ -693,10 +704,11 @@ class RecommendRequest(_message.Message):
         validate_only: _builtins.bool = ...,
         language: _builtins.str = ...,
         debug: _builtins.bool = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "read_mask", b"read_mask", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "debug", b"debug", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "debug", b"debug", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
@@ -910,7 +922,9 @@ class Degradation(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage: "retrieve", "search", "rank", or the rule's name."""
+    """The stage: "retrieve", "search", "rank", "explain", "titles", "pages", or the rule's
+    name.
+    """
     code: Global___DegradationCode.ValueType
     """Why."""
     message: _builtins.str

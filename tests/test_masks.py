@@ -1,0 +1,75 @@
+"""An answer has the fields that were asked for, and no others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+
+from services.errors import InvalidArgument
+from services.gateway.masks import keep, tree_of
+from tests.recommending import Shop, session, violations
+from tests.shops import make_bundle
+
+ANSWER = pb.RecommendResponse
+FULL = ANSWER(
+    items=[
+        pb.Recommendation(item_id="a", score=1.0, sources=[pb.SourceScore(source="graph", score=2.0)]),
+        pb.Recommendation(item_id="b", score=0.5, rules=["boost"]),
+    ],
+    attribution_token="t",
+    versions=pb.Versions(bundle="v", catalog_sequence=3),
+)
+PATHS = ["items", "items.item_id", "items.sources.source", "attribution_token", "versions.bundle", "versions"]
+
+
+def masked(*paths: str) -> pb.RecommendResponse:
+    answer = ANSWER()
+    answer.CopyFrom(FULL)
+    keep(answer, tree_of(paths, ANSWER.DESCRIPTOR))
+    return answer
+
+
+def test_nothing_asked_is_everything() -> None:
+    assert masked() == FULL
+
+
+def test_fields_within_fields() -> None:
+    assert masked("items.item_id") == ANSWER(items=[pb.Recommendation(item_id=i) for i in "ab"])
+    assert masked("items.sources.source", "versions.bundle") == ANSWER(
+        items=[pb.Recommendation(sources=[pb.SourceScore(source="graph")]), pb.Recommendation()],
+        versions=pb.Versions(bundle="v"),
+    )
+    assert masked("items.item_id", "items") == masked("items", "items.item_id") == ANSWER(items=FULL.items)
+
+
+@given(st.lists(st.sampled_from(PATHS), min_size=1), st.randoms())
+def test_order_and_repetition_do_not_matter(paths: list[str], random: Any) -> None:
+    shuffled = [*paths, *paths]
+    random.shuffle(shuffled)
+    assert masked(*paths) == masked(*shuffled)
+
+
+@pytest.mark.parametrize(
+    "path", ["nothing", "items.nothing", "attribution_token.x", ".", "items.", "items..score"]
+)
+def test_a_path_that_is_none_is_named(path: str) -> None:
+    with pytest.raises(InvalidArgument, match="read_mask"):
+        tree_of([path], ANSWER.DESCRIPTOR)
+
+
+def test_over_grpc(tmp_path: Path) -> None:
+    async def body(stub: Any) -> None:
+        request = pb.RecommendRequest(session=session("garden-03"), page_size=3)
+        request.read_mask.paths.extend(["items.item_id", "next_page_token"])
+        page = await stub.Recommend(request)
+        assert [field.name for field, _ in page.ListFields()] == ["items", "next_page_token"]
+        assert all([f.name for f, _ in item.ListFields()] == ["item_id"] for item in page.items)
+        request.page_token = page.next_page_token
+        assert len((await stub.Recommend(request)).items) == 3
+        request.read_mask.paths.append("price")
+        assert await violations(stub.Recommend(request)) == ["read_mask"]
+
+    Shop(make_bundle(tmp_path), tmp_path / "state", "one").run(body)
