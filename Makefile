@@ -18,6 +18,7 @@ test: $(VENV)/ready
 
 protos: $(VENV)/ready
 	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh
+	mv protos/gen/api.md docs/api.md
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -27,6 +28,7 @@ check: $(VENV)/ready
 	PYTHON=$(CURDIR)/$(BIN)/python protos/generate.sh $(CURDIR)/build/protos
 	$(BUF) lint build/protos/vitrine.binpb --config protos/buf.yaml
 	diff -r -x '*.binpb' -x __pycache__ build/protos/vitrine protos/gen/vitrine
+	diff build/protos/api.md docs/api.md
 
 bench-hm: $(VENV)/ready
 	$(BIN)/python -m bench.hm --split val

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Writes the stubs into the folder given (default: protos/gen). PYTHON names the interpreter.
+# Writes the stubs and the reference into the folder given (default: protos/gen). PYTHON names the interpreter.
 set -eu
 cd "$(dirname "$0")"
 out=${1:-gen}
@@ -13,3 +13,4 @@ mkdir -p "$out"
   --grpc_python_out="$out" --mypy_grpc_out="quiet:$out" \
   --include_imports --include_source_info --descriptor_set_out="$out/vitrine.binpb" \
   $(find vitrine -name '*.proto' | sort)
+"$python" document.py "$out/vitrine.binpb" "$out/api.md"

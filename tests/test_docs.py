@@ -40,7 +40,8 @@ def test_the_calls_of_a_page_work_as_written(page: Path, tmp_path: Path) -> None
     async def body(stub: Any) -> None:
         red = item_pb2.Attribute(name="colour", texts=["red"])
         items = [item_pb2.Item(id=name, title=f"Red wool scarf {name}", attributes=[red]) for name in named]
-        await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
+        if items:
+            await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
         for block in blocks(page):
             # Docs name the service once and use it in later blocks.
             script = f"S=vitrine.gateway.v1.RecommendationService\n{block.replace(ADDRESS, stub.target)}"

@@ -111,6 +111,9 @@ def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Pa
         channel = grpc.aio.insecure_channel(f"127.0.0.1:{app.port}", options=CHANNEL_OPTIONS)
         gateway = gateway_grpc.RecommendationServiceStub(channel)
         await upsert(stub, *(item(f"own-{n}", f"zebra {n}") for n in range(100)))
+        asked = gateway_pb.RecommendRequest(user_id="u1", page_size=5)
+        asked.page_token = (await gateway.Recommend(asked)).next_page_token
+        assert not (await gateway.Recommend(asked)).degraded
         traffic, first = Traffic(stub, gateway), weakref.ref(app.now.view)
         held = [await exchanged_under(traffic, app, stub, tmp_path, seed) for seed in (1, 2)]
         for stream in held:  # the first began two bundles ago
@@ -133,6 +136,10 @@ def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Pa
             assert await nearest(stub, f"heron {n}") == f"new-{n}"
         response = await gateway.Recommend(gateway_pb.RecommendRequest(user_id="u1", page_size=5))
         assert response.versions.event_sequence == traffic.rounds[3]
+        second = await gateway.Recommend(asked)
+        assert [(d.stage, d.code) for d in second.degraded] == [
+            ("pages", gateway_pb.DEGRADATION_CODE_BUNDLE_CHANGED)
+        ]
         await channel.close()
 
     served(tmp_path, body, ALL, look_every=0.02)
