@@ -19,8 +19,9 @@ from google.protobuf.descriptor_pb2 import (
 _HEAD = """# The contracts
 
 Generated from the comments in `protos/vitrine` (`make protos`). What other teams call is
-`vitrine.gateway.v1.RecommendationService`; the services behind it have contracts of their own. A field that is not
-sent has its type's empty value; one marked *optional* knows the difference. Errors carry google.rpc details that name the field.
+`vitrine.gateway.v1.RecommendationService`; the services behind it have contracts of their own. A field that
+is not sent has its type's empty value; one marked *optional* knows the difference. Errors carry google.rpc
+details that name the field.
 """
 _ORDER = ("vitrine.gateway.v1", "vitrine.catalog.v1", "vitrine.embedding.v1", "vitrine.ranking.v1")
 _SERVICE, _MESSAGE, _ENUM, _MEMBER = 6, 4, 5, 2

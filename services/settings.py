@@ -38,7 +38,11 @@ class Settings(BaseSettings):
     )
     exchange: bool = Field(
         True,
-        description="serve a newer bundle once it is prepared, where one process has all services",
+        description="serve a newer bundle once it is prepared, where one process has all services "
+        "and no other bundle is served beside",
+    )
+    beside: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (), description="bundles served beside, for experiments whose arms name them: DIR,DIR"
     )
     graph_rows: int = Field(
         20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"

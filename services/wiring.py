@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from services import store
 from services.bundle import Bundle, newest
+from services.companions import Companions
 from services.errors import FailedPrecondition
 from services.generation import EMBEDDING, GATEWAY, RANKING, Generation, Shared, blocks_of, encoders_of
 from services.server import Current, Server, Service
@@ -63,6 +64,8 @@ class App:
             from services.gateway.served_log import ServedLog
 
             self._shared.served = ServedLog(self._keep)
+        if settings.beside and self._shared.hosted != ALL:
+            raise FailedPrecondition("bundles are served beside where one process has all services")
         bundle = Bundle(settings.bundle)
         if owned := sorted(set(hosted) - {GATEWAY}):
             self._closing.append(store.StateLock(settings.state / "-".join(owned)).release)
@@ -73,6 +76,7 @@ class App:
         except BaseException:
             self._close()
             raise
+        self._companions = Companions(self._shared)
         self._currents = {name: Current(servicer) for name, servicer in self.now.servicers.items()}
         self._tell()
 
@@ -88,9 +92,12 @@ class App:
 
     async def start(self) -> None:
         """Accept calls; a service is SERVING once it has what it needs."""
+        for directory in self.settings.beside:
+            await self._companions.add(directory, self.now)
         if self.now.catalogue is not None:
             await self.now.catalogue.reencode()
         self._tasks = _running(self.now)
+        self._tasks += [asyncio.ensure_future(run) for run in self._companions.background]
         if self._shared.served is not None:
             self._logging = asyncio.ensure_future(self._shared.served.run())
         services = [Service(NAMES[name], to, _add(name)) for name, to in self._currents.items()]
@@ -119,6 +126,7 @@ class App:
         await asyncio.gather(*self._retiring, return_exceptions=True)  # their calls have ended
         await _ended([self._logging] if self._logging else [])
         await _ended(self._tasks)
+        await self._companions.close()
         for generation in reversed(self._alive):
             generation.close()
         self._close()
@@ -266,7 +274,8 @@ class App:
 
     def _exchangeable(self, bundle: Bundle) -> bool:
         """Whether a bundle can be served without a start; other types of events want another store."""
-        if not self.settings.exchange or self._shared.hosted != ALL or self._shared.events is None:
+        alone = self._shared.hosted == ALL and not self.settings.beside
+        if not self.settings.exchange or not alone or self._shared.events is None:
             return False
         same = self._shared.events.types == set(bundle.profile.event_types)
         if not same:
@@ -314,7 +323,7 @@ class App:
         drained = [current.exchange(new.servicers[name]) for name, current in self._currents.items()]
         new.succeed(old)
         for generation in self._alive:  # whose calls go on, writes among them
-            generation.catalogue.view, generation.ranking.successor = new.view, new.ranking
+            generation.catalogue.view, generation.ranking.heirs = new.view, [new.ranking]
         self._alive.append(new)
         self.now, self._tasks = new, _running(new)
         old.view.end_feeds()

@@ -31,11 +31,12 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to serve: by a scenario, for its part of the people."""
+    """A way to serve: by a scenario and a bundle, empty for the newest, for its part of the people."""
 
     name: str
     scenario: str
     weight: float = 1.0
+    bundle: str = ""
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,4 @@ def _arm(message: pb.Arm, own: str, at: int, known: Mapping[str, Rules]) -> Arm:
     weight = message.weight if message.HasField("weight") else 1.0
     if not 0 < weight < math.inf:
         raise InvalidArgument.of(f"arms[{at}].weight", "must be above 0 and finite")
-    return Arm(message.name, scenario, weight)
+    return Arm(message.name, scenario, weight, message.bundle)

@@ -62,6 +62,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         served: ServedLog | None = None,
     ) -> None:
         self.pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
+        self.pipelines: dict[str, Pipeline] = {}
+        """Those of bundles that are served beside, by version."""
         self._scenarios, self._served = scenarios, served
         self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
 
@@ -75,18 +77,20 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         page = slice(place.start, place.start + size)
         mask = tree_of(request.read_mask.paths, pb.RecommendResponse.DESCRIPTOR)
         wish = wish_of(request, self._scenarios.find(chosen.scenario), as_of, page.stop + 1)
+        pipeline = self._by(chosen.arm)
         if request.validate_only:
-            return pb.RecommendResponse(versions=self._versions(as_of, 0), request_id=request_id)
+            return pb.RecommendResponse(versions=_versions(pipeline, as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
         ordered = await self._run(request, chosen, wish)
         degraded, left_out = [*place.degraded, *ordered.degraded], set(ordered.left_out)
-        items = self._items(ordered, page)
+        items = self._items(ordered, page, pipeline)
         if request.include_reasons:
-            await self._explain(wish, ordered, items, request.language or LANGUAGES[0], degraded)
+            language = request.language or LANGUAGES[0]
+            await self._explain(pipeline, wish, ordered, items, language, degraded)
         response = pb.RecommendResponse(
             items=items,
             attribution_token=self._attribution(request_id, request.scenario or HOME, now, chosen),
-            versions=self._versions(as_of, ordered.state_sequence),
+            versions=_versions(pipeline, as_of, ordered.state_sequence),
             degraded=degraded,
             request_id=request_id,
             assignment=_assignment(chosen),
@@ -99,7 +103,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 "a": as_of.isoformat(),
                 "h": digest(request),
                 "x": _mark(chosen),
-                "b": self.pipeline.bundle,
+                "b": pipeline.bundle,
             }
             if not person_key(request, ""):
                 content["u"] = place.person
@@ -122,7 +126,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             raise error.under("request") from None
         await self._wait_for(asked.min_sequence)
         number = item_number(request.item_id)
-        answer, ordered = await self.pipeline.why(wish, number)
+        answer, ordered = await self._by(place.assigned.arm).why(wish, number)
         response = pb.ExplainItemResponse(
             standing=answer.standing,
             message=answer.message,
@@ -174,7 +178,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         return pb.SimilarItemsResponse(
             items=items,
             attribution_token=self._attribution(request_id, SIMILAR, now),
-            versions=self._versions(now, ordered.state_sequence),
+            versions=_versions(self.pipeline, now, ordered.state_sequence),
             degraded=ordered.degraded,
         )
 
@@ -222,7 +226,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 for (number, _), item_id in zip(shown, table.ids(row for _, row in shown), strict=True)
             ],
             attribution_token=self._attribution(uuid.uuid4().hex, "search", now),
-            versions=self._versions(now, 0),
+            versions=_versions(self.pipeline, now, 0),
         )
 
     async def WriteEvents(self, request: pb.WriteEventsRequest, context: Any) -> pb.WriteEventsResponse:
@@ -304,19 +308,27 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 raise InvalidArgument.of("page_token", why)
             start, as_of = content["o"], datetime.fromisoformat(content["a"])
             person = content.get("u", person)
-            if content["b"] != self.pipeline.bundle:
-                degraded.append(_bundle_changed(content["b"]))
         chosen = self._scenarios.assigned(request.scenario, person)
+        pipeline = self._by(chosen.arm)
+        if chosen.arm and chosen.arm.bundle not in ("", pipeline.bundle):
+            degraded.append(_not_served(chosen.arm.bundle))
         if content is not None and content["x"] != _mark(chosen):
             raise InvalidArgument.of("page_token", "is of an experiment that has changed; begin again")
+        if content is not None and content["b"] != pipeline.bundle:
+            degraded.append(_bundle_changed(content["b"]))
         return _Place(start, as_of, person, chosen, degraded)
+
+    def _by(self, arm: Arm | None) -> Pipeline:
+        """The pipeline of an arm's bundle, or of the newest."""
+        return self.pipelines.get(arm.bundle, self.pipeline) if arm else self.pipeline
 
     async def _run(self, request: pb.RecommendRequest, chosen: Assigned, wish: Wish) -> Ordered:
         """What is shown of a request, by the arm or arms that serve it."""
+        pipeline = self._by(chosen.arm)
         if chosen.rival is None or chosen.arm is None:
-            return await self.pipeline.run(wish)
+            return await pipeline.run(wish)
         other = wish_of(request, self._scenarios.find(chosen.rival.scenario), wish.as_of, wish.depth)
-        both = await asyncio.gather(self.pipeline.run(wish), self.pipeline.run(other))
+        both = await asyncio.gather(pipeline.run(wish), self._by(chosen.rival).run(other))
         return interleaved(both, (chosen.arm.name, chosen.rival.name), wish.depth, wish.seed)
 
     def _log(
@@ -332,6 +344,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         """Let a page be kept, and those of shadows be made."""
         if self._served is None:
             return
+        chosen = place.assigned
         logged = page_of(
             request,
             ordered,
@@ -339,10 +352,9 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             items=[item.item_id for item in items],
             request_id=request_id,
             scenario=request.scenario or HOME,
-            bundle=self.pipeline.bundle,
+            bundle=self._by(chosen.arm).bundle,
             at=now,
         )
-        chosen = place.assigned
         logged.experiment, logged.arm = chosen.experiment, "" if chosen.rival else _arm(chosen)
         self._served.add(logged)
         for arm in chosen.shadows:
@@ -358,25 +370,32 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
     ) -> served_pb2.ServedPage:
         """The page that another arm would have shown."""
         wish = wish_of(request, self._scenarios.find(arm.scenario), as_of, page.stop + 1)
-        ordered = await self.pipeline.run(wish)
+        pipeline = self._by(arm)
+        ordered = await pipeline.run(wish)
         return page_of(
             request,
             ordered,
             page,
-            items=[item.item_id for item in self._items(ordered, page)],
+            items=[item.item_id for item in self._items(ordered, page, pipeline)],
             request_id=shown.request_id,
             scenario=shown.scenario,
-            bundle=shown.bundle,
+            bundle=pipeline.bundle,
             at=as_of,
             shadow_of=(shown.experiment, arm.name),
         )
 
-    def _items(self, ordered: Ordered, page: slice) -> list[pb.Recommendation]:
-        numbers = ordered.numbers[page]
-        table = self.pipeline.table
-        ids = table.ids(table.rows(numbers))
-        told = zip(numbers, ids, ordered.scores[page], strict=True)
-        return [self._item(ordered, number, item_id, score) for number, item_id, score in told]
+    def _items(
+        self, ordered: Ordered, page: slice, pipeline: Pipeline | None = None
+    ) -> list[pb.Recommendation]:
+        numbers, ids = ordered.numbers[page], dict[int, str]()
+        # Tables of two bundles follow one after the other: an item may be known to one alone for a moment.
+        for table in (self.pipeline.table, (pipeline or self.pipeline).table):
+            missing = [number for number in numbers if number not in ids]
+            rows = table.rows(missing)
+            known = [number for number, row in zip(missing, rows, strict=True) if row >= 0]
+            ids.update(zip(known, table.ids(rows[rows >= 0]), strict=True))
+        told = zip(numbers, ordered.scores[page], strict=True)
+        return [self._item(ordered, number, ids[number], score) for number, score in told if number in ids]
 
     @staticmethod
     def _item(ordered: Ordered, number: int, item_id: str, score: float) -> pb.Recommendation:
@@ -393,8 +412,9 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         item.propensity = ordered.propensities.get(number, 1.0)
         return item
 
+    @staticmethod
     async def _explain(
-        self,
+        pipeline: Pipeline,
         wish: Wish,
         ordered: Ordered,
         items: Sequence[pb.Recommendation],
@@ -402,7 +422,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         degraded: list[pb.Degradation],
     ) -> None:
         numbers = [item_number(item.item_id) for item in items]
-        reasons, titles = await self.pipeline.reasons(wish, ordered, numbers, degraded)
+        reasons, titles = await pipeline.reasons(wish, ordered, numbers, degraded)
         known = any(reason.item_id for mine in reasons.values() for reason in mine)
         for item, number in zip(items, numbers, strict=True):
             mine = reasons.get(number, ())
@@ -432,13 +452,14 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             content["x"] = _mark(chosen)
         return self._tokens.sign("shown", content, now)
 
-    def _versions(self, as_of: datetime, event_sequence: int) -> pb.Versions:
-        return pb.Versions(
-            bundle=self.pipeline.bundle,
-            catalog_sequence=self.pipeline.table.sequence,
-            event_sequence=event_sequence,
-            as_of=wire.time_to(as_of),
-        )
+
+def _versions(pipeline: Pipeline, as_of: datetime, event_sequence: int) -> pb.Versions:
+    return pb.Versions(
+        bundle=pipeline.bundle,
+        catalog_sequence=pipeline.table.sequence,
+        event_sequence=event_sequence,
+        as_of=wire.time_to(as_of),
+    )
 
 
 def _arm(chosen: Assigned) -> str:
@@ -461,6 +482,14 @@ def _bundle_changed(before: str) -> pb.Degradation:
         stage="pages",
         code=pb.DEGRADATION_CODE_BUNDLE_CHANGED,
         message=f"the pages before are of bundle {before}: items may come twice, or not at all",
+    )
+
+
+def _not_served(bundle: str) -> pb.Degradation:
+    return pb.Degradation(
+        stage="bundle",
+        code=pb.DEGRADATION_CODE_NOT_READY,
+        message=f"bundle {bundle!r} of the experiment's arm is not served; the newest stands in",
     )
 
 

@@ -150,7 +150,7 @@ class Ranking:
         self._finishing: set[asyncio.Task[Any]] = set()
         self._advancing = threading.Lock()
         self._taking = threading.Lock()
-        self.successor: Ranking | None = None
+        self.heirs: list[Ranking] = []
         """Who answers other calls by now: what is recorded here is seen there at once."""
         self._pool = ThreadPoolExecutor(_THREADS, "ranking")
         store.readers.add(self)
@@ -184,8 +184,8 @@ class Ranking:
                 done.append(error)
         if any(isinstance(o, Recorded) and o.outcome is Outcome.RECORDED for o in done):
             await self._on(self.advance)
-            if self.successor is not None:
-                await self.successor._on(self.successor.advance)
+            for heir in self.heirs:
+                await heir._on(heir.advance)
         return done
 
     async def forget(self, user_id: str, visitor_id: str) -> Forgotten:

@@ -480,22 +480,29 @@ class Arm(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SCENARIO_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. Its name, 1 to 64 letters, digits, "-" and "_"."""
     scenario: _builtins.str
     """Optional. The scenario it serves by; empty means the experiment's own."""
     weight: _builtins.float
     """Optional. Its part of the people beside the other arms'; absent means 1."""
+    bundle: _builtins.str
+    """Optional. The version of the bundle it serves by, one of those that the server was
+    told to serve beside; empty means the newest. Where it is not served the newest
+    stands in, and degraded says so.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         scenario: _builtins.str = ...,
         weight: _builtins.float | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "scenario", b"scenario", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "bundle", b"bundle", "name", b"name", "scenario", b"scenario", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
@@ -922,7 +929,7 @@ class Degradation(_message.Message):
     CODE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """The stage: "retrieve", "search", "rank", "explain", "titles", "pages", or the rule's
+    """The stage: "retrieve", "search", "rank", "explain", "titles", "pages", "bundle", or the rule's
     name.
     """
     code: Global___DegradationCode.ValueType
