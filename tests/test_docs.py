@@ -53,3 +53,13 @@ def test_the_calls_of_a_page_work_as_written(page: Path, tmp_path: Path) -> None
             assert run.returncode == 0, f"{block}\n{said.decode()}"
 
     Shop(make_bundle(tmp_path), tmp_path / "state", "one", clock=None).run(body)
+
+
+def test_every_test_that_a_page_names_is_there() -> None:
+    named = {
+        reference for page in _ALL for reference in re.findall(r"`(tests/\w+\.py::\w+)`", page.read_text())
+    }
+    assert named
+    for reference in named:
+        path, _, test = reference.partition("::")
+        assert f"def {test}(" in (ROOT / path).read_text(), reference

@@ -17,7 +17,7 @@ from services.catalog import item_number
 from services.gateway.trial import trial
 from services.ranking.exploring import _lots
 from services.wire import time_to
-from tests.recommending import NOW, Shop, ids, only, session, violations
+from tests.recommending import NOW, Shop, ids, only, purchase, session, violations
 from tests.shops import make_bundle
 
 NEW = [f"new-{n:02}" for n in range(12)]
@@ -197,6 +197,38 @@ def test_old_items_are_not_tried_and_a_day_has_its_bound(one: Shop, tmp_path: Pa
         assert counts.total() >= 30
 
     one.run(bounded, scenarios=scenario_file(tmp_path, per_day=30), clock=None)
+
+
+def test_only_what_people_hardly_know_where_that_is_asked(shop: Shop, bundle: Path, tmp_path: Path) -> None:
+    async def earlier(stub: Any) -> None:
+        await bring(stub, *NEW)
+        bought = [purchase(f"e{n}{i}", f"somebody{n}", i) for n in range(3) for i in NEW[6:]]
+        await stub.WriteEvents(pb.WriteEventsRequest(events=bought))
+
+    async def later(stub: Any) -> None:
+        assert set(await tried_on(stub, 60)) == set(NEW[:6])
+
+    Shop(bundle, tmp_path / "state", "one", clock=NOW - timedelta(hours=2)).run(earlier)
+    shop.run(later, scenarios=scenario_file(tmp_path, max_engagements=1.0))
+
+
+def test_of_many_half_are_near_the_person_and_everybody_has_a_chance(one: Shop, tmp_path: Path) -> None:
+    many = [f"{world}-new-{n:03}" for world in ("garden", "kitchen") for n in range(100)]
+
+    async def body(stub: Any) -> None:
+        since = time_to(NOW - timedelta(days=1))
+        items = [
+            item_pb2.Item(id=i, title=f"{i.split('-')[0]} novelty {i}", available_from=since) for i in many
+        ]
+        await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
+        seen = Counter[str]()
+        for n in range(150):
+            asked = pb.RecommendRequest(session=session("garden-03"), page_size=4, user_id=f"u{n}")
+            seen.update(explored(await stub.Recommend(asked)))
+        assert len(seen) > 80
+        assert {i.split("-")[0] for i in seen} == {"garden", "kitchen"}
+
+    one.run(body, scenarios=scenario_file(tmp_path))
 
 
 def test_what_is_tried_depends_on_nobody_but_is_told_of(one: Shop) -> None:

@@ -358,6 +358,7 @@ def _explore(wish: Wish) -> ranking_pb.Explore:
         max_age_days=explored.max_age_days,
         showings=explored.showings,
         per_day=explored.per_day,
+        max_engagements=explored.max_engagements,
     )
 
 

@@ -51,13 +51,14 @@ class Exploration:
     """Of the first n slots floor(`share` * n) are for trying what is new.
 
     At most `max_age_days` old, 0 for any age, and shown so less than `showings` times; of a scenario at most
-    `per_day` slots a day.
+    `per_day` slots a day. Only what people engaged with at most `max_engagements`, by weight; None: any.
     """
 
     share: float = 0.0
     max_age_days: int = 30
     showings: int = 100
     per_day: int | None = None
+    max_engagements: float | None = None
 
 
 @dataclass(frozen=True)

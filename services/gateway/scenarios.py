@@ -6,6 +6,7 @@ there are those of `BUILT_IN`. The table "experiments" has one `Experiment` per 
 
 import asyncio
 import logging
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -252,11 +253,11 @@ def _quota(message: pb.Quota, field: str) -> Quota:
 
 def _exploration(message: pb.Exploration) -> Exploration:
     found = Exploration(share=_share(message.share, "exploration.share"))
-    for name in ("max_age_days", "showings", "per_day"):
+    for name in ("max_age_days", "showings", "per_day", "max_engagements"):
         if message.HasField(name):
             value = getattr(message, name)
-            if value < 0:
-                raise InvalidArgument.of(f"exploration.{name}", "must not be negative")
+            if not 0 <= value < math.inf:
+                raise InvalidArgument.of(f"exploration.{name}", "must be finite and not negative")
             found = replace(found, **{name: value})
     return found
 

@@ -1,9 +1,11 @@
 """What is new or little shown, and may be tried in some slots of a page.
 
 Each item is tried so often in all, and each scenario tries so much in a day. Of more items than a page can
-weigh a fair draw by the request's seed is taken, the same in every process.
+weigh half are those nearest to the person, the rest a fair draw by the request's seed, the same in every
+process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 class Explore:
     """What is asked for: at most `limit` items, each shown for exploring less than `showings` times.
 
-    `max_age_days` 0 is any age; `per_day` None no bound.
+    `max_age_days` 0 is any age; `per_day` and `max_engagements`, in all, by weight, None no bound.
     """
 
     scenario: str
@@ -29,11 +31,12 @@ class Explore:
     max_age_days: int
     showings: int
     per_day: int | None = None
+    max_engagements: float | None = None
 
 
 @dataclass(frozen=True)
 class Explorable:
-    """Items in columns, by number: int64 (E,); `of` is how many they were drawn from.
+    """Items in columns, by number: int64 (E,); `of` is how many there were.
 
     `showings` int64 (E,), for exploring so far; `engagements` float32 (E,), of the last 30 days.
     """
@@ -45,27 +48,45 @@ class Explorable:
 
 
 def explorable(
-    asked: Explore, allowed: np.ndarray, now: Moment, table: ItemTable, log: ServedLog, before: int
+    asked: Explore,
+    allowed: np.ndarray,
+    now: Moment,
+    table: ItemTable,
+    log: ServedLog,
+    before: int,
+    nearest: Callable[[np.ndarray, int], np.ndarray],
 ) -> Explorable:
-    """Of rows that are `allowed`, bool (N,), those to try at `before`, microseconds since 1970."""
+    """Of rows that are `allowed`, bool (N,), those to try at `before`, microseconds since 1970.
+
+    `nearest` gives at most so many rows of a mask, int64, the nearest to the person first.
+    """
     counts, today = log.explored(asked.scenario, before)
     young = np.ones(len(allowed), bool)
     if asked.max_age_days:
         young = table.came[: len(allowed)] >= before - asked.max_age_days * DAY
     if asked.per_day is not None and today >= asked.per_day:
         young[:] = False
+    if asked.max_engagements is not None:
+        young &= now.popular[: len(young), -1] <= asked.max_engagements
     rows = np.flatnonzero(allowed & young)
-    numbers = table.item_numbers[rows]
-    showings = np.array([counts[number] for number in numbers.tolist()], np.int64)
-    fresh = np.flatnonzero(showings < asked.showings)
+    showings = np.array([counts[number] for number in table.item_numbers[rows].tolist()], np.int64)
+    fresh = rows[showings < asked.showings]
+    drawn = fresh
     if len(fresh) > asked.limit:
-        lots = _lots(numbers[fresh], asked.seed)
-        drawn = fresh[np.argpartition(lots, asked.limit)[: asked.limit]]
-    else:
-        drawn = fresh
-    drawn = drawn[np.argsort(numbers[drawn])]
-    engagements = now.popular[rows[drawn], len(WINDOWS) - 1]
-    return Explorable(numbers[drawn], showings[drawn], engagements, len(fresh))
+        mask = np.zeros(len(allowed), bool)
+        mask[fresh] = True
+        near = nearest(mask, asked.limit // 2)
+        mask[near] = False
+        others = np.flatnonzero(mask)
+        lots = _lots(table.item_numbers[others], asked.seed)
+        more = asked.limit - len(near)
+        drawn = np.concatenate([near, others[np.argpartition(lots, more - 1)[:more]]])
+    drawn = drawn[np.argsort(table.item_numbers[drawn])]
+    numbers = table.item_numbers[drawn]
+    engagements = now.popular[drawn, len(WINDOWS) - 1]
+    return Explorable(
+        numbers, np.array([counts[n] for n in numbers.tolist()], np.int64), engagements, len(fresh)
+    )
 
 
 def _lots(numbers: np.ndarray, seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -44,6 +45,7 @@ _BATCH = 20_000
 _THREADS = 2
 _SECONDS_A_DAY = 86_400
 _SHOWN_DAYS = 30
+_NEAREST = "graph"  # by behaviour, and of what has none by text and photograph
 _EXPIRED_AT_ONCE = 1000
 _MOST_OF_A_PERSON = 5000
 _BETWEEN_EXPIRIES = 600.0
@@ -385,17 +387,26 @@ class Ranking:
         if exclude_bought:
             out = np.concatenate([out, query.history[query.bought]])
         allowed[out] = False
-        candidates = {}
+        candidates, near = dict[str, Candidates](), None
         for source in sources or self.sources:
-            rows, scores = self._sources.candidates(source, query, now, allowed, limit)
-            candidates[source] = Candidates(table.item_numbers[rows], scores)
+            scores = self._sources.by_name[source](query, now)
+            rows, best = self._sources.best(scores, allowed, limit)
+            candidates[source] = Candidates(table.item_numbers[rows], best)
+            if source == _NEAREST:
+                near = scores
         numbers, kinds, ages, weights = self._history(person, past, self.cut(as_of))
         bought = np.unique(past.number[np.isin(past.kind, self._targets)])
         trial = None
         if explore is not None:
             before = (as_of - _EPOCH) // timedelta(microseconds=1)
-            trial = explorable(explore, allowed, now, table, self.store.served, before)
+            if near is None:
+                near = self._sources.by_name[_NEAREST](query, now)
+            nearest = partial(self._nearest, near)
+            trial = explorable(explore, allowed, now, table, self.store.served, before, nearest)
         return Retrieved(numbers, kinds, ages, weights, bought, candidates, sequence, explorable=trial)
+
+    def _nearest(self, scores: np.ndarray, allowed: np.ndarray, limit: int) -> np.ndarray:
+        return self._sources.best(scores, allowed, limit)[0]
 
     def _history(
         self, person: Person, past: Columns, cut: int

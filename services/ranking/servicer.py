@@ -276,6 +276,7 @@ def _explore(message: pb.Explore) -> Explore:
         max_age_days=max(message.max_age_days, 0),
         showings=message.showings,
         per_day=message.per_day if message.HasField("per_day") else None,
+        max_engagements=message.max_engagements if message.HasField("max_engagements") else None,
     )
 
 

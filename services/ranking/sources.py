@@ -37,7 +37,11 @@ class Sources:
 
         Not by row: an item's row differs from one process to the next.
         """
-        scores = np.where(allowed, self.by_name[source](query, moment)[: len(allowed)], 0)
+        return self.best(self.by_name[source](query, moment), allowed, limit)
+
+    def best(self, scores: np.ndarray, allowed: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same of scores over all rows, float (N,)."""
+        scores = np.where(allowed, scores[: len(allowed)], 0)
         rows = np.flatnonzero(scores > 0)
         if len(rows) > limit:
             cut = np.partition(scores[rows], len(rows) - limit)[len(rows) - limit]

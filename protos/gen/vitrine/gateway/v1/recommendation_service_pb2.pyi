@@ -368,6 +368,7 @@ class Exploration(_message.Message):
     MAX_AGE_DAYS_FIELD_NUMBER: _builtins.int
     SHOWINGS_FIELD_NUMBER: _builtins.int
     PER_DAY_FIELD_NUMBER: _builtins.int
+    MAX_ENGAGEMENTS_FIELD_NUMBER: _builtins.int
     share: _builtins.float
     """Required. The share of slots, 0 to 1: of the first n floor(share * n)."""
     max_age_days: _builtins.int
@@ -380,6 +381,10 @@ class Exploration(_message.Message):
     """Optional. How many slots of the scenario are explored in a day (UTC); absent means
     no bound, 0 none.
     """
+    max_engagements: _builtins.float
+    """Optional. Only items that people engaged with at most so much in all, by the weights
+    of the event types; absent means no bound, 0 never.
+    """
     def __init__(
         self,
         *,
@@ -387,19 +392,24 @@ class Exploration(_message.Message):
         max_age_days: _builtins.int | None = ...,
         showings: _builtins.int | None = ...,
         per_day: _builtins.int | None = ...,
+        max_engagements: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "per_day", b"per_day", "showings", b"showings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "max_engagements", b"max_engagements", "per_day", b"per_day", "showings", b"showings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "per_day", b"per_day", "share", b"share", "showings", b"showings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days", "_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "_showings", b"_showings", "max_age_days", b"max_age_days", "max_engagements", b"max_engagements", "per_day", b"per_day", "share", b"share", "showings", b"showings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_age_days: _TypeAlias = _typing.Literal["max_age_days"]  # noqa: Y015
     _WhichOneofArgType__max_age_days: _TypeAlias = _typing.Literal["_max_age_days", b"_max_age_days"]  # noqa: Y015
+    _WhichOneofReturnType__max_engagements: _TypeAlias = _typing.Literal["max_engagements"]  # noqa: Y015
+    _WhichOneofArgType__max_engagements: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements"]  # noqa: Y015
     _WhichOneofReturnType__per_day: _TypeAlias = _typing.Literal["per_day"]  # noqa: Y015
     _WhichOneofArgType__per_day: _TypeAlias = _typing.Literal["_per_day", b"_per_day"]  # noqa: Y015
     _WhichOneofReturnType__showings: _TypeAlias = _typing.Literal["showings"]  # noqa: Y015
     _WhichOneofArgType__showings: _TypeAlias = _typing.Literal["_showings", b"_showings"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_age_days) -> _WhichOneofReturnType__max_age_days | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_engagements) -> _WhichOneofReturnType__max_engagements | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_day) -> _WhichOneofReturnType__per_day | None: ...
     @_typing.overload

@@ -481,10 +481,13 @@ class Explore(_message.Message):
     MAX_AGE_DAYS_FIELD_NUMBER: _builtins.int
     SHOWINGS_FIELD_NUMBER: _builtins.int
     PER_DAY_FIELD_NUMBER: _builtins.int
+    MAX_ENGAGEMENTS_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Required. The place on the site, whose budget it takes from."""
     limit: _builtins.int
-    """Required. The most items, 1 to 500; of more, these are a fair draw by seed."""
+    """Required. The most items, 1 to 500; of more, half are those nearest to the person,
+    the rest a fair draw by seed.
+    """
     seed: _builtins.int
     """Required. What decides the draw."""
     max_age_days: _builtins.int
@@ -497,6 +500,10 @@ class Explore(_message.Message):
     """Optional. Nothing once so many slots of the scenario were explored on the day of
     as_of (UTC); absent means no bound.
     """
+    max_engagements: _builtins.float
+    """Optional. Only items with at most so much engagement before as_of, weighed by type;
+    absent means no bound.
+    """
     def __init__(
         self,
         *,
@@ -506,13 +513,19 @@ class Explore(_message.Message):
         max_age_days: _builtins.int = ...,
         showings: _builtins.int = ...,
         per_day: _builtins.int | None = ...,
+        max_engagements: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_per_day", b"_per_day", "per_day", b"per_day"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "max_engagements", b"max_engagements", "per_day", b"per_day"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_per_day", b"_per_day", "limit", b"limit", "max_age_days", b"max_age_days", "per_day", b"per_day", "scenario", b"scenario", "seed", b"seed", "showings", b"showings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "limit", b"limit", "max_age_days", b"max_age_days", "max_engagements", b"max_engagements", "per_day", b"per_day", "scenario", b"scenario", "seed", b"seed", "showings", b"showings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_engagements: _TypeAlias = _typing.Literal["max_engagements"]  # noqa: Y015
+    _WhichOneofArgType__max_engagements: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements"]  # noqa: Y015
     _WhichOneofReturnType__per_day: _TypeAlias = _typing.Literal["per_day"]  # noqa: Y015
     _WhichOneofArgType__per_day: _TypeAlias = _typing.Literal["_per_day", b"_per_day"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_engagements) -> _WhichOneofReturnType__max_engagements | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_day) -> _WhichOneofReturnType__per_day | None: ...
 
 Global___Explore: _TypeAlias = Explore  # noqa: Y015
@@ -528,7 +541,7 @@ class Explorable(_message.Message):
     ENGAGEMENTS_FIELD_NUMBER: _builtins.int
     OF_FIELD_NUMBER: _builtins.int
     of: _builtins.int
-    """Of how many these are a draw."""
+    """How many there were."""
     @_builtins.property
     def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The items."""
