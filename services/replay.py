@@ -106,7 +106,7 @@ def evaluate(
         )
         import_events(settings, bundle, shop)
         task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
-        requests = [_request(query, task) for query in queries]
+        requests = [request_of(query, task) for query in queries]
         replay = asyncio.run(_replay(settings, requests, queries, reverse=reverse))
         with out.open("w") as file:
             for query, page in zip(queries, replay.pages, strict=True):
@@ -244,7 +244,8 @@ def alike(one: Page, other: Page) -> bool:
     return all(abs(a - b) <= _SAME for a, b in pairs)
 
 
-def _request(query: Query, task: Task) -> pb.RecommendRequest:
+def request_of(query: Query, task: Task) -> pb.RecommendRequest:
+    """A query as a shop would ask it, under the task's filter."""
     policy = pb.BOUGHT_POLICY_EXCLUDE if task.exclude_bought else pb.BOUGHT_POLICY_KEEP
     request = pb.RecommendRequest(
         user_id=query.user_id,
