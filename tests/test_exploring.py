@@ -194,7 +194,7 @@ def test_old_items_are_not_tried_and_a_day_has_its_bound(one: Shop, tmp_path: Pa
         counts = await tried_on(stub, 20)
         while (more := await tried_on(stub, 20)).total():
             counts += more
-        assert counts.total() >= 30
+        assert counts.total() >= 20  # the page after the items were brought had ten
 
     one.run(bounded, scenarios=scenario_file(tmp_path, per_day=30), clock=None)
 
@@ -229,6 +229,24 @@ def test_of_many_half_are_near_the_person_and_everybody_has_a_chance(one: Shop, 
         assert {i.split("-")[0] for i in seen} == {"garden", "kitchen"}
 
     one.run(body, scenarios=scenario_file(tmp_path))
+
+
+def test_strangers_do_not_all_see_one_list(shop: Shop, tmp_path: Path) -> None:
+    file = tmp_path / "scenarios.toml"
+    file.write_text("[home]\nvariety = 0.5\n")
+
+    async def body(stub: Any) -> None:
+        async def seen(**who: Any) -> tuple[str, ...]:
+            return tuple(ids(await stub.Recommend(pb.RecommendRequest(page_size=5, **who))))
+
+        pages = [await seen(visitor_id=f"v{n}") for n in range(20)]
+        assert len(set(pages)) > 15
+        assert [await seen(visitor_id=f"v{n}") for n in range(20)] == pages
+        # Of whom something is known nothing is shuffled.
+        known = [await seen(visitor_id=f"v{n}", session=session("garden-03")) for n in range(5)]
+        assert len(set(known)) == 1
+
+    shop.run(body, scenarios=file)
 
 
 def test_what_is_tried_depends_on_nobody_but_is_told_of(one: Shop) -> None:

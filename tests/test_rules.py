@@ -231,6 +231,17 @@ def test_five_showings_without_an_answer_sink_an_item_by_half_the_span() -> None
     assert places(slate, Rules(rotation=True), 2) == [1, 0]
 
 
+def test_a_lot_lifts_by_its_part_of_the_variety_and_no_more() -> None:
+    for lots, order in (
+        ((0, 1, 0, 0), [1, 0, 2, 3]),
+        ((0, 0, 0, 1), [0, 1, 3, 2]),
+        ((0, 0.5, 0, 0), [0, 1, 2, 3]),
+    ):
+        slate = plain([30, 20, 10, 0], lots=np.array(lots, np.float32))
+        assert moved(arrange(slate, Rules(variety=0.5), 4)) == (order, {})
+        assert places(slate, Rules(), 4) == [0, 1, 2, 3]
+
+
 def test_diversity_puts_likenesses_apart_and_alone_orders_by_difference() -> None:
     east, north = [1.0, 0.0], [0.0, 1.0]
     slate = plain([3, 2, 1, 0], vectors=np.array([east, east, north, east], np.float32))

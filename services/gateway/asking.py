@@ -50,6 +50,7 @@ def wish_of(request: pb.RecommendRequest, scenario: Scenario, as_of: datetime, d
         loose=scenario.condition,
         scenario=request.scenario or HOME,
         seed=seed_of(request, as_of),
+        visit=f"{request.user_id or request.visitor_id or request.session_id or as_of} {as_of:%Y-%m-%d}",
     )
 
 

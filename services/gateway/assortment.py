@@ -9,6 +9,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services import filters
 from services.catalog import item_number
+from services.gateway.experiments import unit
 from services.gateway.rules import FILTER, Slate, arrange, relevance
 from services.gateway.trial import Trial, expectation, trial
 from services.gateway.wish import DEEPEST, Candidates, Ordered, Wish
@@ -184,7 +185,18 @@ class Assortment:
             shown=np.array([shown.get(n, 0.0) for n in ranked.numbers], np.float32),
             vectors=column[0][rows[:count]].astype(np.float32) if column and wish.rules.diversity else None,
             trial=_trial(wish, retrieved, ranked) if wish.rules.exploration.share else None,
+            lots=_lots(wish, ranked.numbers) if wish.rules.variety and _stranger(wish, retrieved) else None,
         )
+
+
+def _stranger(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> bool:
+    """Whether nothing is known of who asks."""
+    return not wish.person.session and (retrieved is None or not retrieved.history.item_numbers)
+
+
+def _lots(wish: Wish, numbers: Sequence[int]) -> np.ndarray:
+    """A lot for each item that a person keeps all day long, float32 (N,), 0 to 1."""
+    return np.array([unit(wish.visit, str(number)) for number in numbers], np.float32)
 
 
 def _trial(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Ordered) -> Trial | None:

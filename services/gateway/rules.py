@@ -73,6 +73,7 @@ class Rules:
     rotation: bool = False
     relax: tuple[str, ...] = ()
     exploration: Exploration = Exploration()
+    variety: float = 0.0
 
     @property
     def reorder(self) -> bool:
@@ -85,6 +86,7 @@ class Rules:
             or self.diversity
             or self.rotation
             or self.exploration.share
+            or self.variety
         )
 
 
@@ -95,7 +97,7 @@ class Slate:
     `scores` float32 (C,), -inf for unknown. `outside` bool (C + F,): not under the filter. `values` holds for
     each cap the codes int32 (C + F, W) of its attribute, -1 for none; `boosts` float32 (C + F,) the sum of
     what lifts an item; `quotas` bool (Q, C + F); `shown` float32 (C,), how often of late; `vectors` float32
-    (C, D) of unit length, zeros for none.
+    (C, D) of unit length, zeros for none. `lots` float32 (C,), 0 to 1, lift items by so much of the variety.
     """
 
     scores: np.ndarray
@@ -106,6 +108,7 @@ class Slate:
     shown: np.ndarray
     vectors: np.ndarray | None = None
     trial: Trial | None = None
+    lots: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class _Page:
         sunk = 1 - np.exp2(-slate.shown / _SHOWINGS) if rules.rotation else np.zeros(ranked)
         # Below any candidate, whatever lifts the one and sinks the other, in their own order.
         filling = -5 - np.arange(count - ranked, dtype=np.float32) / max(count - ranked, 1)
+        if slate.lots is not None:
+            sunk = sunk - rules.variety * slate.lots
         self._worth = np.concatenate([plain - sunk, filling]) + np.clip(slate.boosts, -1, 1)
         fills = np.full(count - ranked, rules.min_relevance > 0)
         self._poor = np.concatenate([plain < rules.min_relevance, fills])

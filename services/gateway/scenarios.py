@@ -175,6 +175,7 @@ def scenario_from(message: pb.Scenario) -> Scenario:
         diversity=_share(message.diversity, "diversity"),
         rotation=message.rotation,
         exploration=_exploration(message.exploration),
+        variety=_share(message.variety, "variety"),
     )
     return Scenario(
         sources=tuple(message.sources),

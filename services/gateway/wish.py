@@ -27,7 +27,8 @@ class Wish:
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
     order is the sources' own where `by_source`. Where fewer than `depth` are allowed and it is to `fill`,
     others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
-    What is explored is taken from the budget of `scenario`, and drawn by `seed`.
+    What is explored is taken from the budget of `scenario`, and drawn by `seed`. `visit` is the same for a
+    person all day long.
     """
 
     person: ranking_pb.Person
@@ -46,6 +47,7 @@ class Wish:
     loose: filters.Filter | None = None
     scenario: str = ""
     seed: int = 0
+    visit: str = ""
 
 
 @dataclass

@@ -432,6 +432,7 @@ class Scenario(_message.Message):
     RULES_FIELD_NUMBER: _builtins.int
     LOCKED_FIELD_NUMBER: _builtins.int
     EXPLORATION_FIELD_NUMBER: _builtins.int
+    VARIETY_FIELD_NUMBER: _builtins.int
     ordering: Global___Ordering.ValueType
     """Optional. What they are ordered by."""
     bought_policy: Global___BoughtPolicy.ValueType
@@ -443,6 +444,11 @@ class Scenario(_message.Message):
     locked: _builtins.bool
     """Optional. True refuses requests that bring rules, a diversity, a rotation or an
     exploration of their own.
+    """
+    variety: _builtins.float
+    """Optional. Of people of whom nothing is known, not even a session: lifts each item by
+    a random part of this much, 0 to 1, on the scale of boosts, so that not all of them
+    see one list. The same person sees the same on one day (UTC).
     """
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -472,10 +478,11 @@ class Scenario(_message.Message):
         rules: Global___Rules | None = ...,
         locked: _builtins.bool = ...,
         exploration: Global___Exploration | None = ...,
+        variety: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exploration", b"exploration", "filter", b"filter", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources", "variety", b"variety"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
