@@ -152,6 +152,16 @@ class ItemTable:
         return None if column is None else (_padded(column.codes, self._length, -1), column.vocabulary)
 
     @property
+    def text_attributes(self) -> tuple[str, ...]:
+        """The names of the text attributes that any item ever had, and "family_id"."""
+        return tuple(self._texts)
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which rows are of items that are not deleted, bool (N,)."""
+        return self._live[: self._length, 0]
+
+    @property
     def words(self) -> np.ndarray:
         """The words of the titles as codes, int32 (N, W), -1 for none."""
         return _padded(self._words.codes, self._length, -1)
