@@ -173,7 +173,7 @@ class Generation:
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:
-        from services.gateway import clients, pipeline, servicer, tokens
+        from services.gateway import clients, pipeline, readers, servicer, tokens
 
         mirror, settings = self._items(None), self._settings
         embedding: clients.Embedding = (
@@ -190,8 +190,10 @@ class Generation:
         popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
         stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
         signed = tokens.Tokens(_secret(settings))
+        reader = readers.Reader(readers.load(settings.interpreter))
+        self._closing.append(reader.close)
         self.gateway = servicer.GatewayServicer(
-            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for, self._scenarios()
+            stages, embedding, ranking, signed, self._shared.clock, mirror.wait_for, self._scenarios(), reader
         )
         self.servicers[GATEWAY] = self.gateway
 

@@ -38,11 +38,18 @@ class _TextColumn:
     def __init__(self, capacity: int) -> None:
         self.codes = np.full((capacity, 1), -1, np.int32)
         self.vocabulary: dict[str, int] = {}
+        self.spelled: list[str] = []
 
     def put(self, row: int, texts: Sequence[str]) -> None:
-        codes = [self.vocabulary.setdefault(text, len(self.vocabulary)) for text in texts]
+        codes = [self._code(text) for text in texts]
         self.codes = _fit(self.codes, row + 1, len(codes), -1)
         self.codes[row] = codes + [-1] * (self.codes.shape[1] - len(codes))
+
+    def _code(self, text: str) -> int:
+        if text not in self.vocabulary:
+            self.spelled.append(text)
+            self.vocabulary[text] = len(self.vocabulary)
+        return self.vocabulary[text]
 
 
 class _NumberColumn:
@@ -160,6 +167,11 @@ class ItemTable:
     def live(self) -> np.ndarray:
         """Which rows are of items that are not deleted, bool (N,)."""
         return self._live[: self._length, 0]
+
+    def texts_of(self, attribute: str, row: int) -> tuple[str, ...]:
+        """The texts that one item has of an attribute."""
+        column = self._texts[attribute]
+        return tuple(column.spelled[code] for code in column.codes[row] if code >= 0)
 
     @property
     def words(self) -> np.ndarray:

@@ -14,7 +14,7 @@ PRICE = "price"
 MAX_CONDITIONS = 16
 MAX_TEXTS = 32
 MAX_LIKED = 50
-MAX_DISLIKED = 500
+MAX_DISLIKED = 200
 MAX_SHOWN = 50
 MAX_WORDS = 24
 _MAX_CHARACTERS = 4000
@@ -113,8 +113,8 @@ class Dialogue:
             case Reset():
                 return Dialogue(shown=self.shown)
 
-    def bounded(self) -> tuple["Dialogue", tuple[Condition, ...]]:
-        """The dialogue within its limits, and the conditions that had to go for that."""
+    def bounded(self) -> tuple["Dialogue", tuple[Change, ...]]:
+        """The dialogue within its limits, and what had to go for that and had kept items away."""
         conditions = self.conditions[-MAX_CONDITIONS:]
         while sum(map(_length, conditions)) > _MAX_CHARACTERS:
             conditions = conditions[1:]
@@ -125,7 +125,8 @@ class Dialogue:
             self.disliked[-MAX_DISLIKED:],
             self.shown[:MAX_SHOWN],
         )
-        return now, self.conditions[: len(self.conditions) - len(conditions)]
+        gone = self.conditions[: len(self.conditions) - len(conditions)]
+        return now, (*gone, *(Liking(i, liked=False) for i in self.disliked[:-MAX_DISLIKED]))
 
 
 def filters_of(conditions: Sequence[Condition]) -> list[filters.Filter]:
@@ -136,7 +137,9 @@ def filters_of(conditions: Sequence[Condition]) -> list[filters.Filter]:
 def content_of(dialogue: Dialogue) -> dict[str, Any]:
     """The dialogue as JSON can hold it."""
     conditions = [
-        {"a": c.attribute, "t": c.texts, "w": c.wanted} if isinstance(c, Values) else {"l": c.low, "h": c.high}
+        {"a": c.attribute, "t": c.texts, "w": c.wanted}
+        if isinstance(c, Values)
+        else {"l": c.low, "h": c.high}
         for c in dialogue.conditions
     ]
     return asdict(replace(dialogue, conditions=())) | {"conditions": conditions}
@@ -160,9 +163,7 @@ def _length(condition: Condition) -> int:
     return sum(map(len, condition.texts)) if isinstance(condition, Values) else 0
 
 
-def _without(
-    condition: Condition, attribute: str, texts: Sequence[str], wanted: bool
-) -> Condition | None:
+def _without(condition: Condition, attribute: str, texts: Sequence[str], wanted: bool) -> Condition | None:
     """What is left of a condition once texts of an attribute are wanted, or are not."""
     if not isinstance(condition, Values) or condition.attribute != attribute:
         return condition

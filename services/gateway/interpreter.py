@@ -1,8 +1,8 @@
 """What a message of a dialogue means: the contract of an interpreter, and the one that is built in.
 
-The built-in one reads English and Chinese by phrases (`cues.py`) and by the shop's own vocabulary, and says the
-same of the same message always. It knows neither the catalogue nor what was said before, but for the items
-shown.
+The built-in one reads English and Chinese by phrases (`cues.py`) and by the shop's own vocabulary, and says
+the same of the same message always. It knows neither the catalogue nor what was said before, but for the
+items shown.
 """
 
 import math
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.gateway.clauses import COMPARING, NEEDING_AN_ITEM, Clause, Scope, clauses_of
 from services.gateway.cues import Cue
 from services.gateway.dialogue import (
     MAX_TEXTS,
@@ -25,8 +26,7 @@ from services.gateway.dialogue import (
     Values,
     Words,
 )
-from services.gateway.marks import Mark, Part, clauses_of, marks_of
-from services.gateway.prices import bounds_of
+from services.gateway.marks import Mark, Part, marks_of
 from services.gateway.vocabulary import Choice, Vocabulary
 
 MAX_CHANGES = 64
@@ -96,45 +96,38 @@ class _Reader:
     def read(self) -> Reading:
         if any(mark.kind is Cue.RESET for mark in self._marks):
             self._changes.append(Reset())
-        for marks in clauses_of(self._marks):
-            self._clause(_Clause.of(marks))
+        for clause in clauses_of(self._marks):
+            self._clause(clause)
         for wanted, words in self._words.items():
             if words:
                 self._changes.append(Words(tuple(dict.fromkeys(words))[:MAX_WORDS], wanted))
         strange = tuple(dict.fromkeys(self._strange))[:MAX_STRANGE]
         return Reading(tuple(_joined(self._changes))[:MAX_CHANGES], strange)
 
-    def _clause(self, clause: "_Clause") -> None:
+    def _clause(self, clause: Clause) -> None:
         self._changes += clause.prices
-        if clause.compared:
+        if clause.compares:
             self._compare(clause)
-        negated = forgetting = False
         for at, mark in enumerate(clause.marks):
-            freed = Cue.FREE in [m.kind for m in clause.marks[at + 1 : at + 3]]
-            match mark.kind:
-                case Cue.NOT:
-                    negated = True
-                case Cue.WANT:
-                    negated = False
-                case Cue.IN if at and clause.marks[at - 1].kind is Cue.AND:
-                    negated = False
-                case Cue.FORGET | Cue.ANY:
-                    forgetting = True
-                case Cue.PRICE | Part.NAME if forgetting or freed:
-                    self._changes += [Forget(name) for name in mark.names or (PRICE,)]
-                    forgetting = False
-                case Part.NAME:
-                    self._name(clause, mark, wanted=not negated and Cue.OTHER not in clause.kinds)
-                case Part.PLACE | Cue.THIS:
-                    self._point(clause, mark, negated=negated)
-                case Part.VALUE if forgetting and Cue.FORGET in clause.kinds:
-                    self._changes.append(Forget(clause.choice(mark).attribute))
-                case Part.VALUE:
-                    self._value(clause.choice(mark), wanted=not negated)
-                case Part.NUMBER | Part.WORD if at not in clause.used:
-                    self._word(clause, mark, wanted=not (negated or forgetting))
-                case Part.STRANGE if not _is_punctuation(mark.text):
-                    self._strange.append(mark.text)
+            if at not in clause.used:
+                self._mark(clause, mark, clause.scopes[at])
+
+    def _mark(self, clause: Clause, mark: Mark, scope: Scope) -> None:
+        match mark.kind:
+            case Cue.PRICE | Part.NAME if scope.forgotten:
+                self._changes += [Forget(name) for name in mark.names or (PRICE,)]
+            case Part.NAME:
+                self._name(clause, mark, wanted=not scope.negated and Cue.OTHER not in clause.kinds)
+            case Part.PLACE | Cue.THIS:
+                self._point(clause, mark, negated=scope.negated)
+            case Part.VALUE if scope.forgotten and Cue.FORGET in clause.kinds:
+                self._changes.append(Forget(clause.choice(mark).attribute))
+            case Part.VALUE:
+                self._value(clause.choice(mark), wanted=not scope.negated)
+            case Part.NUMBER | Part.WORD:
+                self._word(clause, mark, wanted=not (scope.negated or scope.forgotten))
+            case Part.STRANGE if not _is_punctuation(mark.text):
+                self._strange.append(mark.text)
 
     def _item(self, mark: Mark) -> Shown | None:
         """The item that is meant by a place or by "this"; None where there is none."""
@@ -150,13 +143,13 @@ class _Reader:
         shown = self._heard.shown
         return self._heard.focus or (shown[0] if len(shown) == 1 else None)
 
-    def _compare(self, clause: "_Clause") -> None:
+    def _compare(self, clause: Clause) -> None:
         """Cheaper, or dearer, than the item that is meant, or than the middle of those shown."""
         known = [item.price for item in self._heard.shown if item.price is not None]
         if self._referent is not None:
             known = [self._referent.price] if self._referent.price is not None else []
         if not known:
-            self._strange += [mark.text for mark in clause.marks if mark.kind in _COMPARING]
+            self._strange += [mark.text for mark in clause.marks if mark.kind in COMPARING]
             return
         middle, vocabulary = statistics.median(known), self._heard.vocabulary
         if clause.dearer:
@@ -164,7 +157,7 @@ class _Reader:
         else:
             self._changes.append(Price(high=vocabulary.below(middle), alone=True))
 
-    def _name(self, clause: "_Clause", mark: Mark, *, wanted: bool) -> None:
+    def _name(self, clause: Clause, mark: Mark, *, wanted: bool) -> None:
         """An attribute that is named: of a value beside it, or of the item that is meant."""
         if set(mark.names) & clause.valued:
             return
@@ -175,11 +168,11 @@ class _Reader:
         else:
             self._changes.append(Values(found, item.attributes[found][:MAX_TEXTS], wanted))
 
-    def _point(self, clause: "_Clause", mark: Mark, *, negated: bool) -> None:
+    def _point(self, clause: Clause, mark: Mark, *, negated: bool) -> None:
         """An item that is meant: liked or disliked, unless its price or an attribute is spoken of."""
         item = self._item(mark)
         if item is None:
-            if mark.kind is Part.PLACE or clause.kinds & _NEEDING_AN_ITEM:
+            if mark.kind is Part.PLACE or clause.kinds & NEEDING_AN_ITEM:
                 self._strange.append(mark.text)
         elif clause.likes:
             self._changes.append(Liking(item.item_id, not negated))
@@ -187,7 +180,7 @@ class _Reader:
     def _value(self, choice: Choice, *, wanted: bool) -> None:
         self._changes.append(Values(choice.attribute, choice.texts, wanted))
 
-    def _word(self, clause: "_Clause", mark: Mark, *, wanted: bool) -> None:
+    def _word(self, clause: Clause, mark: Mark, *, wanted: bool) -> None:
         """A word that is no value, unless the attribute of one that it may be is named beside it."""
         chosen = [choice for choice in mark.choices if choice.attribute in clause.named]
         if chosen:
@@ -196,61 +189,6 @@ class _Reader:
             self._words[wanted].append(mark.text)
         else:
             self._strange.append(mark.text)
-
-
-@dataclass(frozen=True)
-class _Clause:
-    """A clause: `prices` that it states by the numbers at `used`, attributes that it names and has values of."""
-
-    marks: Sequence[Mark]
-    kinds: frozenset[Cue | Part]
-    prices: Sequence[Price]
-    used: frozenset[int]
-    named: frozenset[str]
-    valued: frozenset[str]
-
-    @classmethod
-    def of(cls, marks: Sequence[Mark]) -> "_Clause":
-        prices, used = bounds_of(marks)
-        named = frozenset(name for mark in marks for name in mark.names)
-        values = [mark for mark in marks if mark.kind is Part.VALUE or mark.choices]
-        valued = {_chosen(mark, named).attribute for mark in values}
-        if not any(mark.kind is Part.VALUE for mark in marks):
-            valued &= named
-        kinds = frozenset(mark.kind for mark in marks)
-        return cls(marks, kinds, prices, frozenset(used), named, frozenset(valued))
-
-    @property
-    def compared(self) -> bool:
-        """Whether it asks for what is cheaper or dearer than something, and for no stated price."""
-        return bool(self.kinds & set(_COMPARING)) and not self.prices
-
-    @property
-    def dearer(self) -> bool:
-        return bool(self.kinds & {Cue.DEARER, Cue.AT_LEAST})
-
-    @property
-    def points(self) -> bool:
-        """Whether an attribute of an item that is meant is spoken of."""
-        return bool(self.named - self.valued) and bool(self.kinds & _POINTING)
-
-    @property
-    def likes(self) -> bool:
-        """Whether an item that is meant is itself liked or disliked."""
-        return not self.points and (Cue.LIKE in self.kinds or not self.compared)
-
-    def choice(self, mark: Mark) -> Choice:
-        return _chosen(mark, self.named)
-
-
-_COMPARING = (Cue.CHEAPER, Cue.DEARER, Cue.AT_MOST, Cue.AT_LEAST)
-_POINTING = frozenset((Cue.THIS, Cue.SAME, Cue.OTHER, Part.PLACE))
-_NEEDING_AN_ITEM = frozenset((Cue.LIKE, Cue.NOT, Cue.SAME, Cue.OTHER, Part.NAME))
-
-
-def _chosen(mark: Mark, named: frozenset[str]) -> Choice:
-    """What a value means: one of an attribute that is named beside it, else what most items have."""
-    return next((choice for choice in mark.choices if choice.attribute in named), mark.choices[0])
 
 
 def _joined(changes: Sequence[Change]) -> list[Change]:

@@ -3,8 +3,8 @@
 At every place the longest phrase is taken; of equally long ones a cue before a value.
 """
 
+import itertools
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -174,16 +174,14 @@ def _part_of_word(marks: Sequence[Mark], at: int) -> bool:
     if mark.kind in _NUMERIC and at and marks[at - 1].kind in _MONEY:
         return False
     beside = [*marks[max(at - 1, 0) : at], *marks[at + 1 : at + 2]]
-    return mark.kind in _WITHIN_WORDS and any(
-        m.kind is Part.WORD and is_unspaced(m.text) for m in beside
-    )
+    return mark.kind in _WITHIN_WORDS and any(m.kind is Part.WORD and is_unspaced(m.text) for m in beside)
 
 
 def _places(marks: Sequence[Mark]) -> list[Mark]:
     """Numbers that are places of items, as in "#2", "2nd" and 第2个, become places."""
     at: dict[int, float] = {}
     gone: set[int] = set()
-    for n, (mark, after) in enumerate(zip(marks, marks[1:], strict=False)):
+    for n, (mark, after) in enumerate(itertools.pairwise(marks)):
         if mark.kind is Cue.NUMBERED and after.kind is Part.NUMBER:
             at[n + 1], gone = after.number, gone | {n}
         elif mark.kind is Part.NUMBER and after.kind is Cue.PLACED:
@@ -197,15 +195,3 @@ def _places(marks: Sequence[Mark]) -> list[Mark]:
         elif n not in gone:
             found.append(mark)
     return found
-
-
-def clauses_of(marks: Sequence[Mark]) -> list[list[Mark]]:
-    """The marks between the breaks."""
-    parts: dict[int, list[Mark]] = defaultdict(list)
-    at = 0
-    for mark in marks:
-        if mark.kind is Cue.BREAK:
-            at += 1
-        else:
-            parts[at].append(mark)
-    return list(parts.values())

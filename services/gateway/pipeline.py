@@ -30,6 +30,7 @@ from services.errors import (
 from services.gateway import why_not
 from services.gateway.assortment import Assortment
 from services.gateway.clients import Embedding, Ranking
+from services.gateway.fusion import fused
 from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Stage, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
@@ -98,8 +99,7 @@ class Pipeline:
         return await deadline.wait(asyncio.to_thread(why_not.why, number, *known)), ordered
 
     async def _ranked(self, wish: Wish) -> tuple[ranking_pb.RetrieveResponse | None, Ordered]:
-        left = deadline.remaining()
-        budget = self._limits.budget if left is None else left
+        budget = self._seconds()
         degraded: list[pb.Degradation] = []
         stages: list[Stage] = []
         first = budget * self._limits.retrieval_share
@@ -144,8 +144,7 @@ class Pipeline:
         """Why items of a page are there, the strongest first, and the titles of the items these rest on."""
         if not numbers:
             return {}, {}
-        left = deadline.remaining()
-        budget = self._limits.budget if left is None else left
+        budget = self._seconds()
         request = ranking_pb.ExplainRequest(
             person=wish.person,
             as_of=wire.time_to(wish.as_of),
@@ -172,9 +171,31 @@ class Pipeline:
         named = sorted({mine[0].item_id for mine in found.values()} - {""})
         if not named:
             return found, {}
-        get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=named))
-        items = await _attempt("explain", get, budget, degraded)
-        return found, {record.item.id: record.item.title for record in (items.items if items else ())}
+        return found, await self.titles(named, "explain", degraded)
+
+    async def titles(
+        self, item_ids: Sequence[str], stage: str, degraded: list[pb.Degradation]
+    ) -> dict[str, str]:
+        """The titles of at most 1000 items, by their ids; of those that cannot be had none."""
+        get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=item_ids))
+        items = await _attempt(stage, get, self._seconds(), degraded)
+        return {record.item.id: record.item.title for record in (items.items if items else ())}
+
+    async def search(
+        self, request: embedding_pb.SearchRequest, degraded: list[pb.Degradation]
+    ) -> embedding_pb.SearchResponse | None:
+        """A search of a caller's own, or None and a line in `degraded`."""
+        seconds = self._seconds() * self._limits.retrieval_share
+        return await _attempt("search", self._embedding.search(request), seconds, degraded)
+
+    def some_may_be_shown(self, wish: Wish) -> bool:
+        """Whether anything may be, for all that is known before the person's purchases are; blocks."""
+        return self._assortment.any_allowed(wish)
+
+    def _seconds(self) -> float:
+        """How long there is for what is left of a request."""
+        left = deadline.remaining()
+        return self._limits.budget if left is None else left
 
     async def _candidates(
         self,
@@ -228,6 +249,10 @@ class Pipeline:
         probabilities: dict[str, dict[int, float]] = {}
         if ranked is not None:
             scores = np.nan_to_num(np.array(ranked.scores, np.float32), nan=-np.inf)
+            if wish.blend:
+                order = np.lexsort((np.array(kept, np.int64), -scores))
+                both = fused([(1.0, [kept[i] for i in order]), (1.0, kept)])
+                scores = np.array([both[n] for n in kept], np.float32)
             for component in ranked.components:
                 components[component.component] = dict(zip(kept, component.scores, strict=True))
             for of_type in ranked.probabilities:

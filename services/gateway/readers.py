@@ -1,4 +1,4 @@
-"""Who reads messages: the built-in interpreter, or one of the shop's own that it stands in for on bad days."""
+"""Who reads messages: the built-in interpreter, or the shop's own, for which that stands in on bad days."""
 
 import asyncio
 import importlib

@@ -146,7 +146,7 @@ def _within(part: Key, whole: Key) -> bool:
 
 
 def words_of(text: str) -> list[Word]:
-    """The words, numbers and single other characters of a text; white space and what is unseen is left out."""
+    """The words, numbers and other characters of a text, without white space and what is unseen."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     found: list[Word] = []
     for at, part in enumerate(_NUMBER.split(_APOSTROPHE.sub("", folded))):

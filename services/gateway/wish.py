@@ -24,8 +24,9 @@ class Wish:
     """What is asked for, validated. `excluded` are item numbers; `condition` is `filter` decoded.
 
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
-    order is the sources' own where `by_source`. Where fewer than `depth` are allowed and it is to `fill`,
-    others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
+    order is the sources' own where `by_source`; where it is to `blend`, that of `items`, best first,
+    counts as much as the person's. Where fewer than `depth` are allowed and it is to `fill`, others of the
+    catalogue follow, the last of them those for which `loose` holds and `condition` does not.
     """
 
     person: ranking_pb.Person
@@ -38,6 +39,7 @@ class Wish:
     sources: tuple[str, ...] = ()
     by_source: bool = False
     items: tuple[int, ...] | None = None
+    blend: bool = False
     rules: Rules = field(default_factory=Rules)
     depth: int = DEEPEST
     fill: bool = False

@@ -1663,7 +1663,9 @@ class ConverseRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Optional. Only items that qualify, whatever is said; at most 7 levels deep."""
+        """Optional. Only items that qualify, whatever is said; at most 6 levels deep and
+        200 conditions.
+        """
 
     def __init__(
         self,
