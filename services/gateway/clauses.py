@@ -12,7 +12,6 @@ from services.gateway.vocabulary import Choice
 COMPARING = frozenset((Cue.CHEAPER, Cue.DEARER, Cue.AT_MOST, Cue.AT_LEAST))
 NEEDING_AN_ITEM = frozenset((Cue.LIKE, Cue.NOT, Cue.SAME, Cue.OTHER, Part.NAME))
 _POINTING = frozenset((Cue.THIS, Cue.SAME, Cue.OTHER, Part.PLACE))
-_FORGETTABLE = (Cue.PRICE, Part.NAME, Part.VALUE)
 _FREES_WITHIN = 2
 
 
@@ -57,7 +56,7 @@ class Clause:
     @property
     def likes(self) -> bool:
         """Whether an item that is meant is itself liked or disliked."""
-        return not self.points and (Cue.LIKE in self.kinds or not self.compares)
+        return not self.points and (Cue.LIKE in self.kinds or not (self.compares or self.prices))
 
     def choice(self, mark: Mark) -> Choice:
         """What a value means: one of an attribute that is named beside it, else what most items have."""
@@ -85,16 +84,10 @@ def _scopes(marks: Sequence[Mark]) -> list[Scope]:
         if mark.kind is Cue.NOT:
             negated = True
         elif mark.kind is Cue.WANT or (mark.kind is Cue.IN and before is Cue.AND):  # no Nike and in red
-            negated = False
+            negated = forgetting = False
         elif mark.kind in (Cue.FORGET, Cue.ANY):
             forgetting = True
         freed = Cue.FREE in [after.kind for after in marks[at + 1 : at + 1 + _FREES_WITHIN]]
-        found.append(Scope(negated, forgetting or freed))
-        if mark.kind in _FORGETTABLE and (mark.kind is not Part.VALUE or Cue.ANY not in _kinds(marks)):
-            forgetting = False
+        found.append(Scope(negated, forgetting or freed or before is Cue.FREE))
         before = mark.kind
     return found
-
-
-def _kinds(marks: Sequence[Mark]) -> set[Cue | Part]:
-    return {mark.kind for mark in marks}

@@ -49,6 +49,7 @@ _WITHIN_WORDS = (Cue.AND, Cue.IN, Cue.THAN, Cue.NOT, Cue.SAME, *_NUMERIC)
 _AFTER_NUMERALS = frozenset("元块以之左上内到至")
 _AFTER_SHORT_VALUES = frozenset("的色")
 _PARTICLES = "的了吗呢吧啊呀我你您他她请想给就是都很也还再那穿"
+_ORDINAL = "第"
 _LONGEST_PHRASE = 8
 _LONGEST_WORD = 64
 _THOUSANDS = 3
@@ -68,6 +69,8 @@ def marks_of(message: str, vocabulary: Vocabulary) -> list[Mark]:
 
 def _longest(words: Sequence[Word], at: int, vocabulary: Vocabulary, counted: bool) -> tuple[Mark, int]:
     numerals = _numerals(words, at)
+    if numerals and at and words[at - 1].key == _ORDINAL:  # 第一个, though 一个 is a phrase
+        return Mark(Part.NUMBER, numerals, float(_counted(numerals))), len(numerals)
     for length in range(min(_LONGEST_PHRASE, len(words) - at), 0, -1):
         some = words[at : at + length]
         key, text = tuple(word.key for word in some), _written(some)
@@ -128,7 +131,7 @@ def _numerals(words: Sequence[Word], at: int) -> str:
     while end < len(words) and (words[end].key in NUMERALS or words[end].key in UNITS):
         end += 1
     after = words[end].key if end < len(words) else ""
-    ordinal = at > 0 and words[at - 1].key == "第"
+    ordinal = at > 0 and words[at - 1].key == _ORDINAL
     run = "".join(word.key for word in words[at:end])
     return run if len(run) <= _LONGEST_PHRASE and (ordinal or after in _AFTER_NUMERALS) else ""
 

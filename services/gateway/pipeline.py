@@ -31,7 +31,7 @@ from services.gateway import why_not
 from services.gateway.assortment import Assortment
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.fusion import fused
-from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Stage, Wish
+from services.gateway.wish import BLENDED, SOURCES, Candidates, Ordered, Reason, Stage, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
@@ -251,7 +251,7 @@ class Pipeline:
             scores = np.nan_to_num(np.array(ranked.scores, np.float32), nan=-np.inf)
             if wish.blend:
                 order = np.lexsort((np.array(kept, np.int64), -scores))
-                both = fused([(1.0, [kept[i] for i in order]), (1.0, kept)])
+                both = fused([(1.0, [kept[i] for i in order]), (BLENDED, kept)])
                 scores = np.array([both[n] for n in kept], np.float32)
             for component in ranked.components:
                 components[component.component] = dict(zip(kept, component.scores, strict=True))

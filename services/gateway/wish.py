@@ -15,6 +15,8 @@ SOURCES = frozenset(
     ("graph", "popular", "rising", "new", "family", "affinity", "sequence", "words", "text", "image")
 )
 """The names of the sources."""
+BLENDED = 3.0
+"""What the order of items that answer a person's own words counts beside the order for the person."""
 DEEPEST = 2000
 """The most items of an answer that rules order, or that more than its candidates fill."""
 
@@ -25,7 +27,7 @@ class Wish:
 
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
     order is the sources' own where `by_source`; where it is to `blend`, that of `items`, best first,
-    counts as much as the person's. Where fewer than `depth` are allowed and it is to `fill`, others of the
+    counts `BLENDED` times as much as the person's. Where fewer than `depth` are allowed and it is to `fill`, others of the
     catalogue follow, the last of them those for which `loose` holds and `condition` does not.
     """
 
