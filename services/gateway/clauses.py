@@ -10,7 +10,9 @@ from services.gateway.prices import bounds_of
 from services.gateway.vocabulary import Choice
 
 COMPARING = frozenset((Cue.CHEAPER, Cue.DEARER, Cue.AT_MOST, Cue.AT_LEAST))
-NEEDING_AN_ITEM = frozenset((Cue.LIKE, Cue.NOT, Cue.SAME, Cue.OTHER, Part.NAME))
+NEEDING_AN_ITEM = frozenset(
+    (Cue.LIKE, Cue.NOT, Cue.SAME, Cue.OTHER, Cue.THAN, Cue.AT_MOST, Cue.AT_LEAST, Part.NAME)
+)
 _POINTING = frozenset((Cue.THIS, Cue.SAME, Cue.OTHER, Part.PLACE))
 _FREES_WITHIN = 2
 

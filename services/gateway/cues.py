@@ -94,7 +94,8 @@ PHRASES: Mapping[Cue, str] = {
     Cue.FILLER: "a|an|the|as|i|im|me|my|mine|we|you|your|is|are|was|be|am|do|does|can|could|would|will|"
     "please|one|once|some|any more|something|anything|thing|item|product|of|on|at|by|so|very|much|a bit|"
     "a bit more|bit|a little|little|really|too|also|more|less|ones|them|they|these|those|there|hi|hello|"
-    "thank|thank you|yes|ok|okay|:|should|must|may|might|what|which|who|how|its|as well|well|then|now|id|ive|have|has|had|get|see|look|looking|looking for|"
+    "thank|thank you|yes|ok|okay|:|should|must|may|might|what|which|who|how|its|as well|well|"
+    "then|now|id|ive|have|has|had|get|see|look|looking|looking for|"
     "search|find|show|give|maybe|perhaps|的|了|吗|呢|吧|啊|呀|我|你|您|他|她|请|看|看看|有|有没有|一些|"
     "一点|一下|些|点|件|条|双|个|款|只|穿|穿的|想|给|是|在|能|可以|还|还有|也|都|很|再|就|那|一个|一件|"
     "一条|一款|一双|东西|商品|产品|谢谢|你好|您好|帮我|找|推荐",

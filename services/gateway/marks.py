@@ -6,11 +6,20 @@ At every place the longest phrase is taken; of equally long ones a cue before a 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from services.gateway.cues import NUMERALS, PHRASES, PLACES, UNITS, Cue
-from services.gateway.vocabulary import Choice, Key, Vocabulary, Word, is_unspaced, is_word, words_of
+from services.gateway.vocabulary import (
+    Choice,
+    Key,
+    Vocabulary,
+    Word,
+    is_unspaced,
+    is_word,
+    longest_of,
+    words_of,
+)
 
 
 class Part(Enum):
@@ -43,7 +52,9 @@ _CUES: Mapping[Key, Cue] = {
 }
 _PLACES = {(word.key,): place for place, name in enumerate(PLACES, 1) for word in words_of(name)}
 _AFTER_NUMBERS = (Cue.OR_LESS, Cue.OR_MORE)
+_LONGEST = longest_of([*_CUES, *_PLACES])
 _NUMERIC = (Cue.CURRENCY, Cue.TO)
+_OF_ITEMS = frozenset((Cue.LIKE, Cue.NOT, Cue.THAN, Cue.SAME, Cue.CHEAPER, Cue.DEARER))
 _MONEY = (Part.NUMBER, Cue.CURRENCY)
 _WITHIN_WORDS = (Cue.AND, Cue.IN, Cue.THAN, Cue.NOT, Cue.SAME, *_NUMERIC)
 _AFTER_NUMERALS = frozenset("元块以之左上内到至")
@@ -71,7 +82,9 @@ def _longest(words: Sequence[Word], at: int, vocabulary: Vocabulary, counted: bo
     numerals = _numerals(words, at)
     if numerals and at and words[at - 1].key == _ORDINAL:  # 第一个, though 一个 is a phrase
         return Mark(Part.NUMBER, numerals, float(_counted(numerals))), len(numerals)
-    for length in range(min(_LONGEST_PHRASE, len(words) - at), 0, -1):
+    first = words[at].key
+    longest = max(_LONGEST.get(first, 0), vocabulary.longest.get(first, 0), len(numerals))
+    for length in range(min(longest, len(words) - at), 0, -1):
         some = words[at : at + length]
         key, text = tuple(word.key for word in some), _written(some)
         if length == len(numerals):
@@ -128,7 +141,9 @@ def _number(text: str) -> float:
 def _numerals(words: Sequence[Word], at: int) -> str:
     """The Chinese numerals here, where they stand for a number of money or a place."""
     end = at
-    while end < len(words) and (words[end].key in NUMERALS or words[end].key in UNITS):
+    while end < min(len(words), at + _LONGEST_PHRASE + 1) and (
+        words[end].key in NUMERALS or words[end].key in UNITS
+    ):
         end += 1
     after = words[end].key if end < len(words) else ""
     ordinal = at > 0 and words[at - 1].key == _ORDINAL
@@ -182,13 +197,16 @@ def _part_of_word(marks: Sequence[Mark], at: int) -> bool:
 
 def _places(marks: Sequence[Mark]) -> list[Mark]:
     """Numbers that are places of items, as in "#2", "2nd" and 第2个, become places."""
+    meant = bool(_OF_ITEMS & {mark.kind for mark in marks})
     at: dict[int, float] = {}
-    gone: set[int] = set()
+    gone, words = set[int](), set[int]()
     for n, (mark, after) in enumerate(itertools.pairwise(marks)):
         if mark.kind is Cue.NUMBERED and after.kind is Part.NUMBER:
             at[n + 1], gone = after.number, gone | {n}
         elif mark.kind is Part.NUMBER and after.kind is Cue.PLACED:
             at[n], gone = mark.number, gone | {n + 1}
+        elif mark.kind is Part.PLACE and after.kind is Part.WORD and not meant:  # a first birthday
+            words.add(n)
     found = []
     for n, mark in enumerate(marks):
         if n in at:
@@ -196,5 +214,5 @@ def _places(marks: Sequence[Mark]) -> list[Mark]:
         elif mark.kind is Cue.LAST:
             found.append(Mark(Part.PLACE, mark.text, -1.0))
         elif n not in gone:
-            found.append(mark)
+            found.append(replace(mark, kind=Part.WORD) if n in words else mark)
     return found

@@ -13,7 +13,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -23,9 +23,12 @@ from services.item_table import ItemTable
 
 Key = tuple[str, ...]
 _NUMBER = re.compile(r"([0-9]+(?:[.,][0-9]+)*)")
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
 _LONGEST_VALUE = 8
 _MOST_SPELLINGS = 8
+# Of an attribute; what has more, such as an article number, is not what people speak of.
+_MOST_VALUES = 10_000
 _NO_PLURAL = ("ss", "us", "is")
 _HISSING = ("sses", "xes", "ches", "shes")
 _SHORTEST_PLURAL = 4
@@ -59,6 +62,11 @@ class Vocabulary:
     names: Mapping[Key, tuple[str, ...]] = field(default_factory=dict)
     known: Mapping[str, frozenset[str]] = field(default_factory=dict)
     prices: Sequence[float] = ()
+
+    @cached_property
+    def longest(self) -> Mapping[str, int]:
+        """The length of the longest phrase that begins with a word, by that word."""
+        return longest_of((*self.values, *self.names))
 
     def below(self, price: float) -> float:
         """The highest price that is lower; one that no item has where there is none."""
@@ -99,7 +107,7 @@ def vocabulary_of(table: ItemTable, keys: dict[str, Key]) -> Vocabulary:
             continue
         codes, texts = column[0][: len(live)][live], list(column[1])
         counts = np.bincount(codes[codes >= 0].ravel(), minlength=len(texts))[: len(texts)]
-        order = np.lexsort((np.arange(len(counts)), -counts))
+        order = np.lexsort((np.arange(len(counts)), -counts))[:_MOST_VALUES]
         had = [(texts[code], int(counts[code])) for code in order if counts[code]]
         known[attribute] = frozenset(text for text, _ in had)
         for key, choice in _choices(attribute, had, keys).items():
@@ -116,7 +124,7 @@ def _choices(attribute: str, had: Iterable[tuple[str, int]], keys: dict[str, Key
     for text, items in had:
         key = keys.get(text)
         if key is None:
-            key = keys[text] = tuple(word.key for word in words_of(text) if is_word(word.key))
+            key = keys[text] = _key(text)
         if 0 < len(key) <= _LONGEST_VALUE:
             spelled[key].append((text, items))
     return {
@@ -129,16 +137,31 @@ def _names(attributes: Iterable[str]) -> dict[Key, tuple[str, ...]]:
     """What attributes are called: their own names, and other words for the same concept."""
     called: dict[Key, list[tuple[int, str]]] = defaultdict(list)
     for attribute in attributes:
-        own = tuple(word.key for word in words_of(attribute) if is_word(word.key))
+        own = _key(attribute)
         if not own:
             continue
         called[own].append((0, attribute))
         for concept in CONCEPTS:
-            synonyms = [tuple(word.key for word in words_of(name)) for name in concept]
+            synonyms = [_key(name) for name in concept]
             if any(_within(synonym, own) for synonym in synonyms):
                 for synonym in set(synonyms) - {own}:
                     called[synonym].append((len(own), attribute))
     return {key: tuple(attribute for _, attribute in sorted(some)) for key, some in called.items()}
+
+
+def _key(text: str) -> Key:
+    """What a text folds to, without what is no word at its ends."""
+    keys = [word.key for word in words_of(text)]
+    words = [at for at, key in enumerate(keys) if is_word(key)]
+    return tuple(keys[words[0] : words[-1] + 1]) if words else ()
+
+
+def longest_of(keys: Iterable[Key]) -> dict[str, int]:
+    """The length of the longest of these that begins with a word, by that word."""
+    found: dict[str, int] = {}
+    for key in keys:
+        found[key[0]] = max(len(key), found.get(key[0], 0))
+    return found
 
 
 def _within(part: Key, whole: Key) -> bool:
@@ -149,7 +172,7 @@ def words_of(text: str) -> list[Word]:
     """The words, numbers and other characters of a text, without white space and what is unseen."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     found: list[Word] = []
-    for at, part in enumerate(_NUMBER.split(_APOSTROPHE.sub("", folded))):
+    for at, part in enumerate(_NUMBER.split(_HYPHEN.sub(" ", _APOSTROPHE.sub("", folded)))):
         if at % 2:
             found.append(Word(part, part))
             continue

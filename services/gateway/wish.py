@@ -27,8 +27,8 @@ class Wish:
 
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
     order is the sources' own where `by_source`; where it is to `blend`, that of `items`, best first,
-    counts `BLENDED` times as much as the person's. Where fewer than `depth` are allowed and it is to `fill`, others of the
-    catalogue follow, the last of them those for which `loose` holds and `condition` does not.
+    counts `BLENDED` times as much as the person's. Where fewer than `depth` are allowed and it is to `fill`,
+    others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
     """
 
     person: ranking_pb.Person
