@@ -171,7 +171,8 @@ class ItemTable:
     def texts_of(self, attribute: str, row: int) -> tuple[str, ...]:
         """The texts that one item has of an attribute."""
         column = self._texts[attribute]
-        return tuple(column.spelled[code] for code in column.codes[row] if code >= 0)
+        codes = column.codes[row] if row < len(column.codes) else ()  # a young column may be short
+        return tuple(column.spelled[code] for code in codes if code >= 0)
 
     @property
     def words(self) -> np.ndarray:

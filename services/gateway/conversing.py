@@ -14,8 +14,8 @@ from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services import filters, wire
-from services.catalog import identifier_problem, item_number
-from services.errors import DeadlineExceeded, FieldViolation, InvalidArgument
+from services.catalog import item_number
+from services.errors import DeadlineExceeded, InvalidArgument
 from services.gateway import dialogue as talk
 from services.gateway.dialogue import Change, Condition, Dialogue, Liking, Words
 from services.gateway.fusion import CROSS_MODAL_WEIGHT, fused
@@ -23,18 +23,15 @@ from services.gateway.interpreter import Heard, Reading, Shown
 from services.gateway.pipeline import Pipeline, person_of
 from services.gateway.readers import Reader
 from services.gateway.rules import Boost
+from services.gateway.sentences import LANGUAGES
 from services.gateway.tokens import Tokens
 from services.gateway.vocabulary import Vocabularies, Vocabulary
 from services.gateway.wish import Ordered, Wish
 
-MAX_MESSAGE = 2000
 _KIND = "talk"
 _FOUND = 400
 _LATEST_LIKED, _LATEST_DISLIKED = 8, 16
-# What is very near to a disliked item: the nearest of each space, if they are that near.
-_NEAREST, _NEAR, _SINKS = 10, 0.8, -0.3
-# What is sent beside a request's own filter has at most this shape.
-_MOST_BESIDE = [filters.NoneOf(filters.In("", frozenset()))] * talk.MAX_CONDITIONS
+_NEAREST, _SINKS = 10, -0.3
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class Conversing:
         focus = request.focus_item_id or (named[0] if len(named) == 1 else "")
         heard = Heard(
             request.message,
-            request.language,
+            request.language or LANGUAGES[0],
             vocabulary,
             self._shown(before.shown, vocabulary),
             next(iter(self._shown([focus], vocabulary)), None),
@@ -199,8 +196,7 @@ class Conversing:
         orders, near = [], set[int]()
         for result in found.results if found else ():
             if len(liked) <= result.query < len(liked) + len(disliked):
-                told = zip(result.item_numbers[:_NEAREST], result.scores[:_NEAREST], strict=True)
-                near.update(number for number, score in told if score >= _NEAR)
+                near.update(_very_near(result))
             elif result.query < len(liked):
                 orders.append((1 / len(liked), result.item_numbers))
             else:
@@ -218,48 +214,15 @@ class Conversing:
         return [row for row in self._pipeline.table.rows(sorted(numbers)).tolist() if row >= 0]
 
 
-def violations(request: pb.ConverseRequest) -> list[FieldViolation]:
-    """What is wrong with the fields that only a turn has."""
-    found = []
-    if len(request.message) > MAX_MESSAGE:
-        many = len(request.message)
-        found.append(FieldViolation("message", f"has {many} characters, at most {MAX_MESSAGE} are allowed"))
-    for name in ("liked_item_ids", "disliked_item_ids"):
-        ids = getattr(request, name)
-        if len(ids) > talk.MAX_LIKED:
-            found.append(FieldViolation(name, f"has {len(ids)}, at most {talk.MAX_LIKED} are allowed"))
-        for at, item_id in enumerate(ids):
-            if problem := identifier_problem(item_id):
-                found.append(FieldViolation(f"{name}[{at}]", problem))
-    both = set(request.liked_item_ids)
-    for at, item_id in enumerate(request.disliked_item_ids):
-        if item_id in both:
-            found.append(FieldViolation(f"disliked_item_ids[{at}]", "is liked as well"))
-    if request.focus_item_id and (problem := identifier_problem(request.focus_item_id)):
-        found.append(FieldViolation("focus_item_id", problem))
-    return found
+def _very_near(result: embedding_pb.SearchResult) -> list[int]:
+    """Of the nearest items those that are no further from the same than from the middle of all found.
 
-
-def check_room(condition: filters.Filter) -> None:
-    """Refuse a filter beside which not all that can be said has room; InvalidArgument names `filter`."""
-    try:
-        filters.check_size(filters.AllOf((condition, *_MOST_BESIDE)))
-    except InvalidArgument as error:
-        raise InvalidArgument.of("filter", f"with what is said in the dialogue: {error}") from None
-
-
-def recommend_of(request: pb.ConverseRequest) -> pb.RecommendRequest:
-    """What a turn asks for before anything is said."""
-    return pb.RecommendRequest(
-        scenario=request.scenario,
-        user_id=request.user_id,
-        visitor_id=request.visitor_id,
-        session_id=request.session_id,
-        filter=request.filter if request.HasField("filter") else None,
-        min_sequence=request.min_sequence,
-        request_id=request.request_id,
-        language=request.language,
-    )
+    Encoders differ in what a cosine is worth, so that no fixed one would do.
+    """
+    scores = result.scores
+    least = (1 + scores[len(scores) // 2]) / 2 if scores else 1.0
+    told = zip(result.item_numbers[:_NEAREST], scores[:_NEAREST], strict=True)
+    return [number for number, score in told if score >= least]
 
 
 def _digests(request: pb.ConverseRequest) -> tuple[str, str]:

@@ -63,7 +63,7 @@ class Forget:
 
 @dataclass(frozen=True)
 class Reset:
-    """All that was said is over."""
+    """All that was said is over; what is disliked stays away."""
 
 
 Change = Values | Price | Liking | Words | Forget | Reset
@@ -111,7 +111,7 @@ class Dialogue:
                 left = tuple(c for c in self.conditions if _of(c) != attribute)
                 return replace(self, conditions=left)
             case Reset():
-                return Dialogue(shown=self.shown)
+                return Dialogue(disliked=self.disliked, shown=self.shown)
 
     def bounded(self) -> tuple["Dialogue", tuple[Change, ...]]:
         """The dialogue within its limits, and what had to go for that and had kept items away."""

@@ -184,7 +184,7 @@ class _UnderstandingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Und
     UNDERSTANDING_KIND_FORGET: _UnderstandingKind.ValueType  # 5
     """What was said of an attribute, or of the price, no longer counts."""
     UNDERSTANDING_KIND_RESET: _UnderstandingKind.ValueType  # 6
-    """All that was said no longer counts."""
+    """All that was said no longer counts. Disliked items stay away."""
 
 class UnderstandingKind(_UnderstandingKind, metaclass=_UnderstandingKindEnumTypeWrapper):
     """What kind of thing was understood."""
@@ -202,7 +202,7 @@ UNDERSTANDING_KIND_WORDS: UnderstandingKind.ValueType  # 4
 UNDERSTANDING_KIND_FORGET: UnderstandingKind.ValueType  # 5
 """What was said of an attribute, or of the price, no longer counts."""
 UNDERSTANDING_KIND_RESET: UnderstandingKind.ValueType  # 6
-"""All that was said no longer counts."""
+"""All that was said no longer counts. Disliked items stay away."""
 Global___UnderstandingKind: _TypeAlias = UnderstandingKind  # noqa: Y015
 
 @_typing.final
@@ -1805,8 +1805,9 @@ class ConverseResponse(_message.Message):
 
     @_builtins.property
     def degraded(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
-        """What was done without; "interpret" is the reading of the message, "conversation"
-        a condition that was set aside or is too old to be kept.
+        """What was done without; "interpret" is the reading of the message by the shop's own
+        interpreter, "conversation" a condition that was set aside or is too old to be
+        kept, "reply" the titles of items that are spoken of.
         """
 
     @_builtins.property
