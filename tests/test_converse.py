@@ -9,8 +9,11 @@ from typing import Any
 import grpc
 import pytest
 from vitrine.catalog.v1 import filter_pb2, item_pb2
+from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
+from vitrine.embedding.v1 import embedding_service_pb2_grpc as embedding_grpc
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
+from services.catalog import item_number
 from services.embedding.servicer import EmbeddingServicer
 from services.errors import FailedPrecondition, Unavailable
 from services.gateway.dialogue import Liking, Price, Values, Words
@@ -138,7 +141,7 @@ def test_a_brand_is_that_of_the_item_that_is_meant(shop: Shop) -> None:
     shop.run(body)
 
 
-def test_words_find_items_and_liked_ones_lead_to_their_like(shop: Shop) -> None:
+def test_words_find_items_and_a_message_may_point_at_one(shop: Shop) -> None:
     async def body(stub: Any) -> None:
         await stock(stub)
         talk = Talk(stub, user_id="ann")
@@ -152,15 +155,6 @@ def test_words_find_items_and_liked_ones_lead_to_their_like(shop: Shop) -> None:
         worth = {i: 3 / (61 + by_words.index(i)) + 1 / (61 + by_person.index(i)) for i in by_words}
         assert sorted(worth.values(), reverse=True) == pytest.approx([worth[i] for i in ids(found)], rel=1e-6)
         assert len(worth) == 46
-        plain = ids(await Talk(stub).say("wool winter", page_size=46))
-        liking = ids(await Talk(stub).say("wool winter", liked_item_ids=["kitchen-04"], page_size=46))
-        assert set(plain) - set(liking) == {"kitchen-04"}
-
-        def among(page: list[str]) -> list[int]:
-            left = [i for i in page if i != "kitchen-04"]
-            return [left.index(i) for i in left if i.startswith("kitchen")]
-
-        assert sum(among(liking)) < sum(among(plain))
         place = ids(found).index("lamp-00")
         like = await talk.say(f"like number {place + 1} but in red", page_size=40)
         assert (like.understood[0].item_id, like.understood[0].wanted) == ("lamp-00", True)
@@ -171,6 +165,46 @@ def test_words_find_items_and_liked_ones_lead_to_their_like(shop: Shop) -> None:
         assert list(gone.not_understood) == ["silk"]
 
     shop.run(body)
+
+
+def test_beside_words_liked_items_lead_to_their_like(one: Shop) -> None:
+    async def body(stub: Any) -> None:
+        await stock(stub)
+        found = ids(await Talk(stub).say("wool winter", liked_item_ids=["kitchen-04"], page_size=46))
+        async with grpc.aio.insecure_channel(stub.target) as channel:
+            embedding: Any = embedding_grpc.EmbeddingServiceStub(channel)
+            near = await embedding.Search(
+                embedding_pb.SearchRequest(
+                    groups=[embedding_pb.InterestGroup(item_ids=["kitchen-04"])],
+                    text="wool winter",
+                    limit=400,
+                    spaces=[item_pb2.SPACE_TEXT],
+                    exclude_item_numbers=[item_number("kitchen-04")],
+                )
+            )
+        liked, worded = (list(result.item_numbers) for result in near.results)
+        led = sorted(worded, key=lambda n: (-1 / (61 + liked.index(n)) - 1 / (61 + worded.index(n)), n))
+        numbers = {item_number(i): i for i in found}
+        by_both = [numbers[n] for n in led]
+        ranked = pb.RecommendRequest(context_item_ids=["kitchen-04"], item_ids=by_both, page_size=45)
+        by_person = ids(await stub.Recommend(ranked))
+        worth = [3 / (61 + by_both.index(i)) + 1 / (61 + by_person.index(i)) for i in found]
+        assert len(worth) == 45
+        assert sorted(worth, reverse=True) == pytest.approx(worth, rel=1e-6)
+
+    one.run(body)
+
+
+def test_what_is_said_holds_where_a_shop_gives_up_the_filter(one: Shop, tmp_path: Path) -> None:
+    file = tmp_path / "scenarios.toml"
+    file.write_text('[home]\nrules.relax = ["filter"]\n')
+
+    async def body(stub: Any) -> None:
+        page = await Talk(stub).say("in red", filter=only("world", "garden"), page_size=40)
+        assert [red(i) for i in ids(page)] == [True] * 20
+        assert [d.stage for d in page.degraded] == ["filter"]
+
+    one.run(body, scenarios=file)
 
 
 def test_disliked_items_never_come_again_and_their_like_sink(shop: Shop) -> None:

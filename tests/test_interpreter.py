@@ -134,6 +134,7 @@ CHEAPER, DEARER = Price(high=15.0, alone=True), Price(low=20.0, alone=True)  # o
         ("一百二十块以内", [Price(high=120.0)]),
         ("预算二百元", [Price(high=200.0)]),
         ("不要超过30", [Price(high=30.0)]),
+        ("不超过50元外套", [Price(high=50.0), Words(("外套",))]),
         ("100到200元", [Price(100.0, 200.0, alone=True)]),
         ("比第三个便宜", [Price(high=10.0, alone=True)]),
         ("价格无所谓", [Forget("price")]),
@@ -221,6 +222,14 @@ def test_the_vocabulary_follows_the_table() -> None:
     asyncio.run(body())
     assert ("winter",) not in WORDS.values  # for filters alone
     assert WORDS.values["dress",][0].items == sum(i.attributes[2].texts == ("Dress",) for i in ITEMS)
+
+
+def test_an_attribute_that_came_late_is_known_of_the_items_that_have_it() -> None:
+    table = ItemTable(capacity=4)
+    for n in range(10):
+        table.apply([Change(n, n, Item(f"i{n}", "x"), NOW)])
+    table.apply([Change(2, 10, Item("i2", "x", attributes=(Attribute("shape", ("round", "flat")),)), NOW)])
+    assert [table.texts_of("shape", row) for row in (2, 9)] == [("round", "flat"), ()]
 
 
 def test_spellings_of_a_value_are_one() -> None:
