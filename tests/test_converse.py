@@ -320,6 +320,9 @@ def test_a_token_is_for_its_person_and_for_dialogues_alone(one: Shop) -> None:
         token = (await stranger.say("in red")).conversation_token
         signed_in = pb.ConverseRequest(conversation_token=token, visitor_id="browser", user_id="ann")
         assert all(red(i) for i in ids(await stub.Converse(signed_in)))
+        for user, visitor in (("browser", ""), ("", "")):
+            request = pb.ConverseRequest(conversation_token=token, user_id=user, visitor_id=visitor)
+            assert await violations(stub.Converse(request)) == ["conversation_token"]
         signed_in.visitor_id = "other"
         assert await violations(stub.Converse(signed_in)) == ["conversation_token"]
         nobody = (await Talk(stub).say("in red")).conversation_token

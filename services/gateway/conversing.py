@@ -65,14 +65,9 @@ class Conversing:
             return Dialogue()
         content = self._tokens.read(_KIND, request.conversation_token, now, "conversation_token")
         user, visitor = _digests(request)
-        # A visitor who signs in goes on.
-        same = (
-            content["u"] == user
-            if content["u"]
-            else content["v"] == visitor
-            if content["v"]
-            else not (user or visitor)
-        )
+        same = content["u"] == user
+        if not content["u"]:  # a visitor who signs in goes on
+            same = content["v"] == visitor and bool(visitor or not user)
         if not same:
             raise InvalidArgument.of("conversation_token", "is of another person's dialogue")
         return talk.dialogue_from(content["d"])
