@@ -102,6 +102,8 @@ CHEAPER, DEARER = Price(high=15.0, alone=True), Price(low=20.0, alone=True)  # o
         ("forget the price", [Forget("price")]),
         ("price doesn't matter", [Forget("price")]),
         ("forget the colour and the brand", [Forget("colour"), Forget("brand_name")]),
+        ("any colour but red", [Forget("colour"), colour("Red", wanted=False)]),
+        ("under 50 and over 10", [Price(high=50.0), Price(low=10.0)]),
         ("forget red", [Forget("colour")]),
         ("any brand", [Forget("brand_name")]),
         ("in red", [colour("Red")]),
@@ -170,6 +172,10 @@ def test_a_phrase_means(message: str, changes: list[Any]) -> None:
         ("cheaper than this", [Price(high=15.0, alone=True)]),
         ("like this but in red", [Liking("i3"), colour("Red")]),
         ("not this one", [Liking("i3", liked=False)]),
+        ("I don't like it", [Liking("i3", liked=False)]),
+        ("anything like that in green", [Liking("i3"), colour("green")]),
+        ("shoes that aren't Nike", [kind("shoe"), brand("Nike", wanted=False)]),
+        ("do you have it in green?", [colour("green")]),
     ],
 )
 def test_this_is_what_the_person_looks_at(message: str, changes: list[Any]) -> None:

@@ -29,6 +29,8 @@ class Cue(Enum):
     LIKE = auto()
     THAN = auto()
     THIS = auto()
+    IT = auto()
+    """An item that is meant, where that is liked, not wanted, or compared with; else a mere pronoun."""
     SAME = auto()
     OTHER = auto()
     FIRST = auto()
@@ -65,8 +67,8 @@ PHRASES: Mapping[Cue, str] = {
     Cue.CURRENCY: "€|$|£|¥|eur|euro|usd|dollar|buck|gbp|pound|rmb|cny|yuan|chf|kr|sek|元|块|块钱|元钱|"
     "人民币|美元|欧元",
     Cue.PRICE: "price|the price|cost|价格|价钱|价位",
-    Cue.NOT: "not|no|nothing|without|except|except for|but not|but no|and not|and no|anything but|"
-    "everything but|all but|other than|instead of|rather than|i dont want|dont want|do not want|"
+    Cue.NOT: "not|no|arent|isnt|is not|are not|nothing|without|except|except for|but not|but no|and not|and no|"
+    "anything but|everything but|all but|other than|instead of|rather than|i dont want|dont want|do not want|"
     "dont show|do not show|i dont like|dont like|do not like|i hate|hate|dislike|unlike|different from|"
     "different to|avoid|exclude|never|nor|no more|不要|不想要|别|不是|除了|没有|不|不喜欢|不像|不同于|"
     "讨厌|排除|去掉|别给我",
@@ -78,7 +80,8 @@ PHRASES: Mapping[Cue, str] = {
     Cue.LIKE: "like|i like|love|i love|similar to|something like|more like|looks like|looking like|像|"
     "类似|类似于|喜欢|我喜欢|好像|跟着",
     Cue.THAN: "than|比|比起",
-    Cue.THIS: "this|this one|it|that|that one|这个|这件|这款|这条|这双|这种|这|那个|那件|那款|它",
+    Cue.THIS: "this|this one|that one|这个|这件|这款|这条|这双|这种|这|那个|那件|那款",
+    Cue.IT: "it|that|它",
     Cue.SAME: "same|the same|相同|相同的|同样|同样的|一样|一样的|同|同一个",
     Cue.OTHER: "another|other|different|a different|其他|其它|其他的|别的|另一个|换个|换一个|不同|不同的",
     Cue.LAST: "last|the last|last one|the last one|最后一个|最后一件|最后那个",
@@ -94,8 +97,8 @@ PHRASES: Mapping[Cue, str] = {
     Cue.FILLER: "a|an|the|as|i|im|me|my|mine|we|you|your|is|are|was|be|am|do|does|can|could|would|will|"
     "please|one|once|some|any more|something|anything|thing|item|product|of|on|at|by|so|very|much|a bit|"
     "a bit more|bit|a little|little|really|too|also|more|less|ones|them|they|these|those|there|hi|hello|"
-    "thank|thank you|yes|ok|okay|:|should|must|may|might|what|which|who|how|its|as well|well|"
-    "then|now|id|ive|have|has|had|get|see|look|looking|looking for|"
+    "thank|thank you|nope|sure|bad|good|nice|great|fine|yes|ok|okay|:|should|must|may|might|what|which|"
+    "who|how|its|as well|well|then|now|id|ive|have|has|had|get|see|look|looking|looking for|"
     "search|find|show|give|maybe|perhaps|的|了|吗|呢|吧|啊|呀|我|你|您|他|她|请|看|看看|有|有没有|一些|"
     "一点|一下|些|点|件|条|双|个|款|只|穿|穿的|想|给|是|在|能|可以|还|还有|也|都|很|再|就|那|一个|一件|"
     "一条|一款|一双|东西|商品|产品|谢谢|你好|您好|帮我|找|推荐",

@@ -55,6 +55,8 @@ _AFTER_NUMBERS = (Cue.OR_LESS, Cue.OR_MORE)
 _LONGEST = longest_of([*_CUES, *_PLACES])
 _NUMERIC = (Cue.CURRENCY, Cue.TO)
 _OF_ITEMS = frozenset((Cue.LIKE, Cue.NOT, Cue.THAN, Cue.SAME, Cue.CHEAPER, Cue.DEARER))
+_BEFORE_PRONOUNS = (Cue.LIKE, Cue.NOT, Cue.THAN, Cue.SAME, Cue.AT_MOST, Cue.AT_LEAST)
+_EXCEPT = "but"
 _MONEY = (Part.NUMBER, Cue.CURRENCY)
 _WITHIN_WORDS = (Cue.AND, Cue.IN, Cue.THAN, Cue.NOT, Cue.SAME, *_NUMERIC)
 _AFTER_NUMERALS = frozenset("元块以之左上内到至")
@@ -75,7 +77,7 @@ def marks_of(message: str, vocabulary: Vocabulary) -> list[Mark]:
         mark, length = _longest(words, at, vocabulary, counted)
         found.append(mark)
         at += length
-    return _places(_whole_words(found))
+    return _places(_in_their_place(_whole_words(found)))
 
 
 def _longest(words: Sequence[Word], at: int, vocabulary: Vocabulary, counted: bool) -> tuple[Mark, int]:
@@ -89,7 +91,9 @@ def _longest(words: Sequence[Word], at: int, vocabulary: Vocabulary, counted: bo
         key, text = tuple(word.key for word in some), _written(some)
         if length == len(numerals):
             return Mark(Part.NUMBER, text, float(_counted(numerals))), length
-        if (cue := _CUES.get(key)) is not None and (counted or cue not in _AFTER_NUMBERS):
+        if (cue := _CUES.get(key)) is not None and (
+            cue not in _AFTER_NUMBERS or (counted and not _is_number(words, at + length))
+        ):
             return Mark(cue, text), length
         if length == 1 and key in _PLACES:
             return Mark(Part.PLACE, text, float(_PLACES[key])), 1
@@ -193,6 +197,26 @@ def _part_of_word(marks: Sequence[Mark], at: int) -> bool:
         return False
     beside = [*marks[max(at - 1, 0) : at], *marks[at + 1 : at + 2]]
     return mark.kind in _WITHIN_WORDS and any(m.kind is Part.WORD and is_unspaced(m.text) for m in beside)
+
+
+def _in_their_place(marks: Sequence[Mark]) -> list[Mark]:
+    """What means something beside certain cues alone: "but" after "any colour", and the pronouns."""
+    found: list[Mark] = []
+    any_of, before = False, None
+    for mark in marks:
+        kind = mark.kind
+        if kind is Cue.BREAK and any_of and mark.text == _EXCEPT:
+            kind = Cue.NOT
+        elif kind is Cue.IT:
+            kind = Cue.THIS if before in _BEFORE_PRONOUNS else Cue.FILLER
+        any_of = kind is Cue.ANY or (any_of and kind is not Cue.BREAK)
+        before = before if kind is Cue.FILLER else kind
+        found.append(replace(mark, kind=kind))
+    return found
+
+
+def _is_number(words: Sequence[Word], at: int) -> bool:
+    return at < len(words) and words[at].key[0].isdecimal()
 
 
 def _places(marks: Sequence[Mark]) -> list[Mark]:

@@ -18,7 +18,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import filters, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
-from services.gateway import asking
+from services.gateway import turns
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.conversing import Conversing
 from services.gateway.dialogue import Dialogue
@@ -299,16 +299,16 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
 
     def _turn(self, request: pb.ConverseRequest, now: datetime) -> tuple[int, Wish, Dialogue]:
         """The length of the page, what the request itself asks for, and what was said; all that is wrong."""
-        wrong = asking.violations(request)
+        wrong = turns.violations(request)
         size, wish, begun = DEFAULT_PAGE, None, None
         try:
             size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
         except InvalidArgument as error:
             wrong += error.violations
         try:
-            wish = self._wish(asking.recommend_of(request), now, size)
+            wish = self._wish(turns.recommend_of(request), now, size)
             if wish.condition is not None:
-                asking.check_room(wish.condition)
+                turns.check_room(wish.condition)
         except InvalidArgument as error:
             wrong += error.violations
         try:
