@@ -32,7 +32,7 @@ from services.gateway.interpreter import Heard, Phrases, Reading, Shown
 from services.gateway.readers import check
 from services.gateway.replies import phrase, reply
 from services.gateway.sentences import LANGUAGES
-from services.gateway.vocabulary import Vocabularies, Vocabulary, vocabulary_of
+from services.gateway.vocabulary import Vocabularies, Vocabulary, vocabulary_of, words_of
 from services.item_table import Change, ItemTable
 
 COLOURS = ("Red", "blue", "红色", "粉红色", "green")
@@ -65,6 +65,10 @@ def read(
     return Phrases().read(Heard(message, "en", vocabulary, shown, focus))
 
 
+def folded(phrase: str) -> tuple[str, ...]:
+    return tuple(word.key for word in words_of(phrase))
+
+
 def colour(*texts: str, wanted: bool = True) -> Values:
     return Values("colour", texts, wanted)
 
@@ -89,6 +93,7 @@ CHEAPER, DEARER = Price(high=15.0, alone=True), Price(low=20.0, alone=True)  # o
         ("shoes that are not too expensive", [CHEAPER, kind("shoe")]),
         ("more expensive", [DEARER]),
         ("cheaper than the second one", [Price(high=5.0, alone=True)]),
+        ("like item 2", [Liking("i1")]),
         ("more expensive than #2", [Price(low=15.0, alone=True)]),
         ("under 30", [Price(high=30.0)]),
         ("Under $29.90!", [Price(high=29.9)]),
@@ -201,6 +206,12 @@ def test_this_is_what_the_person_looks_at(message: str, changes: list[Any]) -> N
 def test_what_is_not_understood_is_told(message: str, strange: tuple[str, ...]) -> None:
     assert read(message) == Reading((), strange)
     assert read("cheaper", shown=()) == Reading((), ("cheaper",))
+
+
+def test_no_phrase_means_two_things() -> None:
+    meant = {(key, cue) for cue, some in PHRASES.items() for key in map(folded, some.split("|"))}
+    assert len({key for key, _ in meant}) == len(meant)
+    assert () not in {key for key, _ in meant}
 
 
 def test_a_word_of_two_attributes_is_what_most_items_have_unless_one_is_named() -> None:
