@@ -28,7 +28,7 @@ _MOST_WORDS = 24
 _LONGEST_WORD = 64
 _READ = 2000
 # Scripts that set no spaces between words: Thai and Lao, Burmese, Khmer, kana, ideographs.
-_UNSPACED = re.compile(
+UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u30fa\u30fc-\u30ff"
     r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -102,7 +102,7 @@ def title_words(title: str) -> tuple[str, ...]:
 def _kind(character: str) -> str:
     if unicodedata.category(character)[0] not in "LNM":
         return ""
-    return "unspaced" if _UNSPACED.match(character) else "spaced"
+    return "unspaced" if UNSPACED.match(character) else "spaced"
 
 
 def has_image(item: Item) -> bool:

@@ -179,7 +179,7 @@ class Generation:
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:
-        from services.gateway import clients, pipeline, servicer, tokens
+        from services.gateway import clients, pipeline, readers, servicer, tokens
 
         mirror, settings = self._items(None), self._settings
         embedding: clients.Embedding = (
@@ -197,7 +197,9 @@ class Generation:
         stages = pipeline.Pipeline(embedding, ranking, mirror.table, popular, self.bundle.version)
         signed = tokens.Tokens(_secret(settings))
         shared = self._shared
-        waiting = mirror.wait_for, self._scenarios(), shared.served
+        reader = readers.Reader(readers.load(settings.interpreter))
+        self._closing.append(reader.close)
+        waiting = mirror.wait_for, self._scenarios(), reader, shared.served
         self.gateway = servicer.GatewayServicer(stages, embedding, ranking, signed, shared.clock, *waiting)
         self.log = ranking.log
         self.servicers[GATEWAY] = self.gateway

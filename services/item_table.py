@@ -38,11 +38,18 @@ class _TextColumn:
     def __init__(self, capacity: int) -> None:
         self.codes = np.full((capacity, 1), -1, np.int32)
         self.vocabulary: dict[str, int] = {}
+        self.spelled: list[str] = []
 
     def put(self, row: int, texts: Sequence[str]) -> None:
-        codes = [self.vocabulary.setdefault(text, len(self.vocabulary)) for text in texts]
+        codes = [self._code(text) for text in texts]
         self.codes = _fit(self.codes, row + 1, len(codes), -1)
         self.codes[row] = codes + [-1] * (self.codes.shape[1] - len(codes))
+
+    def _code(self, text: str) -> int:
+        if text not in self.vocabulary:
+            self.spelled.append(text)
+            self.vocabulary[text] = len(self.vocabulary)
+        return self.vocabulary[text]
 
 
 class _NumberColumn:
@@ -156,6 +163,22 @@ class ItemTable:
         """A text attribute: codes int32 (N, W), -1 for none, and the text of each code."""
         column = self._texts.get(attribute)
         return None if column is None else (_padded(column.codes, self._length, -1), column.vocabulary)
+
+    @property
+    def text_attributes(self) -> tuple[str, ...]:
+        """The names of the text attributes that any item ever had, and "family_id"."""
+        return tuple(self._texts)
+
+    @property
+    def live(self) -> np.ndarray:
+        """Which rows are of items that are not deleted, bool (N,)."""
+        return self._live[: self._length, 0]
+
+    def texts_of(self, attribute: str, row: int) -> tuple[str, ...]:
+        """The texts that one item has of an attribute."""
+        column = self._texts[attribute]
+        codes = column.codes[row] if row < len(column.codes) else ()  # a young column may be short
+        return tuple(column.spelled[code] for code in codes if code >= 0)
 
     @property
     def words(self) -> np.ndarray:

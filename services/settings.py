@@ -59,6 +59,9 @@ class Settings(BaseSettings):
     scenarios: Path | None = Field(
         None, description="a TOML file of scenarios, read again when it changes; see docs/rules.md"
     )
+    interpreter: str = Field(
+        "", description="MODULE:NAME of what reads messages to Converse; empty means the built-in interpreter"
+    )
     retention_days: int = Field(
         0, ge=0, description="events that happened longer ago are deleted; 0 keeps them"
     )

@@ -101,6 +101,35 @@ def filter_from(message: filter_pb2.Filter, field: str = "filter") -> filters.Fi
     return condition
 
 
+def filter_to(condition: filters.Filter) -> filter_pb2.Filter:
+    """The message of a condition."""
+    message = filter_pb2.Filter()
+    match condition:
+        case filters.AllOf(parts):
+            message.all_of.SetInParent()
+            message.all_of.filters.extend(filter_to(part) for part in parts)
+        case filters.AnyOf(parts):
+            message.any_of.SetInParent()
+            message.any_of.filters.extend(filter_to(part) for part in parts)
+        case filters.NoneOf(part):
+            message.none_of.CopyFrom(filter_to(part))
+        case filters.Equals(attribute, str() as text):
+            message.equals.attribute, message.equals.text = attribute, text
+        case filters.Equals(attribute, number):
+            message.equals.attribute, message.equals.number = attribute, float(number)
+        case filters.In(attribute, texts):
+            chosen = getattr(message, "in")
+            chosen.attribute = attribute
+            chosen.texts.extend(sorted(texts))
+        case filters.Range(attribute, low, high):
+            message.range.attribute = attribute
+            if low is not None:
+                message.range.min = low
+            if high is not None:
+                message.range.max = high
+    return message
+
+
 def _condition(message: filter_pb2.Filter, path: str, depth: int) -> filters.Filter:
     if depth > filters.MAX_DEPTH:
         raise InvalidArgument.of("filter", f"is more than {filters.MAX_DEPTH} levels deep")

@@ -134,7 +134,10 @@ def test_a_wrong_request_says_nothing_of_the_neighbour(tmp_path: Path) -> None:
         await pipeline._attempt("retrieve", slow, 30.0, degraded)
         assert len(degraded) == many + 1
         assert time.monotonic() - began < 15  # it was not begun
-        assert await pipeline._attempt("search", asyncio.sleep(0, "found"), 1.0, degraded) == "found"
+        assert (
+            await pipeline._attempt("search", asyncio.sleep(0, "found"), 1.0, degraded, "embedding")
+            == "found"
+        )
         await app.stop()
 
     asyncio.run(body())

@@ -5,9 +5,10 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from services import wire
 from services.catalog import Attribute, Item, item_number
 from services.errors import InvalidArgument
 from services.filters import AllOf, AnyOf, Equals, Filter, In, NoneOf, Range, check_size, evaluate
@@ -100,6 +101,12 @@ def test_a_filter_means_the_same_over_columns_as_on_one_item(
         assert dict(zip(table.ids(range(table.length)), mask.tolist(), strict=True)) == {
             name: matches(condition, item) for name, item in latest.items()
         }
+
+
+@given(condition=_filters)
+def test_a_filter_is_the_same_after_a_message(condition: Filter) -> None:
+    assume("min=None, max=None" not in repr(condition))  # a span without an end is refused
+    assert wire.filter_from(wire.filter_to(condition)) == condition
 
 
 def test_deleted_and_unavailable_items_are_not_available(clock: Clock) -> None:

@@ -98,6 +98,10 @@ class Assortment:
         out = self.excluded(wish, retrieved)
         return [n for n, ok in zip(numbers, held.tolist(), strict=True) if ok and n not in out]
 
+    def any_allowed(self, wish: Wish) -> bool:
+        """Whether any item may be shown, for all that is known of no purchases."""
+        return bool(self._mask(wish, wish.condition, None).any())
+
     @staticmethod
     def excluded(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> set[int]:
         """What is not to be shown: by the request, by the visit so far, and for having been bought."""

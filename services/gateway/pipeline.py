@@ -32,7 +32,8 @@ from services.gateway import why_not
 from services.gateway.assortment import Assortment
 from services.gateway.breaker import Breaker
 from services.gateway.clients import Embedding, Ranking
-from services.gateway.wish import SOURCES, Candidates, Ordered, Reason, Stage, Wish
+from services.gateway.fusion import fused
+from services.gateway.wish import BLENDED, SOURCES, Candidates, Ordered, Reason, Stage, Wish
 from services.interests import PER_INTEREST, PER_SOURCE, interests
 from services.item_table import ItemTable
 
@@ -42,7 +43,7 @@ _CODES: dict[type[VitrineError], pb.DegradationCode.ValueType] = {
     FailedPrecondition: pb.DEGRADATION_CODE_NOT_READY,
     Unavailable: pb.DEGRADATION_CODE_UNAVAILABLE,
 }
-_OF_EMBEDDING = ("search", "titles")
+_EMBEDDING, _RANKING = "embedding", "ranking"
 _SOURCES = {
     ranking_pb.SOURCE_GRAPH: "graph",
     ranking_pb.SOURCE_POPULAR: "popular",
@@ -93,7 +94,7 @@ class Pipeline:
         self._embedding, self._ranking, self.table = embedding, ranking, table
         self._popular, self.bundle, self._limits = popular, bundle, limits or Limits()
         self._assortment = Assortment(table, popular)
-        self._breakers = {"embedding": Breaker(), "ranking": Breaker()}
+        self._breakers = {_EMBEDDING: Breaker(), _RANKING: Breaker()}
 
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
@@ -108,8 +109,7 @@ class Pipeline:
         return await deadline.wait(asyncio.to_thread(why_not.why, number, *known)), ordered
 
     async def _ranked(self, wish: Wish) -> tuple[ranking_pb.RetrieveResponse | None, Ordered]:
-        left = deadline.remaining()
-        budget = self._limits.budget if left is None else left
+        budget = self._seconds()
         degraded: list[pb.Degradation] = []
         stages: list[Stage] = []
         first = budget * self._limits.retrieval_share
@@ -154,8 +154,7 @@ class Pipeline:
         """Why items of a page are there, the strongest first, and the titles of the items these rest on."""
         if not numbers:
             return {}, {}
-        left = deadline.remaining()
-        budget = self._limits.budget if left is None else left
+        budget = self._seconds()
         request = ranking_pb.ExplainRequest(
             person=wish.person,
             as_of=wire.time_to(wish.as_of),
@@ -182,15 +181,43 @@ class Pipeline:
         named = sorted({mine[0].item_id for mine in found.values()} - {""})
         if not named:
             return found, {}
-        get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=named))
-        items = await self._attempt("titles", get, budget, degraded)
-        return found, {record.item.id: record.item.title for record in (items.items if items else ())}
+        return found, await self.titles(named, "explain", degraded)
+
+    async def titles(
+        self, item_ids: Sequence[str], stage: str, degraded: list[pb.Degradation]
+    ) -> dict[str, str]:
+        """The titles of at most 1000 items, by their ids; of those that cannot be had none."""
+        get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=item_ids))
+        items = await self._attempt(stage, get, self._seconds(), degraded, _EMBEDDING)
+        return {record.item.id: record.item.title for record in (items.items if items else ())}
+
+    async def search(
+        self, request: embedding_pb.SearchRequest, degraded: list[pb.Degradation]
+    ) -> embedding_pb.SearchResponse | None:
+        """A search of a caller's own, or None and a line in `degraded`."""
+        seconds = self._seconds() * self._limits.retrieval_share
+        found = self._embedding.search(request)
+        return await self._attempt("search", found, seconds, degraded, _EMBEDDING)
+
+    def some_may_be_shown(self, wish: Wish) -> bool:
+        """Whether anything may be, for all that is known before the person's purchases are; blocks."""
+        return self._assortment.any_allowed(wish)
+
+    def _seconds(self) -> float:
+        """How long there is for what is left of a request."""
+        left = deadline.remaining()
+        return self._limits.budget if left is None else left
 
     async def _attempt(
-        self, stage: str, call: Awaitable[T], seconds: float, degraded: list[pb.Degradation]
+        self,
+        stage: str,
+        call: Awaitable[T],
+        seconds: float,
+        degraded: list[pb.Degradation],
+        neighbour: str = _RANKING,
     ) -> T | None:
         """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error."""
-        breaker = self._breakers["embedding" if stage in _OF_EMBEDDING else "ranking"]
+        breaker = self._breakers[neighbour]
         if pause := breaker.wait():
             _drop(call)
             why = f"it failed so often that it is not asked for another {pause:.1f} s"
@@ -233,7 +260,8 @@ class Pipeline:
                 candidates.add(_SOURCES[found.source], found.item_numbers, found.scores)
         groups = self._groups(wish, retrieved) if wanted.intersection(_SPACES.values()) else []
         if groups:
-            searched = await self._attempt("search", self._search(wish, retrieved, groups), seconds, degraded)
+            search = self._search(wish, retrieved, groups)
+            searched = await self._attempt("search", search, seconds, degraded, _EMBEDDING)
             for result in searched.results if searched else ():
                 if _SPACES[result.space] in wanted:
                     candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
@@ -271,6 +299,10 @@ class Pipeline:
         probabilities: dict[str, dict[int, float]] = {}
         if ranked is not None:
             scores = np.nan_to_num(np.array(ranked.scores, np.float32), nan=-np.inf)
+            if wish.blend:
+                order = np.lexsort((np.array(kept, np.int64), -scores))
+                both = fused([(1.0, [kept[i] for i in order]), (BLENDED, kept)])
+                scores = np.array([both[n] for n in kept], np.float32)
             for component in ranked.components:
                 components[component.component] = dict(zip(kept, component.scores, strict=True))
             for of_type in ranked.probabilities:

@@ -18,22 +18,26 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
+from services.gateway import turns
 from services.gateway.asking import both_filters, digest, numbers_of, person_key, seed_of, wish_of
 from services.gateway.clients import Embedding, Ranking
+from services.gateway.conversing import Conversing
+from services.gateway.dialogue import Dialogue
 from services.gateway.experiments import Arm, Assigned, interleaved
+from services.gateway.fusion import CROSS_MODAL_WEIGHT, fused
 from services.gateway.masks import keep, tree_of
 from services.gateway.pipeline import Pipeline, person_of
+from services.gateway.readers import Reader
 from services.gateway.scenarios import HOME, SIMILAR, Scenarios
 from services.gateway.sentences import LANGUAGES, sentence
 from services.gateway.served_log import ServedLog, page_of
+from services.gateway.telling import tell
 from services.gateway.tokens import Tokens
 from services.gateway.wish import Ordered, Wish
 
 MAX_PAGE = 500
 DEFAULT_PAGE = 20
 _SEARCH_DEPTH = 2000
-_RRF = 60
-_CROSS_MODAL_WEIGHT = 0.3
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         clock: Callable[[], datetime],
         wait_for: Callable[[int], Awaitable[None]],
         scenarios: Scenarios,
+        reader: Reader,
         served: ServedLog | None = None,
     ) -> None:
         self.pipeline, self._embedding, self._ranking = pipeline, embedding, ranking
         self.pipelines: dict[str, Pipeline] = {}
         """Those of bundles that are served beside, by version."""
+        self._conversing = Conversing(pipeline, tokens, reader)
         self._scenarios, self._served = scenarios, served
         self._tokens, self._clock, self._wait_for = tokens, clock, wait_for
 
@@ -144,6 +150,31 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             response.last_score = shown[-1]
         return response
 
+    async def Converse(self, request: pb.ConverseRequest, context: Any) -> pb.ConverseResponse:
+        """A turn of a dialogue."""
+        now = self._clock()
+        size, wish, begun = self._turn(request, now)
+        await self._wait_for(request.min_sequence)
+        turn = await self._conversing.turn(request, wish, begun)
+        language, request_id = request.language or LANGUAGES[0], request.request_id or uuid.uuid4().hex
+        items = self._items(turn.ordered, slice(0, size))
+        if request.include_reasons:
+            await self._explain(self.pipeline, turn.wish, turn.ordered, items, language, turn.degraded)
+        response = pb.ConverseResponse(
+            items=items,
+            conversation_token=self._conversing.token(request, turn.dialogue, now),
+            not_understood=turn.not_understood,
+            attribution_token=self._attribution(request_id, request.scenario or HOME, now),
+            versions=_versions(self.pipeline, now, turn.ordered.state_sequence),
+            request_id=request_id,
+        )
+        place = _Place(0, now, "", Assigned(request.scenario or HOME), ())
+        asked = turns.recommend_of(request)
+        self._log(asked, turn.ordered, slice(0, size), request_id, place, now, items)
+        titles = await self._conversing.titles(turn)
+        tell(response, turn, language, titles, said=bool(request.message.strip()))
+        return response
+
     async def SimilarItems(self, request: pb.SimilarItemsRequest, context: Any) -> pb.SimilarItemsResponse:
         """Items like one item."""
         now = self._clock()
@@ -203,17 +234,18 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
                 as_of=wire.time_to(now),
             )
         )
-        scores: dict[int, float] = {}
+        orders: list[tuple[float, Sequence[int]]] = []
         sources: dict[int, dict[str, float]] = {}
         for result in found.results:
             of_image = bool(request.image) and (result.query == 1 or not request.text)
             name = "image" if result.space == item_pb2.SPACE_IMAGE else "text"
             weight = (share if of_image else 1 - share) if both else 1.0
             if name == "image" and not of_image:
-                weight *= _CROSS_MODAL_WEIGHT
-            for place, (number, score) in enumerate(zip(result.item_numbers, result.scores, strict=True), 1):
-                scores[number] = scores.get(number, 0.0) + weight / (_RRF + place)
+                weight *= CROSS_MODAL_WEIGHT
+            orders.append((weight, result.item_numbers))
+            for number, score in zip(result.item_numbers, result.scores, strict=True):
                 sources.setdefault(number, {})[name] = score
+        scores = fused(orders)
         table = self.pipeline.table
         available = table.available(now)
         order = sorted(scores, key=lambda n: (-scores[n], n))
@@ -383,6 +415,29 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             at=as_of,
             shadow_of=(shown.experiment, arm.name),
         )
+
+    def _turn(self, request: pb.ConverseRequest, now: datetime) -> tuple[int, Wish, Dialogue]:
+        """The length of the page, what the request itself asks for, and what was said; all that is wrong."""
+        wrong = turns.violations(request)
+        size, wish, begun = DEFAULT_PAGE, None, None
+        try:
+            size = wire.check_limit(request.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
+        except InvalidArgument as error:
+            wrong += error.violations
+        try:
+            asked = turns.recommend_of(request)
+            wish = wish_of(asked, self._scenarios.find(asked.scenario), now, size)
+            if wish.condition is not None:
+                turns.check_room(wish.condition)
+        except InvalidArgument as error:
+            wrong += error.violations
+        try:
+            begun = self._conversing.begun(request, now)
+        except InvalidArgument as error:
+            wrong += error.violations
+        if wrong or wish is None or begun is None:
+            raise InvalidArgument(wrong)
+        return size, wish, begun
 
     def _items(
         self, ordered: Ordered, page: slice, pipeline: Pipeline | None = None

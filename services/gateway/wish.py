@@ -16,6 +16,8 @@ SOURCES = frozenset(
     ("graph", "popular", "rising", "new", "family", "affinity", "sequence", "words", "text", "image")
 )
 """The names of the sources."""
+BLENDED = 3.0
+"""What the order of items that answer a person's own words counts beside the order for the person."""
 DEEPEST = 2000
 """The most items of an answer that rules order, or that more than its candidates fill."""
 
@@ -25,7 +27,8 @@ class Wish:
     """What is asked for, validated. `excluded` are item numbers; `condition` is `filter` decoded.
 
     Candidates come from `sources`, all when empty, or are `items`, numbers, where those are given. Their
-    order is the sources' own where `by_source`. Where fewer than `depth` are allowed and it is to `fill`,
+    order is the sources' own where `by_source`; where it is to `blend`, that of `items`, best first,
+    counts `BLENDED` times as much as the person's. Where fewer than `depth` are allowed and it is to `fill`,
     others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
     What is explored is taken from the budget of `scenario`, and drawn by `seed`. `visit` is the same for a
     person all day long.
@@ -41,6 +44,7 @@ class Wish:
     sources: tuple[str, ...] = ()
     by_source: bool = False
     items: tuple[int, ...] | None = None
+    blend: bool = False
     rules: Rules = field(default_factory=Rules)
     depth: int = DEEPEST
     fill: bool = False

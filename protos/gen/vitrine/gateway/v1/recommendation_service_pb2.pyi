@@ -202,6 +202,46 @@ STANDING_RANKED_LOWER: Standing.ValueType  # 10
 """Others are ranked higher."""
 Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
+class _UnderstandingKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _UnderstandingKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_UnderstandingKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UNDERSTANDING_KIND_UNSPECIFIED: _UnderstandingKind.ValueType  # 0
+    """Not stated."""
+    UNDERSTANDING_KIND_ATTRIBUTE: _UnderstandingKind.ValueType  # 1
+    """Values of an attribute, wanted or not."""
+    UNDERSTANDING_KIND_PRICE: _UnderstandingKind.ValueType  # 2
+    """A span of prices."""
+    UNDERSTANDING_KIND_ITEM: _UnderstandingKind.ValueType  # 3
+    """An item that is liked, or disliked where it is not wanted."""
+    UNDERSTANDING_KIND_WORDS: _UnderstandingKind.ValueType  # 4
+    """Words that items are searched by, or no longer where they are not wanted."""
+    UNDERSTANDING_KIND_FORGET: _UnderstandingKind.ValueType  # 5
+    """What was said of an attribute, or of the price, no longer counts."""
+    UNDERSTANDING_KIND_RESET: _UnderstandingKind.ValueType  # 6
+    """All that was said no longer counts. Disliked items stay away."""
+
+class UnderstandingKind(_UnderstandingKind, metaclass=_UnderstandingKindEnumTypeWrapper):
+    """What kind of thing was understood."""
+
+UNDERSTANDING_KIND_UNSPECIFIED: UnderstandingKind.ValueType  # 0
+"""Not stated."""
+UNDERSTANDING_KIND_ATTRIBUTE: UnderstandingKind.ValueType  # 1
+"""Values of an attribute, wanted or not."""
+UNDERSTANDING_KIND_PRICE: UnderstandingKind.ValueType  # 2
+"""A span of prices."""
+UNDERSTANDING_KIND_ITEM: UnderstandingKind.ValueType  # 3
+"""An item that is liked, or disliked where it is not wanted."""
+UNDERSTANDING_KIND_WORDS: UnderstandingKind.ValueType  # 4
+"""Words that items are searched by, or no longer where they are not wanted."""
+UNDERSTANDING_KIND_FORGET: UnderstandingKind.ValueType  # 5
+"""What was said of an attribute, or of the price, no longer counts."""
+UNDERSTANDING_KIND_RESET: UnderstandingKind.ValueType  # 6
+"""All that was said no longer counts. Disliked items stay away."""
+Global___UnderstandingKind: _TypeAlias = UnderstandingKind  # noqa: Y015
+
 @_typing.final
 class Cap(_message.Message):
     """No more than so many items of one value close together."""
@@ -1803,3 +1843,243 @@ class DeleteItemsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteItemsResponse: _TypeAlias = DeleteItemsResponse  # noqa: Y015
+
+@_typing.final
+class ConverseRequest(_message.Message):
+    """What a person says in a dialogue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CONVERSATION_TOKEN_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    LIKED_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    DISLIKED_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    FOCUS_ITEM_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    SCENARIO_FIELD_NUMBER: _builtins.int
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    INCLUDE_REASONS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Optional. The shop's id of a known person, at most 128 characters."""
+    visitor_id: _builtins.str
+    """Optional. The id of an unknown person's browser or device, at most 128 characters."""
+    session_id: _builtins.str
+    """Optional. The visit, at most 128 characters."""
+    conversation_token: _builtins.str
+    """Optional. conversation_token of the answer before; empty begins a new dialogue.
+    INVALID_ARGUMENT when it is another person's, too old, or none.
+    """
+    message: _builtins.str
+    """Optional. What the person says, in English or Chinese, at most 2000 characters."""
+    focus_item_id: _builtins.str
+    """Optional. The item that "this" means; empty means the only one of liked_item_ids
+    and disliked_item_ids, or the only one shown.
+    """
+    page_size: _builtins.int
+    """Optional. The items on the page, 1 to 500; 0 means 20."""
+    scenario: _builtins.str
+    """Optional. The place on the site; empty means "home". NOT_FOUND when the server has
+    no such scenario.
+    """
+    language: _builtins.str
+    """Optional. The language of reply and explanations, "en" or "zh"; empty means "en".
+    Messages are understood in both.
+    """
+    include_reasons: _builtins.bool
+    """Optional. Explains every item of the page."""
+    request_id: _builtins.str
+    """Optional. The caller's id of this request, for logs; made up when empty."""
+    min_sequence: _builtins.int
+    """Optional. Waits, within the deadline, for this catalogue change."""
+    @_builtins.property
+    def liked_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Items the person likes, at most 50. They count as looked at and are not
+        shown again. INVALID_ARGUMENT for an item that is disliked as well.
+        """
+
+    @_builtins.property
+    def disliked_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. Items the person dislikes, at most 50. They are not shown in this
+        dialogue any more, and what is very near to them sinks.
+        """
+
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Optional. Only items that qualify, whatever is said; at most 6 levels deep and
+        200 conditions.
+        """
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        conversation_token: _builtins.str = ...,
+        message: _builtins.str = ...,
+        liked_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        disliked_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        focus_item_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        scenario: _builtins.str = ...,
+        language: _builtins.str = ...,
+        include_reasons: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+        min_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation_token", b"conversation_token", "disliked_item_ids", b"disliked_item_ids", "filter", b"filter", "focus_item_id", b"focus_item_id", "include_reasons", b"include_reasons", "language", b"language", "liked_item_ids", b"liked_item_ids", "message", b"message", "min_sequence", b"min_sequence", "page_size", b"page_size", "request_id", b"request_id", "scenario", b"scenario", "session_id", b"session_id", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConverseRequest: _TypeAlias = ConverseRequest  # noqa: Y015
+
+@_typing.final
+class Understanding(_message.Message):
+    """Something that was understood."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    MIN_PRICE_FIELD_NUMBER: _builtins.int
+    MAX_PRICE_FIELD_NUMBER: _builtins.int
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    RELAXED_FIELD_NUMBER: _builtins.int
+    kind: Global___UnderstandingKind.ValueType
+    """What kind of thing."""
+    text: _builtins.str
+    """For people, in the language asked for."""
+    wanted: _builtins.bool
+    """Whether it is wanted: false for "not red", "unlike this"."""
+    attribute: _builtins.str
+    """Of ATTRIBUTE and FORGET the attribute's name; "price" for the price."""
+    min_price: _builtins.float
+    """Of PRICE the lowest price, in the shop's currency; absent for none."""
+    max_price: _builtins.float
+    """Of PRICE the highest price, in the shop's currency; absent for none."""
+    item_id: _builtins.str
+    """Of ITEM its id."""
+    words: _builtins.str
+    """Of WORDS the words."""
+    relaxed: _builtins.bool
+    """Whether it was set aside for this page, for nothing that may be shown meets it."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of ATTRIBUTE the values, any of them."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___UnderstandingKind.ValueType = ...,
+        text: _builtins.str = ...,
+        wanted: _builtins.bool = ...,
+        attribute: _builtins.str = ...,
+        values: _abc.Iterable[_builtins.str] | None = ...,
+        min_price: _builtins.float | None = ...,
+        max_price: _builtins.float | None = ...,
+        item_id: _builtins.str = ...,
+        words: _builtins.str = ...,
+        relaxed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_price", b"_max_price", "_min_price", b"_min_price", "max_price", b"max_price", "min_price", b"min_price"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_price", b"_max_price", "_min_price", b"_min_price", "attribute", b"attribute", "item_id", b"item_id", "kind", b"kind", "max_price", b"max_price", "min_price", b"min_price", "relaxed", b"relaxed", "text", b"text", "values", b"values", "wanted", b"wanted", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_price: _TypeAlias = _typing.Literal["max_price"]  # noqa: Y015
+    _WhichOneofArgType__max_price: _TypeAlias = _typing.Literal["_max_price", b"_max_price"]  # noqa: Y015
+    _WhichOneofReturnType__min_price: _TypeAlias = _typing.Literal["min_price"]  # noqa: Y015
+    _WhichOneofArgType__min_price: _TypeAlias = _typing.Literal["_min_price", b"_min_price"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_price) -> _WhichOneofReturnType__max_price | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_price) -> _WhichOneofReturnType__min_price | None: ...
+
+Global___Understanding: _TypeAlias = Understanding  # noqa: Y015
+
+@_typing.final
+class ConverseResponse(_message.Message):
+    """The answer to a turn of a dialogue."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    CONVERSATION_TOKEN_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    UNDERSTOOD_FIELD_NUMBER: _builtins.int
+    IN_FORCE_FIELD_NUMBER: _builtins.int
+    NOT_UNDERSTOOD_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    ATTRIBUTION_TOKEN_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    conversation_token: _builtins.str
+    """Goes on with the dialogue."""
+    reply: _builtins.str
+    """What was understood and what was found, in the language asked for."""
+    attribution_token: _builtins.str
+    """Return it with every event on these items."""
+    request_id: _builtins.str
+    """The request's id."""
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___Recommendation]:
+        """Best first."""
+
+    @_builtins.property
+    def understood(self) -> _containers.RepeatedCompositeFieldContainer[Global___Understanding]:
+        """What was understood of this message."""
+
+    @_builtins.property
+    def in_force(self) -> _containers.RepeatedCompositeFieldContainer[Global___Understanding]:
+        """All conditions that the page rests on, the oldest first, those of this message
+        among them.
+        """
+
+    @_builtins.property
+    def not_understood(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The words of this message that were not understood."""
+
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """What was done without; "interpret" is the reading of the message by the shop's own
+        interpreter, "conversation" a condition that was set aside or is too old to be
+        kept, "reply" the titles of items that are spoken of.
+        """
+
+    @_builtins.property
+    def versions(self) -> Global___Versions:
+        """What made the answer."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___Recommendation] | None = ...,
+        conversation_token: _builtins.str = ...,
+        reply: _builtins.str = ...,
+        understood: _abc.Iterable[Global___Understanding] | None = ...,
+        in_force: _abc.Iterable[Global___Understanding] | None = ...,
+        not_understood: _abc.Iterable[_builtins.str] | None = ...,
+        degraded: _abc.Iterable[Global___Degradation] | None = ...,
+        attribution_token: _builtins.str = ...,
+        versions: Global___Versions | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribution_token", b"attribution_token", "conversation_token", b"conversation_token", "degraded", b"degraded", "in_force", b"in_force", "items", b"items", "not_understood", b"not_understood", "reply", b"reply", "request_id", b"request_id", "understood", b"understood", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConverseResponse: _TypeAlias = ConverseResponse  # noqa: Y015

@@ -45,6 +45,11 @@ class RecommendationServiceStub:
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.SerializeToString,
                 response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.FromString,
                 _registered_method=True)
+        self.Converse = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/Converse',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseResponse.FromString,
+                _registered_method=True)
         self.SimilarItems = channel.unary_unary(
                 '/vitrine.gateway.v1.RecommendationService/SimilarItems',
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.SimilarItemsRequest.SerializeToString,
@@ -112,6 +117,14 @@ class RecommendationServiceServicer:
     def ExplainItem(self, request, context):
         """What became of one item in a Recommend: its place, or what kept it off the page.
         Records nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Converse(self, request, context):
+        """A turn of a dialogue: what a person says, likes and dislikes refines the page.
+        A message of which nothing is understood is answered with a page all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,6 +216,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.ExplainItem,
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.FromString,
                     response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.SerializeToString,
+            ),
+            'Converse': grpc.unary_unary_rpc_method_handler(
+                    servicer.Converse,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseResponse.SerializeToString,
             ),
             'SimilarItems': grpc.unary_unary_rpc_method_handler(
                     servicer.SimilarItems,
@@ -310,6 +328,33 @@ class RecommendationService:
             '/vitrine.gateway.v1.RecommendationService/ExplainItem',
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemRequest.SerializeToString,
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExplainItemResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Converse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/Converse',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ConverseResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class RecommendationServiceStub:
     """What became of one item in a Recommend: its place, or what kept it off the page.
     Records nothing.
     """
+    Converse: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.ConverseRequest, _recommendation_service_pb2.ConverseResponse]
+    """A turn of a dialogue: what a person says, likes and dislikes refines the page.
+    A message of which nothing is understood is answered with a page all the same.
+    """
     SimilarItems: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.SimilarItemsRequest, _recommendation_service_pb2.SimilarItemsResponse]
     """Items like one item, by behaviour, text and photograph. NOT_FOUND when the
     item does not exist.
@@ -81,6 +85,10 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     ExplainItem: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExplainItemRequest, _recommendation_service_pb2.ExplainItemResponse]  # type: ignore[assignment]
     """What became of one item in a Recommend: its place, or what kept it off the page.
     Records nothing.
+    """
+    Converse: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ConverseRequest, _recommendation_service_pb2.ConverseResponse]  # type: ignore[assignment]
+    """A turn of a dialogue: what a person says, likes and dislikes refines the page.
+    A message of which nothing is understood is answered with a page all the same.
     """
     SimilarItems: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.SimilarItemsRequest, _recommendation_service_pb2.SimilarItemsResponse]  # type: ignore[assignment]
     """Items like one item, by behaviour, text and photograph. NOT_FOUND when the
@@ -131,6 +139,16 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_recommendation_service_pb2.ExplainItemResponse, _abc.Awaitable[_recommendation_service_pb2.ExplainItemResponse]]:
         """What became of one item in a Recommend: its place, or what kept it off the page.
         Records nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def Converse(
+        self,
+        request: _recommendation_service_pb2.ConverseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.ConverseResponse, _abc.Awaitable[_recommendation_service_pb2.ConverseResponse]]:
+        """A turn of a dialogue: what a person says, likes and dislikes refines the page.
+        A message of which nothing is understood is answered with a page all the same.
         """
 
     @_abc_1.abstractmethod
