@@ -18,6 +18,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import filters, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
+from services.gateway import offering, prediction
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.pipeline import Pipeline, person_of
 from services.gateway.rules import Rules
@@ -213,6 +214,24 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             user_id=request.user_id, visitor_id=request.visitor_id, as_of=wire.time_to(self._clock())
         )
         return pb.GetUserProfileResponse(profile=(await self._ranking.user_profile(asked)).profile)
+
+    async def PredictEvents(self, request: pb.PredictEventsRequest, context: Any) -> pb.PredictEventsResponse:
+        """What people are likely to do."""
+        now, pipeline = self._clock(), self.pipeline
+        await self._wait_for(request.min_sequence)
+        answer = await prediction.predict(request, now, self._ranking, pipeline.table, pipeline.bundle)
+        answer.versions.CopyFrom(self._versions(now, answer.versions.event_sequence))
+        return answer
+
+    async def RecommendOffers(
+        self, request: pb.RecommendOffersRequest, context: Any
+    ) -> pb.RecommendOffersResponse:
+        """Which offers to make to a person."""
+        now = self._clock()
+        await self._wait_for(request.min_sequence)
+        answer = await offering.recommend(request, now, self.pipeline)
+        answer.versions.CopyFrom(self._versions(now, answer.versions.event_sequence))
+        return answer
 
     async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
         """A page of what is known of a person."""
