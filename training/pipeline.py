@@ -164,7 +164,7 @@ def _publish(
     *,
     unjudged: bool,
 ) -> Path:
-    """A bundle under `out` of the encoders and of the stages: graphs, sequence models, rankers, propensity."""
+    """A bundle under `out` of the encoders and of the stages: graphs, sequence model, rankers, propensity."""
     graphs, walks, ranked, buying = parts
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)

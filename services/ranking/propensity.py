@@ -57,15 +57,12 @@ class Propensity:
     """
 
     def __init__(self, directory: Path, event_types: Sequence[str]) -> None:
-        written = json.loads((directory / FILE).read_text())
-        self._models = [Model(**model) for model in written]
-        known = columns_of(event_types)
-        for model in self._models:
-            if list(model.columns) != known:
-                unknown = sorted(set(model.columns) ^ set(known)) or model.columns
-                raise FailedPrecondition(
-                    f"the propensity model reads {unknown[0]!r} otherwise than it is here"
-                )
+        models = [Model(**model) for model in json.loads((directory / FILE).read_text())]
+        # By name: a bundle's profile has the event types in another order than training had.
+        place = {name: at for at, name in enumerate(columns_of(event_types))}
+        if missing := [name for model in models for name in model.columns if name not in place]:
+            raise FailedPrecondition(f"the propensity model reads {missing[0]!r}, which nothing here gives")
+        self._models = [(model, np.array([place[name] for name in model.columns])) for model in models]
         self._types = len(event_types)
 
     def of(self, past: Columns, targets: np.ndarray, before: int) -> dict[int, float]:
@@ -74,7 +71,7 @@ class Propensity:
             return {}
         one = np.zeros(len(past.kind), np.int64)
         matrix = describe(past, one, 1, self._types, targets, before)
-        return {m.days: float(1 / (1 + np.exp(-m.logits(matrix)[0]))) for m in self._models}
+        return {m.days: float(1 / (1 + np.exp(-m.logits(matrix[:, at])[0]))) for m, at in self._models}
 
 
 def write_propensity(directory: Path, models: Sequence[Model]) -> None:
