@@ -362,6 +362,8 @@ def test_a_malformed_offer_is_named_and_the_service_stays_up(shop: Shop) -> None
             (pb.RecommendOffersRequest(offers=[good], limit=201), "limit"),
             (pb.RecommendOffersRequest(offers=[good], days=366), "days"),
             (pb.RecommendOffersRequest(offers=[good], user_id="has space"), "user_id"),
+            (pb.RecommendOffersRequest(offers=[good], session=session(*["i"] * 201)), "session"),
+            (pb.RecommendOffersRequest(offers=[good], session=session("i", "")), "session[1].item_id"),
         ):
             assert await violations(stub.RecommendOffers(ask)) == [field]
         answer = await stub.RecommendOffers(pb.RecommendOffersRequest(offers=many[:200], limit=200))

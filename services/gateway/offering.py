@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -24,6 +24,7 @@ DEFAULT_OFFERS = 20
 MAX_DAYS = 365
 DEFAULT_DAYS = 7
 MAX_SEGMENTS = 8
+MAX_SESSION = 200
 _MOST_BYTES = 256 * 1024
 _ALL = 100.0
 _AUDIENCES = {
@@ -35,7 +36,10 @@ _STRANGER = UserProfile(segment="stranger")
 
 
 async def recommend(
-    request: pb.RecommendOffersRequest, now: datetime, pipeline: Pipeline
+    request: pb.RecommendOffersRequest,
+    now: datetime,
+    pipeline: Pipeline,
+    wait_for: Callable[[int], Awaitable[None]],
 ) -> pb.RecommendOffersResponse:
     """The answer, its versions left open but for the events seen.
 
@@ -49,6 +53,7 @@ async def recommend(
     if not request.budget >= 0:
         raise InvalidArgument.of("budget", "must be 0 or more")
     budget = request.budget if request.HasField("budget") else math.inf
+    await wait_for(request.min_sequence)
     degraded: list[pb.Degradation] = []
     wish = Wish(person=person, as_of=now, exclude_bought=False, min_sequence=request.min_sequence)
     ordered, profile = await asyncio.gather(pipeline.run(wish), _profile(person, now, pipeline, degraded))
@@ -130,6 +135,11 @@ def _person(request: pb.RecommendOffersRequest) -> ranking_pb.Person:
         value = getattr(request, name)
         if value and (problem := identifier_problem(value)):
             raise InvalidArgument.of(name, problem)
+    if len(request.session) > MAX_SESSION:
+        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
+    for at, item in enumerate(request.session):
+        if problem := identifier_problem(item.item_id):
+            raise InvalidArgument.of(f"session[{at}].item_id", problem)
     return person_of(request.user_id, request.visitor_id, request.session)
 
 

@@ -1,7 +1,7 @@
 """`PredictEvents`: what people are likely to do with items they are shown, and whether they buy soon."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 
 import numpy as np
@@ -12,7 +12,7 @@ from services import status, wire
 from services.catalog import identifier_problem, item_number
 from services.errors import FieldViolation, InvalidArgument, VitrineError
 from services.gateway.clients import Ranking
-from services.gateway.pipeline import person_of
+from services.gateway.pipeline import Pipeline, person_of
 from services.item_table import ItemTable
 
 MAX_ITEMS = 2000
@@ -22,7 +22,11 @@ _FIRST = "people[0]."
 
 
 async def predict(
-    request: pb.PredictEventsRequest, as_of: datetime, ranking: Ranking, table: ItemTable, bundle: str
+    request: pb.PredictEventsRequest,
+    as_of: datetime,
+    ranking: Ranking,
+    pipeline: Pipeline,
+    wait_for: Callable[[int], Awaitable[None]],
 ) -> pb.PredictEventsResponse:
     """The answer, its versions left open but for the events seen.
 
@@ -30,17 +34,18 @@ async def predict(
         InvalidArgument: the request is wrong, or who it is about where that is one person.
     """
     people = _people(request)
-    known, unknown = _items(request.item_ids, table, as_of)
-    if len(people) * len(known) > MAX_PAIRS:
-        many = len(people) * len(known)
-        raise InvalidArgument.of("item_ids", f"times people are {many}, at most {MAX_PAIRS} are allowed")
+    asked = _items(request.item_ids)
+    if (pairs := len(people) * len(asked)) > MAX_PAIRS:
+        raise InvalidArgument.of("item_ids", f"times people are {pairs}, at most {MAX_PAIRS} are allowed")
+    await wait_for(request.min_sequence)
+    known, unknown = _parted(asked, pipeline.table, as_of)
     found = await ranking.predict(
         ranking_pb.PredictRequest(
             people=people,
             as_of=wire.time_to(as_of),
             item_numbers=[item_number(item_id) for item_id in known],
             min_sequence=request.min_sequence,
-            bundle=bundle,
+            bundle=pipeline.bundle,
         )
     )
     if not request.people and found.predictions[0].HasField("error"):
@@ -63,18 +68,22 @@ def _people(request: pb.PredictEventsRequest) -> list[ranking_pb.Person]:
     return [person_of(one.user_id, one.visitor_id, one.session) for one in request.people]
 
 
-def _items(ids: Sequence[str], table: ItemTable, as_of: datetime) -> tuple[list[str], list[str]]:
-    """The ids, each once, that are available and those that are not."""
+def _items(ids: Sequence[str]) -> list[str]:
+    """The ids, each once."""
     if len(ids) > MAX_ITEMS:
         raise InvalidArgument.of("item_ids", f"has {len(ids)}, at most {MAX_ITEMS} are allowed")
     for at, item_id in enumerate(ids):
         if problem := identifier_problem(item_id):
             raise InvalidArgument.of(f"item_ids[{at}]", problem)
-    once = list(dict.fromkeys(ids))
+    return list(dict.fromkeys(ids))
+
+
+def _parted(ids: Sequence[str], table: ItemTable, as_of: datetime) -> tuple[list[str], list[str]]:
+    """The ids that are available, and those that are not."""
     available = np.append(table.available(as_of), False)
-    rows = table.rows(item_number(item_id) for item_id in once)
+    rows = table.rows(item_number(item_id) for item_id in ids)
     live = available[np.where((rows >= 0) & (rows < len(available)), rows, -1)].tolist()
-    told = list(zip(once, live, strict=True))
+    told = list(zip(ids, live, strict=True))
     return [item_id for item_id, ok in told if ok], [item_id for item_id, ok in told if not ok]
 
 

@@ -217,9 +217,8 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
 
     async def PredictEvents(self, request: pb.PredictEventsRequest, context: Any) -> pb.PredictEventsResponse:
         """What people are likely to do."""
-        now, pipeline = self._clock(), self.pipeline
-        await self._wait_for(request.min_sequence)
-        answer = await prediction.predict(request, now, self._ranking, pipeline.table, pipeline.bundle)
+        now = self._clock()
+        answer = await prediction.predict(request, now, self._ranking, self.pipeline, self._wait_for)
         answer.versions.CopyFrom(self._versions(now, answer.versions.event_sequence))
         return answer
 
@@ -228,8 +227,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
     ) -> pb.RecommendOffersResponse:
         """Which offers to make to a person."""
         now = self._clock()
-        await self._wait_for(request.min_sequence)
-        answer = await offering.recommend(request, now, self.pipeline)
+        answer = await offering.recommend(request, now, self.pipeline, self._wait_for)
         answer.versions.CopyFrom(self._versions(now, answer.versions.event_sequence))
         return answer
 
