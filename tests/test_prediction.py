@@ -1,8 +1,10 @@
 """What people are likely to do, over the real services: as Recommend ranks, as the model says, each alone."""
 
+import asyncio
 import math
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -11,13 +13,16 @@ import torch
 from google.rpc import code_pb2, error_details_pb2
 from vitrine.catalog.v1 import event_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
+from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
+from services.gateway.prediction import predict
+from services.item_table import ItemTable
 from services.ranking.ctr import CtrModel, CtrSettings, write_ctr
 from services.ranking.propensity import Model, columns_of, write_propensity
 from services.ranking.scales import Scales
 from tests.models import DIMENSION
 from tests.recommending import Shop, purchase, session, violations
-from tests.shops import EVENT_TYPES, items, make_bundle
+from tests.shops import EVENT_TYPES, UNTIL, items, make_bundle
 
 COLUMNS = columns_of(list(EVENT_TYPES))
 ITEMS = [item.id for item in items()]
@@ -188,6 +193,28 @@ def test_what_was_not_trained_is_absent(tmp_path: Path) -> None:
         assert not profile.purchase_propensity
 
     Shop(plain, tmp_path / "state", "one", clock=None).run(body)
+
+
+def test_an_item_that_ranking_lost_meanwhile_is_left_out() -> None:
+    table = ItemTable.of(items(), {}, {}, [UNTIL] * len(ITEMS))
+
+    class Behind:
+        """A ranking service that knows the second item alone."""
+
+        async def predict(self, request: ranking_pb.PredictRequest) -> ranking_pb.PredictResponse:
+            assert len(request.item_numbers) == 2
+            known = ranking_pb.TypeProbabilities(type="click", probabilities=[math.nan, 0.25])
+            one = ranking_pb.Prediction(scores=[math.nan, 2.0], probabilities=[known])
+            return ranking_pb.PredictResponse(predictions=[one])
+
+    async def ask() -> pb.PredictEventsResponse:
+        pipeline: Any = SimpleNamespace(table=table, bundle="b")
+        request = pb.PredictEventsRequest(item_ids=ITEMS[:2])
+        behind: Any = Behind()
+        return await predict(request, UNTIL, behind, pipeline, lambda sequence: asyncio.sleep(0))
+
+    (person,) = asyncio.run(ask()).people
+    assert told(person) == {ITEMS[1]: (2.0, {"click": 0.25})}
 
 
 def test_without_a_ranking_service_there_is_no_prediction(bundle: Path, tmp_path: Path) -> None:
