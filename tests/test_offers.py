@@ -135,6 +135,7 @@ def test_what_is_worth_nothing_says_why() -> None:
     assert isinstance(worth(replace(TEN_OFF, budget=2.0), ANN, HALF, PRICES, NOW), Worth)
     assert worth(replace(TEN_OFF, margin=0.1), ANN, HALF, PRICES, NOW) is Reason.NO_VALUE
     assert worth(replace(TEN_OFF, share=1.0), ANN, HALF, PRICES, NOW) is Reason.NO_VALUE
+    assert worth(replace(TEN_OFF, min_spend=1e6), ANN, HALF, PRICES, NOW) is Reason.NO_VALUE
 
 
 def test_who_and_when_an_offer_is_for() -> None:

@@ -1,6 +1,5 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
-import asyncio
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -171,11 +170,9 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
                 return pb.Prediction(error=status.to_status(error))
             return _prediction(await self._ranking.predict(person, as_of, numbers, upto or None))
 
-        return pb.PredictResponse(
-            predictions=await asyncio.gather(*(predicted(*one) for one in enumerate(request.people))),
-            state_sequence=upto,
-            bundle=self._bundle,
-        )
+        # One after the other: all at once would keep everybody else waiting behind them.
+        found = [await predicted(at, message) for at, message in enumerate(request.people)]
+        return pb.PredictResponse(predictions=found, state_sequence=upto, bundle=self._bundle)
 
     def _add_rows(self, response: pb.RankResponse, numbers: list[int], scores: np.ndarray) -> None:
         table = self._ranking.view.table

@@ -213,7 +213,7 @@ class _OfferReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OfferReas
     OFFER_REASON_OFFER_BUDGET: _OfferReason.ValueType  # 7
     """What is left of its own budget does not pay for one redemption."""
     OFFER_REASON_NO_VALUE: _OfferReason.ValueType  # 8
-    """It takes off as much as the margin brings, or more."""
+    """It takes off as much as the margin brings, or asks for a spending that is out of reach."""
     OFFER_REASON_BUDGET: _OfferReason.ValueType  # 9
     """The budget of the request is better spent on others."""
     OFFER_REASON_LIMIT: _OfferReason.ValueType  # 10
@@ -239,7 +239,7 @@ OFFER_REASON_NO_PRICE: OfferReason.ValueType  # 6
 OFFER_REASON_OFFER_BUDGET: OfferReason.ValueType  # 7
 """What is left of its own budget does not pay for one redemption."""
 OFFER_REASON_NO_VALUE: OfferReason.ValueType  # 8
-"""It takes off as much as the margin brings, or more."""
+"""It takes off as much as the margin brings, or asks for a spending that is out of reach."""
 OFFER_REASON_BUDGET: OfferReason.ValueType  # 9
 """The budget of the request is better spent on others."""
 OFFER_REASON_LIMIT: OfferReason.ValueType  # 10
