@@ -168,7 +168,7 @@ class Generation:
         assert events is not None  # noqa: S101 - its service is hosted
         directory = self.bundle.component("graph")
         fitted = graph.ItemGraph.load(directory) if directory else graph.ItemGraph.empty()
-        models = [self.bundle.component(part) for part in ("ctr", "reranker", "sequence")]
+        models = [self.bundle.component(part) for part in ("ctr", "reranker", "sequence", "propensity")]
         self.ranking = ranking.Ranking(events, self._items(ItemTable()), fitted, profile, *models)
         self._closing.append(self.ranking.close)
         if days := self._settings.retention_days:

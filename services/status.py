@@ -69,20 +69,26 @@ def _details(error: errors.VitrineError) -> list[Message]:
 
 def from_call(error: grpc.aio.AioRpcError) -> errors.VitrineError:
     """The domain error that a neighbour's status stands for; Unavailable for one that is none."""
-    by_code = {code: kind for kind, code in _CODES.items()}
-    kind = by_code.get(error.code().value[0], errors.Unavailable)
+    status = rpc_status.from_call(error)
     message = error.details() or error.code().name
+    return from_status(status or status_pb2.Status(code=error.code().value[0], message=message))
+
+
+def from_status(status: status_pb2.Status) -> errors.VitrineError:
+    """The domain error that a status stands for, of a call or of one outcome of many."""
+    by_code = {code: kind for kind, code in _CODES.items()}
+    kind, message = by_code.get(status.code, errors.Unavailable), status.message
     if kind is errors.InvalidArgument:
-        return errors.InvalidArgument(_violations(error) or [errors.FieldViolation("", message)])
+        return errors.InvalidArgument(_violations(status) or [errors.FieldViolation("", message)])
     if issubclass(kind, errors.NotFound | errors.AlreadyExists):
         return errors.FailedPrecondition(message)
     return kind(message)
 
 
-def _violations(error: grpc.aio.AioRpcError) -> list[errors.FieldViolation]:
-    status, bad = rpc_status.from_call(error), error_details_pb2.BadRequest()
+def _violations(status: status_pb2.Status) -> list[errors.FieldViolation]:
+    bad = error_details_pb2.BadRequest()
     found = []
-    for detail in status.details if status else ():
+    for detail in status.details:
         if detail.Unpack(bad):
             found += [errors.FieldViolation(v.field, v.description) for v in bad.field_violations]
     return found

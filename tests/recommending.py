@@ -56,7 +56,7 @@ class Shop:
                 ranking_app = await start((RANKING,), embedding=embedding)
                 await serving(ranking_app.port, RANKING)
                 ranking = f"127.0.0.1:{ranking_app.port}"
-                app = await start((GATEWAY,), embedding=embedding, ranking=ranking, **gateway)
+                app = await start((GATEWAY,), **({"embedding": embedding, "ranking": ranking} | gateway))
             target = f"127.0.0.1:{app.port}"
             channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
             stack.push_async_callback(channel.close)

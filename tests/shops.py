@@ -1,6 +1,7 @@
 """A small shop with a known right answer, as a bundle: two worlds whose items are bought together."""
 
 import random
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -49,8 +50,14 @@ EVENT_TYPES = {"impression": 0.0, "click": 0.3, "purchase": 1.0}
 
 
 def make_bundle(
-    root: Path, *, seed: int = 0, until: datetime = UNTIL, event_types: dict[str, float] | None = None
+    root: Path,
+    *,
+    seed: int = 0,
+    until: datetime = UNTIL,
+    event_types: dict[str, float] | None = None,
+    more: Callable[[Path], None] | None = None,
 ) -> Path:
+    """The shop's bundle; `more` writes further components into the directory that it is given."""
     staged = root / "staged"
     staged.mkdir(parents=True)
     text = TextEncoder(make_text_encoder(staged / "text", seed=seed))
@@ -60,6 +67,8 @@ def make_bundle(
     present = np.ones(len(all_items), bool)
     write_catalogue(staged / "catalogue", Catalogue(all_items, {"text": vectors}, {"text": present}))
     graph().save(staged / "graph")
+    if more is not None:
+        more(staged)
     (staged / "popular").mkdir()
     order = list(all_items)
     random.Random(0).shuffle(order)

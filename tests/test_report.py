@@ -125,6 +125,16 @@ def full() -> dict[str, Any]:
         },
         "encoders": {"text": encoder, "image": encoder},
         "ctr": {"click": clicked(0.2), "cart": clicked(0.05), "purchase": clicked(0.02)},
+        "propensity": {
+            "7 days": {
+                "rows": 5000,
+                "model": classification_metrics(np.linspace(0.1, 0.3, 50), np.arange(50) % 5 == 0),
+                "base rate": classification_metrics(np.full(50, 0.25), np.arange(50) % 5 == 0),
+                "gained": recall,
+                "kept": True,
+            },
+            "30 days": {"kept": False, "why": "the events are of too few days"},
+        },
         "reranker": {
             "importance": {f"feature_{n}": share for n, share in enumerate(shares)},
             "trees": 300,
@@ -180,6 +190,17 @@ def test_parts_that_do_not_work_are_named(tmp_path: Path) -> None:
     page = written(tmp_path, {"ablation": {"graph": ablated(0.1)}})[1]
     assert "not working" not in page
     assert "all of them are working" in page
+
+
+def test_who_buys_soon_is_told_beside_the_base_rate_and_what_is_left_out_says_why(tmp_path: Path) -> None:
+    report = full()
+    page = written(tmp_path, report)[1]
+    for said in ("model", "base rate"):
+        found = report["propensity"]["7 days"][said]
+        assert f"| 7 days | {said} | 5,000 | {found['auc']:.3f} | {found['log_loss']:.3f} |" in page
+    assert "Within 7 days the log loss is lower by 0.400 [" in page
+    assert "**Left out**, within 30 days: the events are of too few days.\n" in page
+    assert "within 7 days:" not in page
 
 
 @pytest.mark.parametrize("section", list(full()))

@@ -139,7 +139,7 @@ def killed(shop: Path, bases: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_a_run_killed_inside_any_stage_goes_on_where_it_stopped(killed: dict[str, Any]) -> None:
     stages, runs = killed["stages"], killed["runs"]
-    assert {"text", "image", "graph", "sequence", "ranking"} <= set(stages)
+    assert {"text", "image", "graph", "sequence", "ranking", "propensity"} <= set(stages)
     assert len(stages) == len(set(stages))
     for at, stage in enumerate(stages):
         run = runs[at]
@@ -202,8 +202,8 @@ def test_a_title_trains_both_encoders_again(
     def change(of_items: Rows, of_events: Rows) -> None:
         of_items[3]["title"] = "a gnome"
 
-    # Files of photographs, the bases as they came and what those see in photographs know no titles.
-    untouched = {"photographs", "text-frozen", "image-frozen", "image-frozen-vectors"}
+    # Files of photographs, the bases as they came, what those see in photographs and who buys know no titles.
+    untouched = {"photographs", "text-frozen", "image-frozen", "image-frozen-vectors", "propensity"}
     expected = set(killed["stages"]) - untouched
     assert built(change, killed, shop, bases, caplog) == expected
 
@@ -215,6 +215,13 @@ def test_a_ranking_setting_runs_the_ranking_again_and_nothing_else(
     assert built(lambda i, e: None, killed, shop, bases, caplog, toml) == {"ranking"}
 
 
+def test_a_propensity_setting_runs_the_propensity_again_and_nothing_else(
+    killed: dict[str, Any], shop: Path, bases: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toml = f"{TOML}[propensity]\ndays = [1, 2]\n"
+    assert built(lambda i, e: None, killed, shop, bases, caplog, toml) == {"propensity"}
+
+
 def test_another_type_of_an_event_runs_what_weighs_engagements_again(
     killed: dict[str, Any], shop: Path, bases: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,7 +229,7 @@ def test_another_type_of_an_event_runs_what_weighs_engagements_again(
         assert of_events[-1]["type"] == "purchase"
         of_events[-1]["type"] = "click"
 
-    assert built(change, killed, shop, bases, caplog) == {"sequence", "ranking"}
+    assert built(change, killed, shop, bases, caplog) == {"sequence", "ranking", "propensity"}
 
 
 def test_a_shop_too_small_to_judge_is_trained_all_the_same(bases: Path, tmp_path: Path) -> None:

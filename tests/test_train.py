@@ -19,9 +19,11 @@ import pytest
 from services.bundle import MANIFEST, SCHEMA, Bundle, publish
 from services.cli import main
 from services.errors import FailedPrecondition
+from services.ranking.propensity import Propensity
 from services.replay import Page, alike
 from tests.models import make_text_encoder
-from training import rankers
+from training import propensity, rankers, replay
+from training.dataset import read_shop
 from training.stages import Stages
 
 WORLDS = ("garden", "kitchen")
@@ -197,7 +199,8 @@ def test_a_second_run_takes_over_what_the_first_finished(
     with caplog.at_level(logging.INFO):
         assert train(shop, base, bundles, "2026-01-06") == 0
     kept = [r.getMessage() for r in caplog.records if "kept from an earlier run" in r.getMessage()]
-    behaviour = ["text-head-before", "text-head", "text-encoder", "graph", "sequence", "ranking"]
+    behaviour = ["text-head-before", "text-head", "text-encoder", "graph", "sequence"]
+    behaviour += ["ranking", "propensity"]
     assert [message.split(":")[0] for message in kept] == ["text", "text-vectors", *behaviour]
     assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
     with caplog.at_level(logging.INFO):
@@ -219,6 +222,28 @@ def test_the_report_takes_every_part_away_and_adds_it_again(bundles: Path) -> No
     assert lost["ndcg"]["mean"] + lost["ndcg_difference"]["mean"] == pytest.approx(
         whole["ndcg"]["mean"], abs=2e-5
     )
+
+
+def test_who_buys_soon_is_published_where_it_is_worth_it_and_read_when_served(
+    shop: Path, base: Path, bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = json.loads((Bundle(bundles).directory / "report" / "report.json").read_text())
+    assert report["propensity"]["7 days"] == {"kept": False, "why": "the events are of too few days"}
+    assert Bundle(bundles).component("propensity") is None
+    shutil.copytree(bundles / ".stages", tmp_path / ".stages")
+    (tmp_path / "more.toml").write_text("[propensity]\ndays = [1]\n")
+    # So few people, who all buy every day, would not tell that it helps.
+    monkeypatch.setattr(propensity, "_LEAST", 0)
+    monkeypatch.setattr(propensity, "judge", lambda *found: {"kept": True})
+    assert train(shop, base, tmp_path, "2026-01-06", f"--training={tmp_path / 'more.toml'}") == 0
+    bundle = Bundle(tmp_path)
+    written = bundle.component("propensity")
+    assert written is not None
+    chances = Propensity(written, list(bundle.profile.event_types))
+    state = replay.state_of(read_shop(shop))
+    mine = state.everything("p3", "", 2**60, 1000)
+    assert chances.of(mine, np.array([0]), int(mine.occurred[0]) + 1)[1] > 0.9
+    assert "ranking" in json.loads((bundle.directory / "report" / "report.json").read_text())["stages"]
 
 
 def test_the_same_content_in_another_schema_is_another_bundle(

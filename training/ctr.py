@@ -137,11 +137,12 @@ def calibrated(settings: CtrSettings, rows: Rows, logits: np.ndarray, labels: np
     known = last & np.isfinite(logits[:, 0]) & ~rows.unsold
     if not known.any():
         return replace(settings, slope=(1.0,) * labels.shape[1], offset=(0.0,) * labels.shape[1])
-    found = [_platt(logits[known, at].astype(np.float64), labels[known, at]) for at in range(labels.shape[1])]
+    found = [platt(logits[known, at].astype(np.float64), labels[known, at]) for at in range(labels.shape[1])]
     return replace(settings, slope=tuple(s for s, _ in found), offset=tuple(o for _, o in found))
 
 
-def _platt(logit: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+def platt(logit: np.ndarray, label: np.ndarray) -> tuple[float, float]:
+    """Slope and offset (Platt, 1999) that make logits (N,) fit labels (N,), bool or 0 and 1."""
     done = float(label.sum())
     # Platt's own targets: labels of a single class have an answer too.
     target = np.where(label > 0, (done + 1) / (done + 2), 1 / (len(label) - done + 2))

@@ -41,6 +41,7 @@ from services.ranking import (
     state,
 )
 from services.ranking import ctr as ctr_module
+from services.ranking import propensity as propensity_module
 from services.ranking import ranking as ranking_service
 from services.ranking.graph import ItemGraph
 from training import (
@@ -54,6 +55,7 @@ from training import (
     lesson,
     lists,
     metrics,
+    propensity,
     queries,
     rankers,
     ranking,
@@ -142,12 +144,14 @@ def train(
     graphs = _graph_stage(stages, shop, encoded, learned_until)
     walks = _sequence_stage(stages, shop, settings, encoded, learned_until)
     ranked = _ranking_stage(stages, shop, settings, encoded, graphs, walks)
+    buying = _propensity_stage(stages, shop, settings)
     found = json.loads((ranked / judging.FILE).read_text())
+    found["propensity"] = json.loads((buying / propensity.FILE).read_text())
     found["graph"] = json.loads((graphs / _TUNED).read_text())
     found["made"] = _made(settings)
     told = _report(shop, until, encoded, found, stages)
     with alone(out / ".staged.lock"):
-        return _publish(out, shop, until, encoded, (graphs, walks, ranked), told, unjudged=unjudged)
+        return _publish(out, shop, until, encoded, (graphs, walks, ranked, buying), told, unjudged=unjudged)
 
 
 def _publish(
@@ -155,13 +159,13 @@ def _publish(
     shop: Shop,
     until: datetime | None,
     encoded: Encoded,
-    parts: tuple[Path, Path, Path],
+    parts: tuple[Path, Path, Path, Path],
     report: Mapping[str, object],
     *,
     unjudged: bool,
 ) -> Path:
-    """A bundle under `out` of the encoders and of the stages `parts`: graphs, sequence models and rankers."""
-    graphs, walks, ranked = parts
+    """A bundle under `out` of the encoders and of the stages: graphs, sequence model, rankers, propensity."""
+    graphs, walks, ranked, buying = parts
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -173,6 +177,8 @@ def _publish(
     for part in ranking.PARTS:
         if (ranked / part).is_dir():
             shutil.copytree(ranked / part, staged / part)
+    if (buying / propensity.PART).is_dir():
+        shutil.copytree(buying / propensity.PART, staged / propensity.PART)
     items = _with_photographs(shop.items, encoded)
     write_catalogue(staged / "catalogue", Catalogue(items, encoded.final, encoded.present))
     (staged / "popular").mkdir()
@@ -259,7 +265,7 @@ def _graph_stage(stages: Stages, shop: Shop, encoded: Encoded, learned_until: in
     inputs = [
         digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), groups.tobytes()),
         digest_of(engaged.tobytes(), events.kind[events.time < learned_until].tobytes(), nodes.tobytes()),
-        settings.model_dump(mode="json", exclude={"text", "image", "ranking", "sequence"}),
+        settings.model_dump(mode="json", exclude={"text", "image", "ranking", "sequence", "propensity"}),
         settings.ranking.bare,
         learned_until,
         encoded.base_keys,
@@ -317,9 +323,20 @@ def _ranking_stage(
         digest_of(events.kind.tobytes(), events.position.tobytes(), events.session.tobytes()),
         digest_of(events.channel.tobytes(), *(name.encode() for name in events.channel_names)),
         digest_of(events.price.tobytes(), repr(shop.items).encode(), *(k.encode() for k in events.user_ids)),
-        settings.model_dump(mode="json", exclude={"text", "image"}),
+        settings.model_dump(mode="json", exclude={"text", "image", "propensity"}),
     ]
     return stages.run("ranking", inputs, [*_RANKING_CODE, judging, ladder], build)
+
+
+def _propensity_stage(stages: Stages, shop: Shop, settings: ShopSettings) -> Path:
+    """Who buys soon, where that can be foretold."""
+    events, price = shop.events, np.nan_to_num(shop.events.price, nan=-1)
+    inputs = [
+        digest_of(events.user.tobytes(), events.time.tobytes(), events.kind.tobytes(), price.tobytes()),
+        [list(settings.event_types), settings.targets, settings.propensity.model_dump()],
+    ]
+    code = [propensity, propensity_module, metrics, replay, ctr_fit, state, moment]
+    return stages.run("propensity", inputs, code, lambda at: propensity.fit(shop, settings, at))
 
 
 def _made(settings: ShopSettings) -> dict[str, object]:

@@ -46,7 +46,7 @@ class Replay:
     ) -> None:
         settings = shop.settings
         self.table = ItemTable.of(shop.items, vectors, present, [created(item) for item in shop.items])
-        self.state = _state(shop)
+        self.state = state_of(shop)
         views = {day: GraphView(graph, self.table) for day, graph in graphs.items()}
         attributes, numbers = settings.items.text_attributes, settings.items.number_attributes
         walks = SequenceView.load(sequence, self.table) if sequence else None
@@ -149,7 +149,8 @@ class Replay:
         return self._pools[space][1:]
 
 
-def _state(shop: Shop) -> BehaviourState:
+def state_of(shop: Shop) -> BehaviourState:
+    """Every event of a shop, recorded when it happened; a person is the code of their user id."""
     events = shop.events
     state = BehaviourState(shop.settings.event_types)
     state.append(

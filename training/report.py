@@ -47,6 +47,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         candidates  {"per_question": {source: count}, "targets_held": share, "held_by_band": {band: share}}
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
+        propensity  {"7 days": {"kept": bool, "why": str where not, "model", "base rate":
+                    `metrics.classification_metrics`, "gained": interval of log loss}}
         reranker    {"importance": {feature: share of the absolute SHAP values}, "trees": int}
         cold_start  {method: `metrics.recall_by_count`}, the whole bundle first
         graph       {relation: {"ndcg", "ndcg_as_cosine": float, weighting's fields: float}}
@@ -234,6 +236,28 @@ def _ctr(types: Section) -> list[str]:
     return [_table(("event type", "model", "rows", *_CLASSIFIED.values()), rows)]
 
 
+def _propensity(horizons: Section) -> list[str]:
+    rows = [
+        [within, said, of.get("rows"), *(of[said].get(key) for key in _CLASSIFIED)]
+        for within, of in horizons.items()
+        for said in ("model", "base rate")
+        if of.get(said)
+    ]
+    table = [_table(("within", "said by", "people", *_CLASSIFIED.values()), rows)] if rows else []
+    gained = [
+        f"Within {_text(within)} the log loss is lower by {_text(of['gained'])} than that of the rate which "
+        "turned out to be right."
+        for within, of in horizons.items()
+        if of.get("gained")
+    ]
+    out = [
+        f"**Left out**, within {_text(within)}: {_text(of['why'])}."
+        for within, of in horizons.items()
+        if not of.get("kept")
+    ]
+    return [*table, *gained, *out]
+
+
 def _reranker(reranker: Section) -> list[str]:
     best = top_features(reranker.get("importance", {}))
     grown = f"{_text(reranker.get('trees'))} trees in the one judged"
@@ -328,6 +352,13 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "guessing and 1 perfect; of log loss, Brier score and calibration error less is better; normalised "
         "cross-entropy below 1 beats always saying the base rate.",
         _ctr,
+    ),
+    (
+        "propensity",
+        "Who buys soon",
+        "How well the chance that a person buys within so many days fits what happened in the last of them, "
+        "which the model did not see, beside saying for everybody the rate of the days before.",
+        _propensity,
     ),
     (
         "graph",

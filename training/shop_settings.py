@@ -3,13 +3,13 @@
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from services.errors import FieldViolation, InvalidArgument
 
-_TRAINING = ("text", "image", "graph", "sequence", "ranking")
+_TRAINING = ("text", "image", "graph", "sequence", "ranking", "propensity")
 
 
 class _Section(BaseModel):
@@ -147,6 +147,16 @@ class RankingTraining(_Section):
     ctr_epochs: int = Field(3, ge=1)
 
 
+class PropensityTraining(_Section):
+    """How the chance that a person buys is learned."""
+
+    days: tuple[Annotated[int, Field(ge=1, le=365)], ...] = Field(
+        (7, 30), description="within how many days; one for which the events are of too few days is left out"
+    )
+    windows: int = Field(4, ge=1, description="the past moments learned from, beside the one judged by")
+    people: int = Field(50_000, ge=1, description="the most people learned from")
+
+
 class ShopSettings(_Section):
     """A shop's description."""
 
@@ -163,6 +173,7 @@ class ShopSettings(_Section):
     graph: GraphTraining = GraphTraining()
     sequence: SequenceTraining = SequenceTraining()
     ranking: RankingTraining = RankingTraining()
+    propensity: PropensityTraining = PropensityTraining()
 
     @model_validator(mode="after")
     def _types_exist(self) -> "ShopSettings":

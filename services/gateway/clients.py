@@ -63,6 +63,9 @@ class Ranking(Protocol):
     async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
         """Tell what scores rest on."""
 
+    async def predict(self, request: ranking_pb.PredictRequest) -> ranking_pb.PredictResponse:
+        """What people are likely to do."""
+
 
 class LocalEmbedding:
     """The embedding servicer of this process."""
@@ -126,6 +129,10 @@ class LocalRanking:
     async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
         """See `Ranking`."""
         return await _bounded(self._servicer.Explain(request, None))
+
+    async def predict(self, request: ranking_pb.PredictRequest) -> ranking_pb.PredictResponse:
+        """See `Ranking`."""
+        return await _bounded(self._servicer.Predict(request, None))
 
 
 class RemoteEmbedding:
@@ -199,6 +206,10 @@ class RemoteRanking:
     async def explain(self, request: ranking_pb.ExplainRequest) -> ranking_pb.ExplainResponse:
         """See `Ranking`."""
         return await _sent(self._stub.Explain, request)
+
+    async def predict(self, request: ranking_pb.PredictRequest) -> ranking_pb.PredictResponse:
+        """See `Ranking`."""
+        return await _sent(self._stub.Predict, request)
 
 
 def channel(address: str) -> grpc.aio.Channel:

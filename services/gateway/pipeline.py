@@ -11,10 +11,12 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
 from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.catalog.v1.profile_pb2 import UserProfile
 from vitrine.embedding.v1 import embedding_service_pb2 as embedding_pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
@@ -147,6 +149,21 @@ class Pipeline:
                 ordered = await deadline.wait(arranging)
             told(len(ordered.numbers))
         return replace(ordered, stages=stages)
+
+    async def profile(
+        self, person: ranking_pb.Person, as_of: datetime, degraded: list[pb.Degradation]
+    ) -> UserProfile | None:
+        """What behaviour says of who has an id; None and a line in `degraded` where nobody tells."""
+        left = deadline.remaining()
+        request = ranking_pb.GetUserProfileRequest(
+            user_id=person.user_id,
+            visitor_id=person.visitor_id,
+            as_of=wire.time_to(as_of),
+            bundle=self.bundle,
+        )
+        seconds = self._limits.budget if left is None else left
+        told = await self._attempt("profile", self._ranking.user_profile(request), seconds, degraded)
+        return told.profile if told else None
 
     async def reasons(
         self, wish: Wish, ordered: Ordered, numbers: Sequence[int], degraded: list[pb.Degradation]

@@ -18,7 +18,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from services import wire
 from services.catalog import identifier_problem, item_number
 from services.errors import InvalidArgument, NotFound
-from services.gateway import turns
+from services.gateway import offering, prediction, turns
 from services.gateway.asking import both_filters, digest, numbers_of, person_key, seed_of, wish_of
 from services.gateway.clients import Embedding, Ranking
 from services.gateway.conversing import Conversing
@@ -282,6 +282,22 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
             user_id=request.user_id, visitor_id=request.visitor_id, as_of=wire.time_to(self._clock())
         )
         return pb.GetUserProfileResponse(profile=(await self._ranking.user_profile(asked)).profile)
+
+    async def PredictEvents(self, request: pb.PredictEventsRequest, context: Any) -> pb.PredictEventsResponse:
+        """What people are likely to do."""
+        now = self._clock()
+        answer = await prediction.predict(request, now, self._ranking, self.pipeline, self._wait_for)
+        answer.versions.CopyFrom(_versions(self.pipeline, now, answer.versions.event_sequence))
+        return answer
+
+    async def RecommendOffers(
+        self, request: pb.RecommendOffersRequest, context: Any
+    ) -> pb.RecommendOffersResponse:
+        """Which offers to make to a person."""
+        now = self._clock()
+        answer = await offering.recommend(request, now, self.pipeline, self._wait_for)
+        answer.versions.CopyFrom(_versions(self.pipeline, now, answer.versions.event_sequence))
+        return answer
 
     async def ExportUser(self, request: pb.ExportUserRequest, context: Any) -> pb.ExportUserResponse:
         """A page of what is known of a person."""

@@ -4,7 +4,7 @@ As of a moment: only what was recorded before it. Knows no models.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class Rfm:
 
 @dataclass(frozen=True)
 class UserProfile:
-    """A person as of a moment; see `vitrine.catalog.v1.UserProfile`."""
+    """A person as of a moment; see `vitrine.catalog.v1.UserProfile`. `propensity` maps days to a chance."""
 
     affinities: Sequence[Affinity]
     price: Price | None
@@ -71,6 +71,7 @@ class UserProfile:
     rfm: Rfm | None
     segment: str
     channels: Mapping[str, float]
+    propensity: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

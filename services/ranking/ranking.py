@@ -7,6 +7,7 @@ before `as_of`, the request and the bundle.
 
 import asyncio
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,7 @@ from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
 from services.ranking.moment import DAY, TICKS, Moment, moment
 from services.ranking.people import Buyers, UserProfile, profile
+from services.ranking.propensity import Propensity
 from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
@@ -111,6 +113,14 @@ class Ranked:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """What a person is likely to do: with items, None where none were asked about, and days to P(buys)."""
+
+    ranked: Ranked | None
+    propensity: Mapping[int, float]
+
+
+@dataclass(frozen=True)
 class Explained:
     """Of C candidates by kind of evidence, in the order of `reasons.KINDS`, NaN for unknown items.
 
@@ -124,7 +134,7 @@ class Explained:
 
 
 class Ranking:
-    """The service's domain over one bundle; `ctr`, `reranker` and `sequence` are its models' directories."""
+    """The service's domain over one bundle; `ctr` to `propensity` are its models' directories."""
 
     def __init__(
         self,
@@ -135,6 +145,7 @@ class Ranking:
         ctr: Path | None = None,
         reranker: Path | None = None,
         sequence: Path | None = None,
+        propensity: Path | None = None,
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
         self.state = BehaviourState(profile.event_types)
@@ -145,6 +156,7 @@ class Ranking:
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
         self._reasoner = Reasoner(self._scorer, self.features, basis)
         self._sources = Sources(basis)
+        self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
         self._tick = TICKS[profile.granularity]
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None
@@ -323,6 +335,17 @@ class Ranking:
         """Why candidates, int64 (C,) item numbers, stand where `rank` puts them."""
         return await self._on(lambda: self._explain(person, as_of, numbers, upto))
 
+    async def predict(
+        self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None = None
+    ) -> Predicted:
+        """What a person is likely to do with items, int64 (C,) item numbers, and whether they buy soon."""
+
+        def predict() -> Predicted:
+            ranked = self._rank(person, as_of, numbers, upto) if len(numbers) else None
+            return Predicted(ranked, self._chances(person.user_id, person.visitor_id, as_of))
+
+        return await self._on(predict)
+
     def advance(self) -> None:
         """Let the state follow what was committed."""
         with self._advancing:
@@ -447,7 +470,16 @@ class Ranking:
                 self._buyers = kept = now.tick, Buyers.of(self.state.all(), self._targets, now.tick)
         past = self.state.everything(user_id, visitor_id, cut, _MOST_OF_A_PERSON)
         known = self.state, self.view.table, now, cut, self.profile.attributes, self._targets
-        return profile(past, *known, kept[1])
+        found = profile(past, *known, kept[1])
+        return replace(found, propensity=self._chances(user_id, visitor_id, as_of))
+
+    def _chances(self, user_id: str, visitor_id: str, as_of: datetime) -> dict[int, float]:
+        """Days to the chance of buying within them; empty where that was not trained, and for a stranger."""
+        if self._propensity is None:
+            return {}
+        cut = self.cut(as_of)
+        past = self.state.everything(user_id, visitor_id, cut, sys.maxsize)
+        return self._propensity.of(past, self._targets, cut)
 
     def _explain(self, person: Person, as_of: datetime, numbers: np.ndarray, upto: int | None) -> Explained:
         query, _ = self.query(person, as_of, upto)

@@ -1,6 +1,6 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,7 +15,7 @@ from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.ranking.behaviour import Event, EventItem, Outcome, Recorded, Stored
 from services.ranking.exploring import Explorable, Explore
 from services.ranking.people import UserProfile
-from services.ranking.ranking import Person, Ranking, Retrieved
+from services.ranking.ranking import Person, Predicted, Ranked, Ranking, Retrieved
 from services.ranking.reasons import KINDS
 from services.ranking.served import Served
 
@@ -31,6 +31,7 @@ MAX_EXCLUDED = 100_000
 MAX_CANDIDATES = 10_000
 MAX_EXPLAINED = 500
 MAX_SESSION = 200
+MAX_PEOPLE = 100
 _SOURCES = {
     "graph": pb.SOURCE_GRAPH,
     "popular": pb.SOURCE_POPULAR,
@@ -103,6 +104,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
     ) -> pb.GetUserProfileResponse:
         """What a person's behaviour says of them."""
         _check_ids(request)
+        self._check_bundle(request.bundle)
         ids, found = await self._ranking.user_profile(request.user_id, request.visitor_id, _as_of(request))
         return pb.GetUserProfileResponse(profile=_profile(ids, found))
 
@@ -142,8 +144,7 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         response = pb.RankResponse(scores=ranked.scores.tolist(), bundle=self._bundle)
         for name, scores in ranked.components.items():
             response.components.add(component=name, scores=scores.tolist())
-        for name, probabilities in ranked.probabilities.items():
-            response.probabilities.add(type=name, probabilities=probabilities.tolist())
+        response.probabilities.extend(_probabilities(ranked))
         if request.view == item_pb2.VIEW_READABLE:
             self._add_rows(response, numbers, ranked.scores)
         return response
@@ -166,6 +167,30 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
                 bought=explained.bought[:, at].tolist(),
             )
         return response
+
+    async def Predict(self, request: pb.PredictRequest, context: Any) -> pb.PredictResponse:
+        """What people are likely to do, an outcome for each."""
+        self._check_bundle(request.bundle)
+        many, numbers = len(request.people), _signed(request.item_numbers)
+        if not 1 <= many <= MAX_PEOPLE:
+            raise InvalidArgument.of("people", f"has {many}, 1 to {MAX_PEOPLE} are allowed")
+        if many * len(numbers) > MAX_CANDIDATES:
+            wrong = f"times people are {many * len(numbers)}, at most {MAX_CANDIDATES} are allowed"
+            raise InvalidArgument.of("item_numbers", wrong)
+        as_of = _as_of(request)
+        await self._ranking.view.wait_for(request.min_sequence)
+        upto = self._ranking.state.sequence
+
+        async def predicted(at: int, message: pb.Person) -> pb.Prediction:
+            try:
+                person = self._person(message, f"people[{at}]")
+            except InvalidArgument as error:
+                return pb.Prediction(error=status.to_status(error))
+            return _prediction(await self._ranking.predict(person, as_of, numbers, upto or None))
+
+        # One after the other: all at once would keep everybody else waiting behind them.
+        found = [await predicted(at, message) for at, message in enumerate(request.people)]
+        return pb.PredictResponse(predictions=found, state_sequence=upto, bundle=self._bundle)
 
     def _add_rows(self, response: pb.RankResponse, numbers: list[int], scores: np.ndarray) -> None:
         table = self._ranking.view.table
@@ -201,18 +226,18 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             explorable=_explorable(retrieved.explorable) if retrieved.explorable else None,
         )
 
-    def _person(self, message: pb.Person) -> Person:
+    def _person(self, message: pb.Person, path: str = "person") -> Person:
         for field in ("user_id", "visitor_id"):
             value = getattr(message, field)
             if value and (problem := identifier_problem(value)):
-                raise InvalidArgument.of(f"person.{field}", problem)
+                raise InvalidArgument.of(f"{path}.{field}", problem)
         if len(message.session) > MAX_SESSION:
-            raise InvalidArgument.of("person.session", f"has more than {MAX_SESSION} items")
+            raise InvalidArgument.of(f"{path}.session", f"has more than {MAX_SESSION} items")
         kinds = self._ranking.state.kinds
         try:
             session = wire.session_from(message.session, kinds, self._strongest)
         except InvalidArgument as error:
-            raise error.under("person") from None
+            raise error.under(path) from None
         return Person(message.user_id, message.visitor_id, tuple(session))
 
     def _check_bundle(self, bundle: str) -> None:
@@ -290,11 +315,34 @@ def _explorable(found: Explorable) -> pb.Explorable:
 
 
 def _as_of(
-    request: pb.RetrieveRequest | pb.RankRequest | pb.ExplainRequest | pb.GetUserProfileRequest,
+    request: pb.RetrieveRequest
+    | pb.RankRequest
+    | pb.ExplainRequest
+    | pb.GetUserProfileRequest
+    | pb.PredictRequest,
 ) -> Any:
     if not request.HasField("as_of"):
         raise InvalidArgument.of("as_of", "is required")
     return wire.time_from(request.as_of, "as_of")
+
+
+def _probabilities(ranked: Ranked) -> list[pb.TypeProbabilities]:
+    found = ranked.probabilities.items()
+    return [pb.TypeProbabilities(type=name, probabilities=values.tolist()) for name, values in found]
+
+
+def _prediction(predicted: Predicted) -> pb.Prediction:
+    ranked = predicted.ranked
+    return pb.Prediction(
+        scores=ranked.scores.tolist() if ranked else (),
+        probabilities=_probabilities(ranked) if ranked else (),
+        purchase_propensity=_propensity(predicted.propensity),
+    )
+
+
+def _propensity(chances: Mapping[int, float]) -> list[profile_pb2.PurchasePropensity]:
+    found = sorted(chances.items())
+    return [profile_pb2.PurchasePropensity(days=days, probability=chance) for days, chance in found]
 
 
 def _profile(ids: dict[str, list[str]], found: UserProfile) -> profile_pb2.UserProfile:
@@ -303,6 +351,7 @@ def _profile(ids: dict[str, list[str]], found: UserProfile) -> profile_pb2.UserP
         visitor_ids=ids["visitor"],
         active_days=found.active_days,
         segment=found.segment,
+        purchase_propensity=_propensity(found.propensity),
     )
     for one in found.affinities:
         message.affinities.add(attribute=one.attribute, text=one.text, share=one.share, lift=one.lift)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vitrine/catalog/v1/profile.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc8\x02\n\x0bUserProfile\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x13\n\x0bvisitor_ids\x18\x02 \x03(\t\x12\x30\n\naffinities\x18\x03 \x03(\x0b\x32\x1c.vitrine.catalog.v1.Affinity\x12\x30\n\x05price\x18\x04 \x01(\x0b\x32!.vitrine.catalog.v1.PriceAffinity\x12.\n\x08\x61\x63tivity\x18\x05 \x03(\x0b\x32\x1c.vitrine.catalog.v1.Activity\x12\x13\n\x0b\x61\x63tive_days\x18\x06 \x01(\x05\x12$\n\x03rfm\x18\x07 \x01(\x0b\x32\x17.vitrine.catalog.v1.Rfm\x12\x0f\n\x07segment\x18\x08 \x01(\t\x12\x32\n\x08\x63hannels\x18\t \x03(\x0b\x32 .vitrine.catalog.v1.ChannelShare\"H\n\x08\x41\x66\x66inity\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\x0c\n\x04lift\x18\x04 \x01(\x01\"?\n\rPriceAffinity\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x12\n\npercentile\x18\x02 \x01(\x01\x12\x0c\n\x04\x62\x61nd\x18\x03 \x01(\t\"\x82\x01\n\x08\x41\x63tivity\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05items\x18\x02 \x01(\x03\x12,\n\x08\x66irst_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07last_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x88\x01\n\x03Rfm\x12\x14\n\x0crecency_days\x18\x01 \x01(\x01\x12\x11\n\tfrequency\x18\x02 \x01(\x05\x12\x10\n\x08monetary\x18\x03 \x01(\x01\x12\x15\n\rrecency_score\x18\x04 \x01(\x05\x12\x17\n\x0f\x66requency_score\x18\x05 \x01(\x05\x12\x16\n\x0emonetary_score\x18\x06 \x01(\x05\".\n\x0c\x43hannelShare\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n vitrine/catalog/v1/profile.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x03\n\x0bUserProfile\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x13\n\x0bvisitor_ids\x18\x02 \x03(\t\x12\x30\n\naffinities\x18\x03 \x03(\x0b\x32\x1c.vitrine.catalog.v1.Affinity\x12\x30\n\x05price\x18\x04 \x01(\x0b\x32!.vitrine.catalog.v1.PriceAffinity\x12.\n\x08\x61\x63tivity\x18\x05 \x03(\x0b\x32\x1c.vitrine.catalog.v1.Activity\x12\x13\n\x0b\x61\x63tive_days\x18\x06 \x01(\x05\x12$\n\x03rfm\x18\x07 \x01(\x0b\x32\x17.vitrine.catalog.v1.Rfm\x12\x0f\n\x07segment\x18\x08 \x01(\t\x12\x32\n\x08\x63hannels\x18\t \x03(\x0b\x32 .vitrine.catalog.v1.ChannelShare\x12\x43\n\x13purchase_propensity\x18\n \x03(\x0b\x32&.vitrine.catalog.v1.PurchasePropensity\"H\n\x08\x41\x66\x66inity\x12\x11\n\tattribute\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\x01\x12\x0c\n\x04lift\x18\x04 \x01(\x01\"?\n\rPriceAffinity\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x12\n\npercentile\x18\x02 \x01(\x01\x12\x0c\n\x04\x62\x61nd\x18\x03 \x01(\t\"\x82\x01\n\x08\x41\x63tivity\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\r\n\x05items\x18\x02 \x01(\x03\x12,\n\x08\x66irst_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07last_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x88\x01\n\x03Rfm\x12\x14\n\x0crecency_days\x18\x01 \x01(\x01\x12\x11\n\tfrequency\x18\x02 \x01(\x05\x12\x10\n\x08monetary\x18\x03 \x01(\x01\x12\x15\n\rrecency_score\x18\x04 \x01(\x05\x12\x17\n\x0f\x66requency_score\x18\x05 \x01(\x05\x12\x16\n\x0emonetary_score\x18\x06 \x01(\x05\".\n\x0c\x43hannelShare\x12\x0f\n\x07\x63hannel\x18\x01 \x01(\t\x12\r\n\x05share\x18\x02 \x01(\x01\"7\n\x12PurchasePropensity\x12\x0c\n\x04\x64\x61ys\x18\x01 \x01(\x05\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,15 +33,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.catalog.v1.profile_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_USERPROFILE']._serialized_start=90
-  _globals['_USERPROFILE']._serialized_end=418
-  _globals['_AFFINITY']._serialized_start=420
-  _globals['_AFFINITY']._serialized_end=492
-  _globals['_PRICEAFFINITY']._serialized_start=494
-  _globals['_PRICEAFFINITY']._serialized_end=557
-  _globals['_ACTIVITY']._serialized_start=560
-  _globals['_ACTIVITY']._serialized_end=690
-  _globals['_RFM']._serialized_start=693
-  _globals['_RFM']._serialized_end=829
-  _globals['_CHANNELSHARE']._serialized_start=831
-  _globals['_CHANNELSHARE']._serialized_end=877
+  _globals['_USERPROFILE']._serialized_end=487
+  _globals['_AFFINITY']._serialized_start=489
+  _globals['_AFFINITY']._serialized_end=561
+  _globals['_PRICEAFFINITY']._serialized_start=563
+  _globals['_PRICEAFFINITY']._serialized_end=626
+  _globals['_ACTIVITY']._serialized_start=629
+  _globals['_ACTIVITY']._serialized_end=759
+  _globals['_RFM']._serialized_start=762
+  _globals['_RFM']._serialized_end=898
+  _globals['_CHANNELSHARE']._serialized_start=900
+  _globals['_CHANNELSHARE']._serialized_end=946
+  _globals['_PURCHASEPROPENSITY']._serialized_start=948
+  _globals['_PURCHASEPROPENSITY']._serialized_end=1003
 # @@protoc_insertion_point(module_scope)

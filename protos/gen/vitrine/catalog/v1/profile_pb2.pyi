@@ -34,6 +34,7 @@ class UserProfile(_message.Message):
     RFM_FIELD_NUMBER: _builtins.int
     SEGMENT_FIELD_NUMBER: _builtins.int
     CHANNELS_FIELD_NUMBER: _builtins.int
+    PURCHASE_PROPENSITY_FIELD_NUMBER: _builtins.int
     active_days: _builtins.int
     """On how many of the last 30 days they did something."""
     segment: _builtins.str
@@ -71,6 +72,12 @@ class UserProfile(_message.Message):
     def channels(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChannelShare]:
         """Where they are, by channel."""
 
+    @_builtins.property
+    def purchase_propensity(self) -> _containers.RepeatedCompositeFieldContainer[Global___PurchasePropensity]:
+        """How likely they are to buy soon, by days, rising; empty where that was not trained, and
+        for who did nothing yet.
+        """
+
     def __init__(
         self,
         *,
@@ -83,10 +90,11 @@ class UserProfile(_message.Message):
         rfm: Global___Rfm | None = ...,
         segment: _builtins.str = ...,
         channels: _abc.Iterable[Global___ChannelShare] | None = ...,
+        purchase_propensity: _abc.Iterable[Global___PurchasePropensity] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["price", b"price", "rfm", b"rfm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_days", b"active_days", "activity", b"activity", "affinities", b"affinities", "channels", b"channels", "price", b"price", "rfm", b"rfm", "segment", b"segment", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_days", b"active_days", "activity", b"activity", "affinities", b"affinities", "channels", b"channels", "price", b"price", "purchase_propensity", b"purchase_propensity", "rfm", b"rfm", "segment", b"segment", "user_ids", b"user_ids", "visitor_ids", b"visitor_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -265,3 +273,29 @@ class ChannelShare(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChannelShare: _TypeAlias = ChannelShare  # noqa: Y015
+
+@_typing.final
+class PurchasePropensity(_message.Message):
+    """How likely a person is to buy soon."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DAYS_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    days: _builtins.int
+    """Within so many days."""
+    probability: _builtins.float
+    """P(they buy anything within them), calibrated; the session does not count."""
+    def __init__(
+        self,
+        *,
+        days: _builtins.int = ...,
+        probability: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["days", b"days", "probability", b"probability"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PurchasePropensity: _TypeAlias = PurchasePropensity  # noqa: Y015

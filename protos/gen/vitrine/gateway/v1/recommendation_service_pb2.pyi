@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from vitrine.catalog.v1 import event_pb2 as _event_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
 from vitrine.catalog.v1 import item_pb2 as _item_pb2
@@ -241,6 +242,86 @@ UNDERSTANDING_KIND_FORGET: UnderstandingKind.ValueType  # 5
 UNDERSTANDING_KIND_RESET: UnderstandingKind.ValueType  # 6
 """All that was said no longer counts. Disliked items stay away."""
 Global___UnderstandingKind: _TypeAlias = UnderstandingKind  # noqa: Y015
+
+class _OfferAudience:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OfferAudienceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OfferAudience.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OFFER_AUDIENCE_UNSPECIFIED: _OfferAudience.ValueType  # 0
+    """Everybody."""
+    OFFER_AUDIENCE_NEVER_BOUGHT: _OfferAudience.ValueType  # 1
+    """Only people who never bought."""
+    OFFER_AUDIENCE_BOUGHT: _OfferAudience.ValueType  # 2
+    """Only people who bought."""
+
+class OfferAudience(_OfferAudience, metaclass=_OfferAudienceEnumTypeWrapper):
+    """Whom an offer is for, by whether they ever bought."""
+
+OFFER_AUDIENCE_UNSPECIFIED: OfferAudience.ValueType  # 0
+"""Everybody."""
+OFFER_AUDIENCE_NEVER_BOUGHT: OfferAudience.ValueType  # 1
+"""Only people who never bought."""
+OFFER_AUDIENCE_BOUGHT: OfferAudience.ValueType  # 2
+"""Only people who bought."""
+Global___OfferAudience: _TypeAlias = OfferAudience  # noqa: Y015
+
+class _OfferReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OfferReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_OfferReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    OFFER_REASON_UNSPECIFIED: _OfferReason.ValueType  # 0
+    """Not stated."""
+    OFFER_REASON_OUTSIDE_WINDOW: _OfferReason.ValueType  # 1
+    """It does not hold now."""
+    OFFER_REASON_ELIGIBILITY_UNKNOWN: _OfferReason.ValueType  # 2
+    """Whether the person is eligible is not known: their profile could not be read."""
+    OFFER_REASON_NOT_ELIGIBLE_SEGMENT: _OfferReason.ValueType  # 3
+    """It is for other segments."""
+    OFFER_REASON_NOT_ELIGIBLE_AUDIENCE: _OfferReason.ValueType  # 4
+    """It is for people who never bought, or for those who did."""
+    OFFER_REASON_NO_ITEMS: _OfferReason.ValueType  # 5
+    """No item that is available qualifies."""
+    OFFER_REASON_NO_PRICE: _OfferReason.ValueType  # 6
+    """Neither the person's past nor the catalogue tells what would be spent."""
+    OFFER_REASON_OFFER_BUDGET: _OfferReason.ValueType  # 7
+    """What is left of its own budget does not pay for one redemption."""
+    OFFER_REASON_NO_VALUE: _OfferReason.ValueType  # 8
+    """It takes off as much as the margin brings, or asks for a spending that is out of reach."""
+    OFFER_REASON_BUDGET: _OfferReason.ValueType  # 9
+    """The budget of the request is better spent on others."""
+    OFFER_REASON_LIMIT: _OfferReason.ValueType  # 10
+    """Others are worth more, and the limit is reached."""
+
+class OfferReason(_OfferReason, metaclass=_OfferReasonEnumTypeWrapper):
+    """Why an offer is not made: the first of these that holds."""
+
+OFFER_REASON_UNSPECIFIED: OfferReason.ValueType  # 0
+"""Not stated."""
+OFFER_REASON_OUTSIDE_WINDOW: OfferReason.ValueType  # 1
+"""It does not hold now."""
+OFFER_REASON_ELIGIBILITY_UNKNOWN: OfferReason.ValueType  # 2
+"""Whether the person is eligible is not known: their profile could not be read."""
+OFFER_REASON_NOT_ELIGIBLE_SEGMENT: OfferReason.ValueType  # 3
+"""It is for other segments."""
+OFFER_REASON_NOT_ELIGIBLE_AUDIENCE: OfferReason.ValueType  # 4
+"""It is for people who never bought, or for those who did."""
+OFFER_REASON_NO_ITEMS: OfferReason.ValueType  # 5
+"""No item that is available qualifies."""
+OFFER_REASON_NO_PRICE: OfferReason.ValueType  # 6
+"""Neither the person's past nor the catalogue tells what would be spent."""
+OFFER_REASON_OFFER_BUDGET: OfferReason.ValueType  # 7
+"""What is left of its own budget does not pay for one redemption."""
+OFFER_REASON_NO_VALUE: OfferReason.ValueType  # 8
+"""It takes off as much as the margin brings, or asks for a spending that is out of reach."""
+OFFER_REASON_BUDGET: OfferReason.ValueType  # 9
+"""The budget of the request is better spent on others."""
+OFFER_REASON_LIMIT: OfferReason.ValueType  # 10
+"""Others are worth more, and the limit is reached."""
+Global___OfferReason: _TypeAlias = OfferReason  # noqa: Y015
 
 @_typing.final
 class Cap(_message.Message):
@@ -2083,3 +2164,465 @@ class ConverseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ConverseResponse: _TypeAlias = ConverseResponse  # noqa: Y015
+
+@_typing.final
+class PersonReference(_message.Message):
+    """One of several people asked about."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Optional. The shop's id of a known person, at most 128 characters. With none of these
+    three it is a total stranger.
+    """
+    visitor_id: _builtins.str
+    """Optional. The id of an unknown person's browser or device."""
+    @_builtins.property
+    def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
+        """Optional. What the person did in this visit, oldest first, at most 200."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+        session: _abc.Iterable[_event_pb2.SessionItem] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersonReference: _TypeAlias = PersonReference  # noqa: Y015
+
+@_typing.final
+class PredictEventsRequest(_message.Message):
+    """Who may do what. One person is described by the first three fields, several by people."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PEOPLE_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Optional. The shop's id of a known person, at most 128 characters. INVALID_ARGUMENT when it
+    is wrong, or given beside people; so of the next two.
+    """
+    visitor_id: _builtins.str
+    """Optional. The id of an unknown person's browser or device."""
+    min_sequence: _builtins.int
+    """Optional. Waits, within the deadline, for this catalogue change."""
+    @_builtins.property
+    def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
+        """Optional. What the person did in this visit, oldest first, at most 200."""
+
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. At most 2000 items, times people at most 10,000; one named twice counts once.
+        INVALID_ARGUMENT when an id is wrong.
+        """
+
+    @_builtins.property
+    def people(self) -> _containers.RepeatedCompositeFieldContainer[Global___PersonReference]:
+        """Optional. At most 100. One who is described wrongly has an error of their own."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+        session: _abc.Iterable[_event_pb2.SessionItem] | None = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        min_sequence: _builtins.int = ...,
+        people: _abc.Iterable[Global___PersonReference] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_ids", b"item_ids", "min_sequence", b"min_sequence", "people", b"people", "session", b"session", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictEventsRequest: _TypeAlias = PredictEventsRequest  # noqa: Y015
+
+@_typing.final
+class ItemPrediction(_message.Message):
+    """What a person is likely to do with an item."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEM_ID_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
+    item_id: _builtins.str
+    """The item's id."""
+    score: _builtins.float
+    """An ordering, as in Recommend: higher is better; comparable for one person only."""
+    @_builtins.property
+    def probabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probability]:
+        """P(event | shown) by event type; empty where nothing was trained with impressions."""
+
+    def __init__(
+        self,
+        *,
+        item_id: _builtins.str = ...,
+        score: _builtins.float = ...,
+        probabilities: _abc.Iterable[Global___Probability] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["item_id", b"item_id", "probabilities", b"probabilities", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ItemPrediction: _TypeAlias = ItemPrediction  # noqa: Y015
+
+@_typing.final
+class PersonPrediction(_message.Message):
+    """What one person is likely to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ITEMS_FIELD_NUMBER: _builtins.int
+    PURCHASE_PROPENSITY_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___ItemPrediction]:
+        """The items that are known and available, in the order of the request."""
+
+    @_builtins.property
+    def purchase_propensity(self) -> _containers.RepeatedCompositeFieldContainer[_profile_pb2.PurchasePropensity]:
+        """How likely the person is to buy soon, whatever they are shown; empty where that was not
+        trained, and of a person of whom nothing is known.
+        """
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Set when one of people is described wrongly: a google.rpc status that names the field."""
+
+    def __init__(
+        self,
+        *,
+        items: _abc.Iterable[Global___ItemPrediction] | None = ...,
+        purchase_propensity: _abc.Iterable[_profile_pb2.PurchasePropensity] | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "items", b"items", "purchase_propensity", b"purchase_propensity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PersonPrediction: _TypeAlias = PersonPrediction  # noqa: Y015
+
+@_typing.final
+class PredictEventsResponse(_message.Message):
+    """What they are likely to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEOPLE_FIELD_NUMBER: _builtins.int
+    UNKNOWN_ITEM_IDS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def people(self) -> _containers.RepeatedCompositeFieldContainer[Global___PersonPrediction]:
+        """One per person, in their order."""
+
+    @_builtins.property
+    def unknown_item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of item_ids those that are unknown, deleted, or outside their availability window."""
+
+    @_builtins.property
+    def versions(self) -> Global___Versions:
+        """What made the answer."""
+
+    def __init__(
+        self,
+        *,
+        people: _abc.Iterable[Global___PersonPrediction] | None = ...,
+        unknown_item_ids: _abc.Iterable[_builtins.str] | None = ...,
+        versions: Global___Versions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["people", b"people", "unknown_item_ids", b"unknown_item_ids", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictEventsResponse: _TypeAlias = PredictEventsResponse  # noqa: Y015
+
+@_typing.final
+class Offer(_message.Message):
+    """A coupon or discount that the shop might make to a person. Money is in the shop's currency.
+    INVALID_ARGUMENT names a wrong field as offers[3].min_spend.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFER_ID_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    PERCENT_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    MIN_SPEND_FIELD_NUMBER: _builtins.int
+    SEGMENTS_FIELD_NUMBER: _builtins.int
+    AUDIENCE_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FROM_FIELD_NUMBER: _builtins.int
+    AVAILABLE_UNTIL_FIELD_NUMBER: _builtins.int
+    REMAINING_BUDGET_FIELD_NUMBER: _builtins.int
+    MARGIN_FIELD_NUMBER: _builtins.int
+    offer_id: _builtins.str
+    """Required. The shop's own id, at most 128 characters, each once in a request."""
+    percent: _builtins.float
+    """So many per cent of what is spent, above 0, at most 100."""
+    amount: _builtins.float
+    """A fixed amount, above 0."""
+    min_spend: _builtins.float
+    """Optional. The least that has to be spent, 0 or more."""
+    audience: Global___OfferAudience.ValueType
+    """Optional. Whom it is for by whether they ever bought."""
+    remaining_budget: _builtins.float
+    """Optional. What is left to be taken off by this offer, 0 or more; absent means unlimited. An
+    offer that cannot pay for one redemption is left out.
+    """
+    margin: _builtins.float
+    """Optional. The shop's share of what is spent, before the discount, 0 to 1: its margin. Absent
+    means 1, so that what counts is revenue after the discount.
+    """
+    @_builtins.property
+    def filter(self) -> _filter_pb2.Filter:
+        """Optional. The items it applies to; absent means all. The filters of a request take
+        256 KiB at most in all.
+        """
+
+    @_builtins.property
+    def segments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Optional. The segments of UserProfile it is for; empty means all. At most 8."""
+
+    @_builtins.property
+    def available_from(self) -> _timestamp_pb2.Timestamp:
+        """Optional. It holds from this time on."""
+
+    @_builtins.property
+    def available_until(self) -> _timestamp_pb2.Timestamp:
+        """Optional. It holds before this time; later than available_from."""
+
+    def __init__(
+        self,
+        *,
+        offer_id: _builtins.str = ...,
+        filter: _filter_pb2.Filter | None = ...,
+        percent: _builtins.float = ...,
+        amount: _builtins.float = ...,
+        min_spend: _builtins.float = ...,
+        segments: _abc.Iterable[_builtins.str] | None = ...,
+        audience: Global___OfferAudience.ValueType = ...,
+        available_from: _timestamp_pb2.Timestamp | None = ...,
+        available_until: _timestamp_pb2.Timestamp | None = ...,
+        remaining_budget: _builtins.float | None = ...,
+        margin: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_remaining_budget", b"_remaining_budget", "amount", b"amount", "available_from", b"available_from", "available_until", b"available_until", "discount", b"discount", "filter", b"filter", "margin", b"margin", "percent", b"percent", "remaining_budget", b"remaining_budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_margin", b"_margin", "_remaining_budget", b"_remaining_budget", "amount", b"amount", "audience", b"audience", "available_from", b"available_from", "available_until", b"available_until", "discount", b"discount", "filter", b"filter", "margin", b"margin", "min_spend", b"min_spend", "offer_id", b"offer_id", "percent", b"percent", "remaining_budget", b"remaining_budget", "segments", b"segments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__margin: _TypeAlias = _typing.Literal["margin"]  # noqa: Y015
+    _WhichOneofArgType__margin: _TypeAlias = _typing.Literal["_margin", b"_margin"]  # noqa: Y015
+    _WhichOneofReturnType__remaining_budget: _TypeAlias = _typing.Literal["remaining_budget"]  # noqa: Y015
+    _WhichOneofArgType__remaining_budget: _TypeAlias = _typing.Literal["_remaining_budget", b"_remaining_budget"]  # noqa: Y015
+    _WhichOneofReturnType_discount: _TypeAlias = _typing.Literal["percent", "amount"]  # noqa: Y015
+    _WhichOneofArgType_discount: _TypeAlias = _typing.Literal["discount", b"discount"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__margin) -> _WhichOneofReturnType__margin | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__remaining_budget) -> _WhichOneofReturnType__remaining_budget | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_discount) -> _WhichOneofReturnType_discount | None: ...
+
+Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class RecommendOffersRequest(_message.Message):
+    """Which offers, for whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    VISITOR_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    OFFERS_FIELD_NUMBER: _builtins.int
+    BUDGET_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    DAYS_FIELD_NUMBER: _builtins.int
+    MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """Optional. The shop's id of a known person, at most 128 characters. With none of these three
+    the answer is for a total stranger.
+    """
+    visitor_id: _builtins.str
+    """Optional. The id of an unknown person's browser or device."""
+    budget: _builtins.float
+    """Optional. What the offers of the answer may cost in all, by their expected costs, 0 or more;
+    absent means unlimited.
+    """
+    limit: _builtins.int
+    """Optional. The most offers in the answer, 1 to 200; 0 means 20."""
+    days: _builtins.int
+    """Optional. Within how many days an offer has to be used, 1 to 365; 0 means 7. Expectations
+    are told for days that a purchase propensity was trained for.
+    """
+    min_sequence: _builtins.int
+    """Optional. Waits, within the deadline, for this catalogue change."""
+    @_builtins.property
+    def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
+        """Optional. What the person did in this visit, oldest first, at most 200."""
+
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Offer]:
+        """Required. 1 to 200 offers."""
+
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+        visitor_id: _builtins.str = ...,
+        session: _abc.Iterable[_event_pb2.SessionItem] | None = ...,
+        offers: _abc.Iterable[Global___Offer] | None = ...,
+        budget: _builtins.float | None = ...,
+        limit: _builtins.int = ...,
+        days: _builtins.int = ...,
+        min_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_budget", b"_budget", "budget", b"budget", "days", b"days", "limit", b"limit", "min_sequence", b"min_sequence", "offers", b"offers", "session", b"session", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__budget: _TypeAlias = _typing.Literal["budget"]  # noqa: Y015
+    _WhichOneofArgType__budget: _TypeAlias = _typing.Literal["_budget", b"_budget"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__budget) -> _WhichOneofReturnType__budget | None: ...
+
+Global___RecommendOffersRequest: _TypeAlias = RecommendOffersRequest  # noqa: Y015
+
+@_typing.final
+class RecommendedOffer(_message.Message):
+    """An offer to make."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFER_ID_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    EXPECTED_REDEMPTION_FIELD_NUMBER: _builtins.int
+    EXPECTED_COST_FIELD_NUMBER: _builtins.int
+    ITEM_IDS_FIELD_NUMBER: _builtins.int
+    offer_id: _builtins.str
+    """The offer's id."""
+    score: _builtins.float
+    """The expected value of making it, in the shop's currency: expected_redemption times (margin of
+    what is spent, less the discount). Where no propensity is known an ordering.
+    """
+    expected_redemption: _builtins.float
+    """The probability that the person uses it within the days. Not an uplift: it counts those who
+    would have bought anyway. Absent where no purchase propensity is known.
+    """
+    expected_cost: _builtins.float
+    """What it takes off, times that probability; absent likewise."""
+    @_builtins.property
+    def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most three items that it applies to, the first in the person's own ranking first."""
+
+    def __init__(
+        self,
+        *,
+        offer_id: _builtins.str = ...,
+        score: _builtins.float = ...,
+        expected_redemption: _builtins.float | None = ...,
+        expected_cost: _builtins.float | None = ...,
+        item_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_cost", b"_expected_cost", "_expected_redemption", b"_expected_redemption", "expected_cost", b"expected_cost", "expected_redemption", b"expected_redemption"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_cost", b"_expected_cost", "_expected_redemption", b"_expected_redemption", "expected_cost", b"expected_cost", "expected_redemption", b"expected_redemption", "item_ids", b"item_ids", "offer_id", b"offer_id", "score", b"score"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_cost: _TypeAlias = _typing.Literal["expected_cost"]  # noqa: Y015
+    _WhichOneofArgType__expected_cost: _TypeAlias = _typing.Literal["_expected_cost", b"_expected_cost"]  # noqa: Y015
+    _WhichOneofReturnType__expected_redemption: _TypeAlias = _typing.Literal["expected_redemption"]  # noqa: Y015
+    _WhichOneofArgType__expected_redemption: _TypeAlias = _typing.Literal["_expected_redemption", b"_expected_redemption"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_cost) -> _WhichOneofReturnType__expected_cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_redemption) -> _WhichOneofReturnType__expected_redemption | None: ...
+
+Global___RecommendedOffer: _TypeAlias = RecommendedOffer  # noqa: Y015
+
+@_typing.final
+class LeftOutOffer(_message.Message):
+    """An offer that is not made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    offer_id: _builtins.str
+    """The offer's id."""
+    reason: Global___OfferReason.ValueType
+    """Why."""
+    def __init__(
+        self,
+        *,
+        offer_id: _builtins.str = ...,
+        reason: Global___OfferReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offer_id", b"offer_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeftOutOffer: _TypeAlias = LeftOutOffer  # noqa: Y015
+
+@_typing.final
+class RecommendOffersResponse(_message.Message):
+    """The offers; each is in one of the two lists."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFERS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    DEGRADED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecommendedOffer]:
+        """Those to make, best first."""
+
+    @_builtins.property
+    def left_out(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeftOutOffer]:
+        """The others, in the order of the request."""
+
+    @_builtins.property
+    def versions(self) -> Global___Versions:
+        """What made the answer."""
+
+    @_builtins.property
+    def degraded(self) -> _containers.RepeatedCompositeFieldContainer[Global___Degradation]:
+        """What was done without; empty when all is well."""
+
+    def __init__(
+        self,
+        *,
+        offers: _abc.Iterable[Global___RecommendedOffer] | None = ...,
+        left_out: _abc.Iterable[Global___LeftOutOffer] | None = ...,
+        versions: Global___Versions | None = ...,
+        degraded: _abc.Iterable[Global___Degradation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["versions", b"versions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["degraded", b"degraded", "left_out", b"left_out", "offers", b"offers", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecommendOffersResponse: _TypeAlias = RecommendOffersResponse  # noqa: Y015

@@ -75,6 +75,16 @@ class RecommendationServiceStub:
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.SerializeToString,
                 response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.FromString,
                 _registered_method=True)
+        self.PredictEvents = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/PredictEvents',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsResponse.FromString,
+                _registered_method=True)
+        self.RecommendOffers = channel.unary_unary(
+                '/vitrine.gateway.v1.RecommendationService/RecommendOffers',
+                request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersRequest.SerializeToString,
+                response_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersResponse.FromString,
+                _registered_method=True)
         self.ExportUser = channel.unary_unary(
                 '/vitrine.gateway.v1.RecommendationService/ExportUser',
                 request_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.ExportUserRequest.SerializeToString,
@@ -169,6 +179,20 @@ class RecommendationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PredictEvents(self, request, context):
+        """What people are likely to do: with items they are shown, and whether they buy soon at all.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RecommendOffers(self, request, context):
+        """Which of a shop's offers (coupons, discounts) to make to a person, under a budget.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportUser(self, request, context):
         """Reads all that is known of a person, page by page.
         """
@@ -246,6 +270,16 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
                     servicer.GetUserProfile,
                     request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.FromString,
                     response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.SerializeToString,
+            ),
+            'PredictEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.PredictEvents,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsResponse.SerializeToString,
+            ),
+            'RecommendOffers': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecommendOffers,
+                    request_deserializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersRequest.FromString,
+                    response_serializer=vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersResponse.SerializeToString,
             ),
             'ExportUser': grpc.unary_unary_rpc_method_handler(
                     servicer.ExportUser,
@@ -490,6 +524,60 @@ class RecommendationService:
             '/vitrine.gateway.v1.RecommendationService/GetUserProfile',
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileRequest.SerializeToString,
             vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.GetUserProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PredictEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/PredictEvents',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.PredictEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecommendOffers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.gateway.v1.RecommendationService/RecommendOffers',
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersRequest.SerializeToString,
+            vitrine_dot_gateway_dot_v1_dot_recommendation__service__pb2.RecommendOffersResponse.FromString,
             options,
             channel_credentials,
             insecure,

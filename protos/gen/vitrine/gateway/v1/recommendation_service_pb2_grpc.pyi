@@ -62,6 +62,10 @@ class RecommendationServiceStub:
     """What a person's behaviour says of them. Of nobody that is known the profile of a
     stranger.
     """
+    PredictEvents: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.PredictEventsRequest, _recommendation_service_pb2.PredictEventsResponse]
+    """What people are likely to do: with items they are shown, and whether they buy soon at all."""
+    RecommendOffers: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.RecommendOffersRequest, _recommendation_service_pb2.RecommendOffersResponse]
+    """Which of a shop's offers (coupons, discounts) to make to a person, under a budget."""
     ExportUser: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]
     """Reads all that is known of a person, page by page."""
     BatchUpsertItems: _grpc.UnaryUnaryMultiCallable[_recommendation_service_pb2.BatchUpsertItemsRequest, _recommendation_service_pb2.BatchUpsertItemsResponse]
@@ -107,6 +111,10 @@ class RecommendationServiceAsyncStub(RecommendationServiceStub):
     """What a person's behaviour says of them. Of nobody that is known the profile of a
     stranger.
     """
+    PredictEvents: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.PredictEventsRequest, _recommendation_service_pb2.PredictEventsResponse]  # type: ignore[assignment]
+    """What people are likely to do: with items they are shown, and whether they buy soon at all."""
+    RecommendOffers: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.RecommendOffersRequest, _recommendation_service_pb2.RecommendOffersResponse]  # type: ignore[assignment]
+    """Which of a shop's offers (coupons, discounts) to make to a person, under a budget."""
     ExportUser: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.ExportUserRequest, _recommendation_service_pb2.ExportUserResponse]  # type: ignore[assignment]
     """Reads all that is known of a person, page by page."""
     BatchUpsertItems: _aio.UnaryUnaryMultiCallable[_recommendation_service_pb2.BatchUpsertItemsRequest, _recommendation_service_pb2.BatchUpsertItemsResponse]  # type: ignore[assignment]
@@ -197,6 +205,22 @@ class RecommendationServiceServicer(metaclass=_abc_1.ABCMeta):
         """What a person's behaviour says of them. Of nobody that is known the profile of a
         stranger.
         """
+
+    @_abc_1.abstractmethod
+    def PredictEvents(
+        self,
+        request: _recommendation_service_pb2.PredictEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.PredictEventsResponse, _abc.Awaitable[_recommendation_service_pb2.PredictEventsResponse]]:
+        """What people are likely to do: with items they are shown, and whether they buy soon at all."""
+
+    @_abc_1.abstractmethod
+    def RecommendOffers(
+        self,
+        request: _recommendation_service_pb2.RecommendOffersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_recommendation_service_pb2.RecommendOffersResponse, _abc.Awaitable[_recommendation_service_pb2.RecommendOffersResponse]]:
+        """Which of a shop's offers (coupons, discounts) to make to a person, under a budget."""
 
     @_abc_1.abstractmethod
     def ExportUser(

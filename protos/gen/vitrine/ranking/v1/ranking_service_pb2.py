@@ -23,6 +23,7 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from vitrine.catalog.v1 import event_pb2 as vitrine_dot_catalog_dot_v1_dot_event__pb2
 from vitrine.catalog.v1 import filter_pb2 as vitrine_dot_catalog_dot_v1_dot_filter__pb2
 from vitrine.catalog.v1 import item_pb2 as vitrine_dot_catalog_dot_v1_dot_item__pb2
@@ -30,65 +31,71 @@ from vitrine.catalog.v1 import profile_pb2 as vitrine_dot_catalog_dot_v1_dot_pro
 from vitrine.catalog.v1 import served_pb2 as vitrine_dot_catalog_dot_v1_dot_served__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vitrine/ranking/v1/ranking_service.proto\x12\x12vitrine.ranking.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1evitrine/catalog/v1/event.proto\x1a\x1fvitrine/catalog/v1/filter.proto\x1a\x1dvitrine/catalog/v1/item.proto\x1a vitrine/catalog/v1/profile.proto\x1a\x1fvitrine/catalog/v1/served.proto\"?\n\x12WriteEventsRequest\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.vitrine.catalog.v1.Event\"I\n\x13WriteEventsResponse\x12\x32\n\x08outcomes\x18\x01 \x03(\x0b\x32 .vitrine.catalog.v1.EventOutcome\"8\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\"@\n\x12\x44\x65leteUserResponse\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x03\x12\x0b\n\x03ids\x18\x02 \x01(\x03\x12\r\n\x05pages\x18\x03 \x01(\x03\"_\n\x11\x45xportUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\xb4\x01\n\x12\x45xportUserResponse\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x13\n\x0bvisitor_ids\x18\x02 \x03(\t\x12/\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1f.vitrine.catalog.v1.StoredEvent\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\x12-\n\x05pages\x18\x05 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ServedPage\"g\n\x15GetUserProfileRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12)\n\x05\x61s_of\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"J\n\x16GetUserProfileResponse\x12\x30\n\x07profile\x18\x01 \x01(\x0b\x32\x1f.vitrine.catalog.v1.UserProfile\"_\n\x06Person\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12\x30\n\x07session\x18\x03 \x03(\x0b\x32\x1f.vitrine.catalog.v1.SessionItem\"a\n\rCandidateList\x12*\n\x06source\x18\x01 \x01(\x0e\x32\x1a.vitrine.ranking.v1.Source\x12\x14\n\x0citem_numbers\x18\x02 \x03(\x06\x12\x0e\n\x06scores\x18\x03 \x03(\x02\"\xf1\x02\n\x0fRetrieveRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05limit\x18\x03 \x01(\x05\x12*\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x1a.vitrine.catalog.v1.Filter\x12\x1c\n\x14\x65xclude_item_numbers\x18\x05 \x03(\x06\x12\x16\n\x0e\x65xclude_bought\x18\x06 \x01(\x08\x12+\n\x07sources\x18\x07 \x03(\x0e\x32\x1a.vitrine.ranking.v1.Source\x12\x14\n\x0cmin_sequence\x18\x08 \x01(\x04\x12\x0e\n\x06\x62undle\x18\t \x01(\t\x12\x15\n\rinclude_shown\x18\n \x01(\x08\x12,\n\x07\x65xplore\x18\x0b \x01(\x0b\x32\x1b.vitrine.ranking.v1.Explore\"\xb4\x01\n\x07\x45xplore\x12\x10\n\x08scenario\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x06\x12\x14\n\x0cmax_age_days\x18\x04 \x01(\x05\x12\x10\n\x08showings\x18\x05 \x01(\x05\x12\x14\n\x07per_day\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fmax_engagements\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\n\n\x08_per_dayB\x12\n\x10_max_engagements\"U\n\nExplorable\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x10\n\x08showings\x18\x02 \x03(\r\x12\x13\n\x0b\x65ngagements\x18\x03 \x03(\x02\x12\n\n\x02of\x18\x04 \x01(\x05\"b\n\x07History\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\r\n\x05types\x18\x02 \x03(\r\x12\x0c\n\x04\x61ges\x18\x03 \x03(\x01\x12\x0f\n\x07weights\x18\x04 \x03(\x02\x12\x13\n\x0b\x65vent_types\x18\x05 \x03(\t\"\xa2\x02\n\x10RetrieveResponse\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.vitrine.ranking.v1.History\x12\x35\n\ncandidates\x18\x02 \x03(\x0b\x32!.vitrine.ranking.v1.CandidateList\x12\x16\n\x0estate_sequence\x18\x03 \x01(\x04\x12\x1b\n\x13\x62ought_item_numbers\x18\x04 \x03(\x06\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\x12\x1a\n\x12shown_item_numbers\x18\x06 \x03(\x06\x12\x14\n\x0cshown_counts\x18\x07 \x03(\x02\x12\x32\n\nexplorable\x18\x08 \x01(\x0b\x32\x1e.vitrine.ranking.v1.Explorable\"@\n\x0fLogPagesRequest\x12-\n\x05pages\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ServedPage\"\x12\n\x10LogPagesResponse\"\x96\x02\n\x0bRankRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x10\n\x08item_ids\x18\x04 \x03(\t\x12\x38\n\rsource_scores\x18\x05 \x03(\x0b\x32!.vitrine.ranking.v1.CandidateList\x12\x16\n\x0estate_sequence\x18\x06 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x07 \x01(\t\x12&\n\x04view\x18\x08 \x01(\x0e\x32\x18.vitrine.catalog.v1.View\"4\n\x0f\x43omponentScores\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\"8\n\x11TypeProbabilities\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x01\",\n\nRankedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\xd3\x01\n\x0cRankResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x37\n\ncomponents\x18\x02 \x03(\x0b\x32#.vitrine.ranking.v1.ComponentScores\x12,\n\x04rows\x18\x03 \x03(\x0b\x32\x1e.vitrine.ranking.v1.RankedItem\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\x12<\n\rprobabilities\x18\x05 \x03(\x0b\x32%.vitrine.ranking.v1.TypeProbabilities\"\xa5\x01\n\x0e\x45xplainRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x16\n\x0estate_sequence\x18\x04 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\"V\n\x08\x45vidence\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06shares\x18\x02 \x03(\x02\x12\x1c\n\x14history_item_numbers\x18\x03 \x03(\x06\x12\x0e\n\x06\x62ought\x18\x04 \x03(\x08\"Q\n\x0f\x45xplainResponse\x12.\n\x08\x65vidence\x18\x01 \x03(\x0b\x32\x1c.vitrine.ranking.v1.Evidence\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t*\xdb\x01\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_GRAPH\x10\x01\x12\x12\n\x0eSOURCE_POPULAR\x10\x02\x12\x11\n\rSOURCE_RISING\x10\x03\x12\x0e\n\nSOURCE_NEW\x10\x04\x12\x11\n\rSOURCE_FAMILY\x10\x05\x12\x0f\n\x0bSOURCE_TEXT\x10\x06\x12\x10\n\x0cSOURCE_IMAGE\x10\x07\x12\x13\n\x0fSOURCE_AFFINITY\x10\x08\x12\x13\n\x0fSOURCE_SEQUENCE\x10\t\x12\x10\n\x0cSOURCE_WORDS\x10\n2\xe0\x05\n\x0eRankingService\x12^\n\x0bWriteEvents\x12&.vitrine.ranking.v1.WriteEventsRequest\x1a\'.vitrine.ranking.v1.WriteEventsResponse\x12[\n\nDeleteUser\x12%.vitrine.ranking.v1.DeleteUserRequest\x1a&.vitrine.ranking.v1.DeleteUserResponse\x12g\n\x0eGetUserProfile\x12).vitrine.ranking.v1.GetUserProfileRequest\x1a*.vitrine.ranking.v1.GetUserProfileResponse\x12[\n\nExportUser\x12%.vitrine.ranking.v1.ExportUserRequest\x1a&.vitrine.ranking.v1.ExportUserResponse\x12U\n\x08Retrieve\x12#.vitrine.ranking.v1.RetrieveRequest\x1a$.vitrine.ranking.v1.RetrieveResponse\x12U\n\x08LogPages\x12#.vitrine.ranking.v1.LogPagesRequest\x1a$.vitrine.ranking.v1.LogPagesResponse\x12I\n\x04Rank\x12\x1f.vitrine.ranking.v1.RankRequest\x1a .vitrine.ranking.v1.RankResponse\x12R\n\x07\x45xplain\x12\".vitrine.ranking.v1.ExplainRequest\x1a#.vitrine.ranking.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(vitrine/ranking/v1/ranking_service.proto\x12\x12vitrine.ranking.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1evitrine/catalog/v1/event.proto\x1a\x1fvitrine/catalog/v1/filter.proto\x1a\x1dvitrine/catalog/v1/item.proto\x1a vitrine/catalog/v1/profile.proto\x1a\x1fvitrine/catalog/v1/served.proto\"?\n\x12WriteEventsRequest\x12)\n\x06\x65vents\x18\x01 \x03(\x0b\x32\x19.vitrine.catalog.v1.Event\"I\n\x13WriteEventsResponse\x12\x32\n\x08outcomes\x18\x01 \x03(\x0b\x32 .vitrine.catalog.v1.EventOutcome\"8\n\x11\x44\x65leteUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\"@\n\x12\x44\x65leteUserResponse\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x03\x12\x0b\n\x03ids\x18\x02 \x01(\x03\x12\r\n\x05pages\x18\x03 \x01(\x03\"_\n\x11\x45xportUserRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\xb4\x01\n\x12\x45xportUserResponse\x12\x10\n\x08user_ids\x18\x01 \x03(\t\x12\x13\n\x0bvisitor_ids\x18\x02 \x03(\t\x12/\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1f.vitrine.catalog.v1.StoredEvent\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\x12-\n\x05pages\x18\x05 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ServedPage\"w\n\x15GetUserProfileRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12)\n\x05\x61s_of\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\"J\n\x16GetUserProfileResponse\x12\x30\n\x07profile\x18\x01 \x01(\x0b\x32\x1f.vitrine.catalog.v1.UserProfile\"_\n\x06Person\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x12\n\nvisitor_id\x18\x02 \x01(\t\x12\x30\n\x07session\x18\x03 \x03(\x0b\x32\x1f.vitrine.catalog.v1.SessionItem\"a\n\rCandidateList\x12*\n\x06source\x18\x01 \x01(\x0e\x32\x1a.vitrine.ranking.v1.Source\x12\x14\n\x0citem_numbers\x18\x02 \x03(\x06\x12\x0e\n\x06scores\x18\x03 \x03(\x02\"\xf1\x02\n\x0fRetrieveRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05limit\x18\x03 \x01(\x05\x12*\n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x1a.vitrine.catalog.v1.Filter\x12\x1c\n\x14\x65xclude_item_numbers\x18\x05 \x03(\x06\x12\x16\n\x0e\x65xclude_bought\x18\x06 \x01(\x08\x12+\n\x07sources\x18\x07 \x03(\x0e\x32\x1a.vitrine.ranking.v1.Source\x12\x14\n\x0cmin_sequence\x18\x08 \x01(\x04\x12\x0e\n\x06\x62undle\x18\t \x01(\t\x12\x15\n\rinclude_shown\x18\n \x01(\x08\x12,\n\x07\x65xplore\x18\x0b \x01(\x0b\x32\x1b.vitrine.ranking.v1.Explore\"\xb4\x01\n\x07\x45xplore\x12\x10\n\x08scenario\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x05\x12\x0c\n\x04seed\x18\x03 \x01(\x06\x12\x14\n\x0cmax_age_days\x18\x04 \x01(\x05\x12\x10\n\x08showings\x18\x05 \x01(\x05\x12\x14\n\x07per_day\x18\x06 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fmax_engagements\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\n\n\x08_per_dayB\x12\n\x10_max_engagements\"U\n\nExplorable\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x10\n\x08showings\x18\x02 \x03(\r\x12\x13\n\x0b\x65ngagements\x18\x03 \x03(\x02\x12\n\n\x02of\x18\x04 \x01(\x05\"b\n\x07History\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\r\n\x05types\x18\x02 \x03(\r\x12\x0c\n\x04\x61ges\x18\x03 \x03(\x01\x12\x0f\n\x07weights\x18\x04 \x03(\x02\x12\x13\n\x0b\x65vent_types\x18\x05 \x03(\t\"\xa2\x02\n\x10RetrieveResponse\x12,\n\x07history\x18\x01 \x01(\x0b\x32\x1b.vitrine.ranking.v1.History\x12\x35\n\ncandidates\x18\x02 \x03(\x0b\x32!.vitrine.ranking.v1.CandidateList\x12\x16\n\x0estate_sequence\x18\x03 \x01(\x04\x12\x1b\n\x13\x62ought_item_numbers\x18\x04 \x03(\x06\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\x12\x1a\n\x12shown_item_numbers\x18\x06 \x03(\x06\x12\x14\n\x0cshown_counts\x18\x07 \x03(\x02\x12\x32\n\nexplorable\x18\x08 \x01(\x0b\x32\x1e.vitrine.ranking.v1.Explorable\"@\n\x0fLogPagesRequest\x12-\n\x05pages\x18\x01 \x03(\x0b\x32\x1e.vitrine.catalog.v1.ServedPage\"\x12\n\x10LogPagesResponse\"\x96\x02\n\x0bRankRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x10\n\x08item_ids\x18\x04 \x03(\t\x12\x38\n\rsource_scores\x18\x05 \x03(\x0b\x32!.vitrine.ranking.v1.CandidateList\x12\x16\n\x0estate_sequence\x18\x06 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x07 \x01(\t\x12&\n\x04view\x18\x08 \x01(\x0e\x32\x18.vitrine.catalog.v1.View\"4\n\x0f\x43omponentScores\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x02\"8\n\x11TypeProbabilities\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x15\n\rprobabilities\x18\x02 \x03(\x01\",\n\nRankedItem\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\xd3\x01\n\x0cRankResponse\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12\x37\n\ncomponents\x18\x02 \x03(\x0b\x32#.vitrine.ranking.v1.ComponentScores\x12,\n\x04rows\x18\x03 \x03(\x0b\x32\x1e.vitrine.ranking.v1.RankedItem\x12\x0e\n\x06\x62undle\x18\x04 \x01(\t\x12<\n\rprobabilities\x18\x05 \x03(\x0b\x32%.vitrine.ranking.v1.TypeProbabilities\"\xa5\x01\n\x0e\x45xplainRequest\x12*\n\x06person\x18\x01 \x01(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x16\n\x0estate_sequence\x18\x04 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\"V\n\x08\x45vidence\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0e\n\x06shares\x18\x02 \x03(\x02\x12\x1c\n\x14history_item_numbers\x18\x03 \x03(\x06\x12\x0e\n\x06\x62ought\x18\x04 \x03(\x08\"Q\n\x0f\x45xplainResponse\x12.\n\x08\x65vidence\x18\x01 \x03(\x0b\x32\x1c.vitrine.ranking.v1.Evidence\x12\x0e\n\x06\x62undle\x18\x02 \x01(\t\"\xa3\x01\n\x0ePredictRequest\x12*\n\x06people\x18\x01 \x03(\x0b\x32\x1a.vitrine.ranking.v1.Person\x12)\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0citem_numbers\x18\x03 \x03(\x06\x12\x14\n\x0cmin_sequence\x18\x04 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x05 \x01(\t\"\xc2\x01\n\nPrediction\x12\x0e\n\x06scores\x18\x01 \x03(\x02\x12<\n\rprobabilities\x18\x02 \x03(\x0b\x32%.vitrine.ranking.v1.TypeProbabilities\x12\x43\n\x13purchase_propensity\x18\x03 \x03(\x0b\x32&.vitrine.catalog.v1.PurchasePropensity\x12!\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.google.rpc.Status\"n\n\x0fPredictResponse\x12\x33\n\x0bpredictions\x18\x01 \x03(\x0b\x32\x1e.vitrine.ranking.v1.Prediction\x12\x16\n\x0estate_sequence\x18\x02 \x01(\x04\x12\x0e\n\x06\x62undle\x18\x03 \x01(\t*\xdb\x01\n\x06Source\x12\x16\n\x12SOURCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSOURCE_GRAPH\x10\x01\x12\x12\n\x0eSOURCE_POPULAR\x10\x02\x12\x11\n\rSOURCE_RISING\x10\x03\x12\x0e\n\nSOURCE_NEW\x10\x04\x12\x11\n\rSOURCE_FAMILY\x10\x05\x12\x0f\n\x0bSOURCE_TEXT\x10\x06\x12\x10\n\x0cSOURCE_IMAGE\x10\x07\x12\x13\n\x0fSOURCE_AFFINITY\x10\x08\x12\x13\n\x0fSOURCE_SEQUENCE\x10\t\x12\x10\n\x0cSOURCE_WORDS\x10\n2\xb4\x06\n\x0eRankingService\x12^\n\x0bWriteEvents\x12&.vitrine.ranking.v1.WriteEventsRequest\x1a\'.vitrine.ranking.v1.WriteEventsResponse\x12[\n\nDeleteUser\x12%.vitrine.ranking.v1.DeleteUserRequest\x1a&.vitrine.ranking.v1.DeleteUserResponse\x12g\n\x0eGetUserProfile\x12).vitrine.ranking.v1.GetUserProfileRequest\x1a*.vitrine.ranking.v1.GetUserProfileResponse\x12[\n\nExportUser\x12%.vitrine.ranking.v1.ExportUserRequest\x1a&.vitrine.ranking.v1.ExportUserResponse\x12U\n\x08Retrieve\x12#.vitrine.ranking.v1.RetrieveRequest\x1a$.vitrine.ranking.v1.RetrieveResponse\x12U\n\x08LogPages\x12#.vitrine.ranking.v1.LogPagesRequest\x1a$.vitrine.ranking.v1.LogPagesResponse\x12I\n\x04Rank\x12\x1f.vitrine.ranking.v1.RankRequest\x1a .vitrine.ranking.v1.RankResponse\x12R\n\x07\x45xplain\x12\".vitrine.ranking.v1.ExplainRequest\x1a#.vitrine.ranking.v1.ExplainResponse\x12R\n\x07Predict\x12\".vitrine.ranking.v1.PredictRequest\x1a#.vitrine.ranking.v1.PredictResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.ranking.v1.ranking_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SOURCE']._serialized_start=3295
-  _globals['_SOURCE']._serialized_end=3514
-  _globals['_WRITEEVENTSREQUEST']._serialized_start=260
-  _globals['_WRITEEVENTSREQUEST']._serialized_end=323
-  _globals['_WRITEEVENTSRESPONSE']._serialized_start=325
-  _globals['_WRITEEVENTSRESPONSE']._serialized_end=398
-  _globals['_DELETEUSERREQUEST']._serialized_start=400
-  _globals['_DELETEUSERREQUEST']._serialized_end=456
-  _globals['_DELETEUSERRESPONSE']._serialized_start=458
-  _globals['_DELETEUSERRESPONSE']._serialized_end=522
-  _globals['_EXPORTUSERREQUEST']._serialized_start=524
-  _globals['_EXPORTUSERREQUEST']._serialized_end=619
-  _globals['_EXPORTUSERRESPONSE']._serialized_start=622
-  _globals['_EXPORTUSERRESPONSE']._serialized_end=802
-  _globals['_GETUSERPROFILEREQUEST']._serialized_start=804
-  _globals['_GETUSERPROFILEREQUEST']._serialized_end=907
-  _globals['_GETUSERPROFILERESPONSE']._serialized_start=909
-  _globals['_GETUSERPROFILERESPONSE']._serialized_end=983
-  _globals['_PERSON']._serialized_start=985
-  _globals['_PERSON']._serialized_end=1080
-  _globals['_CANDIDATELIST']._serialized_start=1082
-  _globals['_CANDIDATELIST']._serialized_end=1179
-  _globals['_RETRIEVEREQUEST']._serialized_start=1182
-  _globals['_RETRIEVEREQUEST']._serialized_end=1551
-  _globals['_EXPLORE']._serialized_start=1554
-  _globals['_EXPLORE']._serialized_end=1734
-  _globals['_EXPLORABLE']._serialized_start=1736
-  _globals['_EXPLORABLE']._serialized_end=1821
-  _globals['_HISTORY']._serialized_start=1823
-  _globals['_HISTORY']._serialized_end=1921
-  _globals['_RETRIEVERESPONSE']._serialized_start=1924
-  _globals['_RETRIEVERESPONSE']._serialized_end=2214
-  _globals['_LOGPAGESREQUEST']._serialized_start=2216
-  _globals['_LOGPAGESREQUEST']._serialized_end=2280
-  _globals['_LOGPAGESRESPONSE']._serialized_start=2282
-  _globals['_LOGPAGESRESPONSE']._serialized_end=2300
-  _globals['_RANKREQUEST']._serialized_start=2303
-  _globals['_RANKREQUEST']._serialized_end=2581
-  _globals['_COMPONENTSCORES']._serialized_start=2583
-  _globals['_COMPONENTSCORES']._serialized_end=2635
-  _globals['_TYPEPROBABILITIES']._serialized_start=2637
-  _globals['_TYPEPROBABILITIES']._serialized_end=2693
-  _globals['_RANKEDITEM']._serialized_start=2695
-  _globals['_RANKEDITEM']._serialized_end=2739
-  _globals['_RANKRESPONSE']._serialized_start=2742
-  _globals['_RANKRESPONSE']._serialized_end=2953
-  _globals['_EXPLAINREQUEST']._serialized_start=2956
-  _globals['_EXPLAINREQUEST']._serialized_end=3121
-  _globals['_EVIDENCE']._serialized_start=3123
-  _globals['_EVIDENCE']._serialized_end=3209
-  _globals['_EXPLAINRESPONSE']._serialized_start=3211
-  _globals['_EXPLAINRESPONSE']._serialized_end=3292
-  _globals['_RANKINGSERVICE']._serialized_start=3517
-  _globals['_RANKINGSERVICE']._serialized_end=4253
+  _globals['_SOURCE']._serialized_start=3811
+  _globals['_SOURCE']._serialized_end=4030
+  _globals['_WRITEEVENTSREQUEST']._serialized_start=285
+  _globals['_WRITEEVENTSREQUEST']._serialized_end=348
+  _globals['_WRITEEVENTSRESPONSE']._serialized_start=350
+  _globals['_WRITEEVENTSRESPONSE']._serialized_end=423
+  _globals['_DELETEUSERREQUEST']._serialized_start=425
+  _globals['_DELETEUSERREQUEST']._serialized_end=481
+  _globals['_DELETEUSERRESPONSE']._serialized_start=483
+  _globals['_DELETEUSERRESPONSE']._serialized_end=547
+  _globals['_EXPORTUSERREQUEST']._serialized_start=549
+  _globals['_EXPORTUSERREQUEST']._serialized_end=644
+  _globals['_EXPORTUSERRESPONSE']._serialized_start=647
+  _globals['_EXPORTUSERRESPONSE']._serialized_end=827
+  _globals['_GETUSERPROFILEREQUEST']._serialized_start=829
+  _globals['_GETUSERPROFILEREQUEST']._serialized_end=948
+  _globals['_GETUSERPROFILERESPONSE']._serialized_start=950
+  _globals['_GETUSERPROFILERESPONSE']._serialized_end=1024
+  _globals['_PERSON']._serialized_start=1026
+  _globals['_PERSON']._serialized_end=1121
+  _globals['_CANDIDATELIST']._serialized_start=1123
+  _globals['_CANDIDATELIST']._serialized_end=1220
+  _globals['_RETRIEVEREQUEST']._serialized_start=1223
+  _globals['_RETRIEVEREQUEST']._serialized_end=1592
+  _globals['_EXPLORE']._serialized_start=1595
+  _globals['_EXPLORE']._serialized_end=1775
+  _globals['_EXPLORABLE']._serialized_start=1777
+  _globals['_EXPLORABLE']._serialized_end=1862
+  _globals['_HISTORY']._serialized_start=1864
+  _globals['_HISTORY']._serialized_end=1962
+  _globals['_RETRIEVERESPONSE']._serialized_start=1965
+  _globals['_RETRIEVERESPONSE']._serialized_end=2255
+  _globals['_LOGPAGESREQUEST']._serialized_start=2257
+  _globals['_LOGPAGESREQUEST']._serialized_end=2321
+  _globals['_LOGPAGESRESPONSE']._serialized_start=2323
+  _globals['_LOGPAGESRESPONSE']._serialized_end=2341
+  _globals['_RANKREQUEST']._serialized_start=2344
+  _globals['_RANKREQUEST']._serialized_end=2622
+  _globals['_COMPONENTSCORES']._serialized_start=2624
+  _globals['_COMPONENTSCORES']._serialized_end=2676
+  _globals['_TYPEPROBABILITIES']._serialized_start=2678
+  _globals['_TYPEPROBABILITIES']._serialized_end=2734
+  _globals['_RANKEDITEM']._serialized_start=2736
+  _globals['_RANKEDITEM']._serialized_end=2780
+  _globals['_RANKRESPONSE']._serialized_start=2783
+  _globals['_RANKRESPONSE']._serialized_end=2994
+  _globals['_EXPLAINREQUEST']._serialized_start=2997
+  _globals['_EXPLAINREQUEST']._serialized_end=3162
+  _globals['_EVIDENCE']._serialized_start=3164
+  _globals['_EVIDENCE']._serialized_end=3250
+  _globals['_EXPLAINRESPONSE']._serialized_start=3252
+  _globals['_EXPLAINRESPONSE']._serialized_end=3333
+  _globals['_PREDICTREQUEST']._serialized_start=3336
+  _globals['_PREDICTREQUEST']._serialized_end=3499
+  _globals['_PREDICTION']._serialized_start=3502
+  _globals['_PREDICTION']._serialized_end=3696
+  _globals['_PREDICTRESPONSE']._serialized_start=3698
+  _globals['_PREDICTRESPONSE']._serialized_end=3808
+  _globals['_RANKINGSERVICE']._serialized_start=4033
+  _globals['_RANKINGSERVICE']._serialized_end=4853
 # @@protoc_insertion_point(module_scope)

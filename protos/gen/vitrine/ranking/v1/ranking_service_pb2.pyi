@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from vitrine.catalog.v1 import event_pb2 as _event_pb2
 from vitrine.catalog.v1 import filter_pb2 as _filter_pb2
 from vitrine.catalog.v1 import item_pb2 as _item_pb2
@@ -280,12 +281,15 @@ class GetUserProfileRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     VISITOR_ID_FIELD_NUMBER: _builtins.int
     AS_OF_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The shop's id of a known person, at most 128 characters. One of user_id and
     visitor_id is required.
     """
     visitor_id: _builtins.str
     """The id of an unknown person's browser or device, at most 128 characters."""
+    bundle: _builtins.str
+    """Optional. The bundle to use; empty means the current one."""
     @_builtins.property
     def as_of(self) -> _timestamp_pb2.Timestamp:
         """Required. The moment: nothing recorded at it or later is seen."""
@@ -296,10 +300,11 @@ class GetUserProfileRequest(_message.Message):
         user_id: _builtins.str = ...,
         visitor_id: _builtins.str = ...,
         as_of: _timestamp_pb2.Timestamp | None = ...,
+        bundle: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1024,3 +1029,121 @@ class ExplainResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class PredictRequest(_message.Message):
+    """Who may do what."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEOPLE_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    MIN_SEQUENCE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    min_sequence: _builtins.int
+    """Optional. Waits, within the deadline, for this catalogue change."""
+    bundle: _builtins.str
+    """Optional. The bundle to use; empty means the current one."""
+    @_builtins.property
+    def people(self) -> _containers.RepeatedCompositeFieldContainer[Global___Person]:
+        """Required. 1 to 100 people."""
+
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """Required. The moment: nothing recorded at it or later is seen."""
+
+    @_builtins.property
+    def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Optional. Items, by number; times people at most 10,000."""
+
+    def __init__(
+        self,
+        *,
+        people: _abc.Iterable[Global___Person] | None = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
+        item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        min_sequence: _builtins.int = ...,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bundle", b"bundle", "item_numbers", b"item_numbers", "min_sequence", b"min_sequence", "people", b"people"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictRequest: _TypeAlias = PredictRequest  # noqa: Y015
+
+@_typing.final
+class Prediction(_message.Message):
+    """What one person is likely to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCORES_FIELD_NUMBER: _builtins.int
+    PROBABILITIES_FIELD_NUMBER: _builtins.int
+    PURCHASE_PROPENSITY_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One score per item, as Rank gives it, in the order of the request; NaN for an unknown item."""
+
+    @_builtins.property
+    def probabilities(self) -> _containers.RepeatedCompositeFieldContainer[Global___TypeProbabilities]:
+        """Of each event type that was trained with impressions; empty otherwise."""
+
+    @_builtins.property
+    def purchase_propensity(self) -> _containers.RepeatedCompositeFieldContainer[_profile_pb2.PurchasePropensity]:
+        """How likely they are to buy soon; see UserProfile."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """Set when the person is described wrongly; names the field. All else is empty then."""
+
+    def __init__(
+        self,
+        *,
+        scores: _abc.Iterable[_builtins.float] | None = ...,
+        probabilities: _abc.Iterable[Global___TypeProbabilities] | None = ...,
+        purchase_propensity: _abc.Iterable[_profile_pb2.PurchasePropensity] | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "probabilities", b"probabilities", "purchase_propensity", b"purchase_propensity", "scores", b"scores"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Prediction: _TypeAlias = Prediction  # noqa: Y015
+
+@_typing.final
+class PredictResponse(_message.Message):
+    """What they are likely to do."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
+    STATE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    state_sequence: _builtins.int
+    """The last event the answer reflects."""
+    bundle: _builtins.str
+    """The bundle used."""
+    @_builtins.property
+    def predictions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prediction]:
+        """One per person, in their order."""
+
+    def __init__(
+        self,
+        *,
+        predictions: _abc.Iterable[Global___Prediction] | None = ...,
+        state_sequence: _builtins.int = ...,
+        bundle: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "predictions", b"predictions", "state_sequence", b"state_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PredictResponse: _TypeAlias = PredictResponse  # noqa: Y015

@@ -75,6 +75,11 @@ class RankingServiceStub:
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainRequest.SerializeToString,
                 response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainResponse.FromString,
                 _registered_method=True)
+        self.Predict = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/Predict',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.FromString,
+                _registered_method=True)
 
 
 class RankingServiceServicer:
@@ -140,6 +145,13 @@ class RankingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Predict(self, request, context):
+        """What people are likely to do: with items, and at all. Each has their own outcome.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +194,11 @@ def add_RankingServiceServicer_to_server(servicer, server):
                     servicer.Explain,
                     request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainRequest.FromString,
                     response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainResponse.SerializeToString,
+            ),
+            'Predict': grpc.unary_unary_rpc_method_handler(
+                    servicer.Predict,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -401,6 +418,33 @@ class RankingService:
             '/vitrine.ranking.v1.RankingService/Explain',
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainRequest.SerializeToString,
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Predict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/Predict',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.FromString,
             options,
             channel_credentials,
             insecure,

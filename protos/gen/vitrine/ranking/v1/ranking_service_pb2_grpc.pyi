@@ -54,6 +54,8 @@ class RankingServiceStub:
     """Orders candidates for a person."""
     Explain: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]
     """Tells what candidates' scores rest on."""
+    Predict: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.PredictRequest, _ranking_service_pb2.PredictResponse]
+    """What people are likely to do: with items, and at all. Each has their own outcome."""
 
 @_typing.type_check_only
 class RankingServiceAsyncStub(RankingServiceStub):
@@ -81,6 +83,8 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """Orders candidates for a person."""
     Explain: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ExplainRequest, _ranking_service_pb2.ExplainResponse]  # type: ignore[assignment]
     """Tells what candidates' scores rest on."""
+    Predict: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.PredictRequest, _ranking_service_pb2.PredictResponse]  # type: ignore[assignment]
+    """What people are likely to do: with items, and at all. Each has their own outcome."""
 
 class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
     """The truth about behaviour."""
@@ -153,5 +157,13 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.ExplainResponse, _abc.Awaitable[_ranking_service_pb2.ExplainResponse]]:
         """Tells what candidates' scores rest on."""
+
+    @_abc_1.abstractmethod
+    def Predict(
+        self,
+        request: _ranking_service_pb2.PredictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.PredictResponse, _abc.Awaitable[_ranking_service_pb2.PredictResponse]]:
+        """What people are likely to do: with items, and at all. Each has their own outcome."""
 
 def add_RankingServiceServicer_to_server(servicer: RankingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
