@@ -59,7 +59,7 @@ class Companions:
         await other.tidy()
         assert main.gateway is not None  # noqa: S101
         assert other.gateway is not None  # noqa: S101
-        main.gateway.pipelines[bundle.version] = other.gateway.pipeline
+        main.gateway.recommending.pipelines[bundle.version] = other.gateway.pipeline
         self.background += [_led(main.view, other.view), other.view.maintain()]
 
     async def close(self) -> None:

@@ -201,7 +201,7 @@ async def _replay(
     gateway = app.gateway
     assert gateway is not None  # noqa: S101 - all services are hosted
     pipeline = _Observed.around(gateway.pipeline)
-    gateway.pipeline = pipeline
+    gateway.recommending.pipeline = pipeline
     pages: list[Page] = [[] for _ in requests]
     took, counts, held, wanted, degraded = np.zeros(len(requests)), Counter[str](), 0, 0, 0
     order = range(len(requests))

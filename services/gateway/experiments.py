@@ -63,6 +63,16 @@ class Assigned:
     rival: Arm | None = None
     shadows: tuple[Arm, ...] = ()
 
+    @property
+    def alone(self) -> str:
+        """The name of the arm; empty where there is none, and where two share the page."""
+        return self.arm.name if self.arm and not self.rival else ""
+
+    @property
+    def mark(self) -> str:
+        """The experiment and arm, as tokens hold them; empty where there is none."""
+        return f"{self.experiment}/{self.alone}" if self.experiment else ""
+
 
 def assigned(experiment: Experiment | None, scenario: str, person: str) -> Assigned:
     """How somebody is served, `person` being whatever tells people apart."""

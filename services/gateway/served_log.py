@@ -7,14 +7,14 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from vitrine.catalog.v1 import served_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
-from services import deadline, wire
+from services import deadline
+from services.catalog import item_number
 from services.errors import VitrineError
 from services.gateway.wish import Ordered
 
@@ -94,48 +94,31 @@ class ServedLog:
 
 
 def page_of(
-    request: pb.RecommendRequest,
-    ordered: Ordered,
-    page: slice,
-    *,
-    items: Sequence[str],
-    request_id: str,
-    scenario: str,
-    bundle: str,
-    at: datetime,
-    shadow_of: tuple[str, str] | None = None,
+    request: pb.RecommendRequest, ordered: Ordered, items: Sequence[pb.Recommendation], start: int
 ) -> served_pb2.ServedPage:
-    """A page of an answer as it is logged; `items` are the ids of its slots.
-
-    One that is not shown is a shadow of an experiment and its arm.
-    """
-    numbers = ordered.numbers[page]
-    names = sorted({source for number in numbers for source in ordered.candidates.sources[number]})
+    """What of a page comes from the request and from what was found; `start` items stood before it."""
+    numbers = [item_number(item.item_id) for item in items]
+    names = sorted({source.source for item in items for source in item.sources})
     bit = {name: 1 << place for place, name in enumerate(names)}
-    logged = served_pb2.ServedPage(
-        request_id=request_id,
-        served_at=wire.time_to(at),
+    arm_of = dict(zip(ordered.numbers, ordered.arms, strict=False))
+    page = served_pb2.ServedPage(
         user_id=request.user_id,
         visitor_id=request.visitor_id,
         session_id=request.session_id,
-        scenario=scenario,
-        bundle=bundle,
-        start=page.start,
-        item_ids=items,
-        scores=ordered.scores[page],
-        propensities=[ordered.propensities.get(number, 1.0) for number in numbers],
+        start=start,
+        item_ids=[item.item_id for item in items],
+        scores=[item.score for item in items],
+        propensities=[item.propensity for item in items],
         sources=names,
-        item_sources=[sum(bit[name] for name in ordered.candidates.sources[n]) for n in numbers],
-        item_arms=ordered.arms[page],
+        item_sources=[sum(bit[source.source] for source in item.sources) for item in items],
+        item_arms=[arm_of[number] for number in numbers] if arm_of else (),
     )
-    if shadow_of is not None:
-        logged.shadow, (logged.experiment, logged.arm) = True, shadow_of
-    draws = [draw for draw in ordered.draws if page.start <= draw.slot < page.stop]
+    draws = [draw for draw in ordered.draws if start <= draw.slot < start + len(items)]
     if draws:
-        logged.exploring.item_numbers.extend(ordered.pool)
-        logged.exploring.relevances.extend(ordered.relevances)
+        page.exploring.item_numbers.extend(ordered.pool)
+        page.exploring.relevances.extend(ordered.relevances)
         for draw in draws:
-            logged.exploring.draws.add(
+            page.exploring.draws.add(
                 slot=draw.slot, drawn=draw.drawn, left_out=draw.left_out, propensity=draw.propensity
             )
-    return logged
+    return page
