@@ -37,7 +37,6 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {
         f"{share:g}": f"exploration = {{ share = {share}, {_NEVER_BOUGHT} }}"
         for share in (0.05, 0.1, 0.2, 0.3, 0.5)
     },
-    "variety": {f"{v:g}": f"variety = {v}" for v in (0.1, 0.3)},
     "one of a family among": {
         f"{among}": f'rules.caps = [{{ attribute = "family_id", most = 1, among = {among} }}]'
         for among in (5, 20)
@@ -185,7 +184,7 @@ def _draw(found: Mapping[str, Any]) -> Figure:
         ("never_bought", "share of slots for items that nobody bought"),
     )
     figure = Figure(figsize=(11, 3.8), layout="constrained", facecolor="white")
-    colours = dict(zip(SETTINGS, ("#0072B2", "#D55E00", "#CC79A7", "#009E73"), strict=True))
+    colours = dict(zip(SETTINGS, ("#0072B2", "#D55E00", "#009E73"), strict=True))
     for axes, (name, label) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
         for kind in SETTINGS:
             points = [found[PLAIN], *found[kind].values()]

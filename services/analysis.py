@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -33,7 +34,7 @@ class Told:
 def show(told: Told, *, as_json: bool) -> None:
     """Print it."""
     if as_json:
-        print(json.dumps(told.json, indent=1))  # noqa: T201 - a command's answer
+        print(json.dumps(_finite(told.json), indent=1))  # noqa: T201 - a command's answer
         return
     table = Table(*told.head)
     for line in told.lines:
@@ -63,9 +64,10 @@ def of_experiment(
     event_type: str,
     since: datetime | None,
     until: datetime | None,
+    bought_as: str = "purchase",
 ) -> Told:
     """How the arms of an experiment did."""
-    found = comparison.compared(shown(engine, secret, since, until), name, event_type)
+    found = comparison.compared(shown(engine, secret, since, until, bought_as), name, event_type)
     head, lines = comparison.lines(found, event_type)
     arms = {
         arm: {
@@ -75,6 +77,7 @@ def of_experiment(
             "done": sum(mine.done.values()),
             "revenue": round(sum(mine.paid.values()), 2),
         }
+        | ({"alike": mine.alike / max(mine.shown, 1)} if mine.shadow else {})
         for arm, mine in found.arms.items()
     }
     told: dict[str, Any] = {"experiment": name, "on": event_type, "arms": arms}
@@ -86,7 +89,7 @@ def of_experiment(
         won = ", ".join(f"{arm} has the better of {many} pages" for arm, many in score.items())
         notes.append(f"{won}; {found.ties} are ties; so uneven by chance alone: {chance:.3g}")
     else:
-        first, *others = [(arm, mine) for arm, mine in found.arms.items() if not mine.shown]
+        first, *others = [(arm, mine) for arm, mine in found.arms.items() if not mine.shadow]
         told["more_than_the_first"] = {
             arm: asdict(comparison.difference(first[1], mine)) for arm, mine in others
         }
@@ -123,9 +126,15 @@ def of_policies(
     return Told(head, lines, told)
 
 
-def _draws(pages: Any, event_type: str) -> off_policy.Draws:
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draws(pages: Iterable[Shown], event_type: str) -> off_policy.Draws:
     relevances, possible, drawn, propensities, rewards = [], [], [], [], []
-    one: Shown
     for one in pages:
         pool = one.page.exploring
         relevance = np.array(pool.relevances, np.float64)

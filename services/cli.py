@@ -185,7 +185,7 @@ def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
     experiment, policies, on = options.pop("experiment"), options.pop("policies"), options.pop("on")
     span = options["since"], options["until"]
     if experiment:
-        told = analysis.of_experiment(engine, secret, experiment, on, *span)
+        told = analysis.of_experiment(engine, secret, experiment, on, *span, options["bought_as"])
     elif policies:
         told = analysis.of_policies(engine, secret, on, *span)
     else:

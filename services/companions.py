@@ -5,7 +5,8 @@ bundle's services, which encode for all. With `wiring.py` a part of the composit
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ class Companions:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self._others: list[tuple[Generation, Encoding]] = []
-        self.background: list[Coroutine[Any, Any, None]] = []
+        self.background: list[Callable[[], Coroutine[Any, Any, None]]] = []
         """What has to run for them without end."""
 
     async def add(self, directory: Path, main: Generation) -> None:
@@ -60,7 +61,7 @@ class Companions:
         assert main.gateway is not None  # noqa: S101
         assert other.gateway is not None  # noqa: S101
         main.gateway.recommending.pipelines[bundle.version] = other.gateway.pipeline
-        self.background += [_led(main.view, other.view), other.view.maintain()]
+        self.background += [partial(_led, main.view, other.view), other.view.maintain]
 
     async def close(self) -> None:
         """Close them, the last first."""

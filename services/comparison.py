@@ -18,9 +18,12 @@ _95_PERCENT = 1.959964
 class ArmFigures:
     """People of an arm, their pages and items, how often each did what is asked for, and what each paid.
 
-    Of an interleaved experiment `done` counts by page, of a shadow `alike` the shown items that it has too.
+    Of a shadow, that nobody is shown, `alike` counts the items of the `shown` ones that it has too. The arm's
+    `place` is that among all.
     """
 
+    place: int = 0
+    shadow: bool = False
     people: set[str] = field(default_factory=set)
     pages: int = 0
     items: int = 0
@@ -52,30 +55,30 @@ def compared(pages: Iterable[Shown], experiment: str, event_type: str) -> Compar
     """The figures of an experiment; NotFound where no page took part in it."""
     arms: dict[str, ArmFigures] = {}
     wins, ties = Counter[str](), 0
-    served: dict[tuple[str, int], Shown] = {}
+    served: dict[tuple[str, int], frozenset[str]] = {}
     for one in pages:
         page = one.page
         if page.experiment != experiment:
             continue
         if page.item_arms:
-            points = _shared(one, event_type, arms)
-            best = points.most_common(2)
-            if not best or (len(best) > 1 and best[0][1] == best[1][1]):
-                ties += 1
-            else:
+            best = _shared(one, event_type, arms).most_common(2)
+            # Where one arm had nothing to show there was no contest.
+            if len(best) > 1 and best[0][1] > best[1][1]:
                 wins[best[0][0]] += 1
+            else:
+                ties += 1
         elif page.shadow:
             _shadow(one, served.get((page.request_id, page.start)), arms)
         else:
-            served[page.request_id, page.start] = one
+            served[page.request_id, page.start] = frozenset(page.item_ids)
             _alone(one, event_type, arms)
     if not arms:
         raise NotFound("experiment", experiment)
-    return Compared(dict(sorted(arms.items())), wins, ties)
+    return Compared(dict(sorted(arms.items(), key=lambda arm: (arm[1].place, arm[0]))), wins, ties)
 
 
 def _alone(one: Shown, event_type: str, arms: dict[str, ArmFigures]) -> None:
-    mine = arms.setdefault(one.page.arm, ArmFigures())
+    mine = arms.setdefault(one.page.arm, ArmFigures(one.page.arm_place))
     mine.people.add(one.person)
     mine.pages += 1
     numbers = one.numbers
@@ -98,14 +101,14 @@ def _shared(one: Shown, event_type: str, arms: dict[str, ArmFigures]) -> Counter
     return points
 
 
-def _shadow(one: Shown, shown: Shown | None, arms: dict[str, ArmFigures]) -> None:
-    mine = arms.setdefault(one.page.arm, ArmFigures())
+def _shadow(one: Shown, shown: frozenset[str] | None, arms: dict[str, ArmFigures]) -> None:
+    mine = arms.setdefault(one.page.arm, ArmFigures(one.page.arm_place, shadow=True))
     mine.people.add(one.person)
     mine.pages += 1
     mine.items += len(one.page.item_ids)
     if shown is not None:
-        mine.alike += len(set(one.page.item_ids) & set(shown.page.item_ids))
-        mine.shown += len(shown.page.item_ids)
+        mine.alike += len(shown.intersection(one.page.item_ids))
+        mine.shown += len(shown)
 
 
 def difference(first: ArmFigures, other: ArmFigures) -> Difference:
@@ -135,11 +138,11 @@ def lines(found: Compared, event_type: str) -> tuple[list[str], list[list[str]]]
 
 
 def _lines(found: Compared) -> Iterator[list[str]]:
-    judged = [name for name, arm in found.arms.items() if not arm.shown]
+    judged = [name for name, arm in found.arms.items() if not arm.shadow]
     for name, arm in found.arms.items():
         row = [name, str(len(arm.people)), str(arm.pages), str(arm.items)]
-        if arm.shown:
-            alike = f"{arm.alike / arm.shown:.1%} of the items shown"
+        if arm.shadow:
+            alike = f"{arm.alike / max(arm.shown, 1):.1%} of the items shown"
             yield [*row, "", "", f"not shown; has {alike}", ""]
             continue
         done = sum(arm.done.values())

@@ -5,6 +5,7 @@ With `wiring.py` the composition root: what a process does not host it does not 
 
 import asyncio
 import secrets
+import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime
@@ -173,9 +174,8 @@ class Generation:
         self._closing.append(self.ranking.close)
         if days := self._settings.retention_days:
             self.background.append(partial(self.ranking.keep_for, days, self._shared.clock))
-        kept = [days for days in (self._settings.served_days, self._settings.retention_days) if days]
-        if kept:
-            self.background.append(partial(self.ranking.keep_pages_for, min(kept), self._shared.clock))
+        days = min(self._settings.served_days, self._settings.retention_days or sys.maxsize)
+        self.background.append(partial(self.ranking.keep_pages_for, days, self._shared.clock))
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from vitrine.catalog.v1 import served_pb2
 
 from services.catalog import item_number
-from services.errors import InvalidArgument
+from services.errors import FailedPrecondition, InvalidArgument
 from services.gateway.tokens import Tokens
 from services.ranking import tables
 
@@ -45,24 +45,43 @@ class Done:
     paid: dict[int, float] = field(default_factory=dict)
 
 
-def shown(
-    engine: sa.Engine, secret: bytes, since: datetime | None, until: datetime | None
-) -> Iterator[Shown]:
-    """The pages answered from `since` to `until`, exclusive, in the order of the log."""
-    nothing, columns = Done(), tables.served.c
+def pages(
+    engine: sa.Engine, since: datetime | None = None, until: datetime | None = None
+) -> Iterator[tuple[str, served_pb2.ServedPage]]:
+    """Pages answered from `since` to `until`, exclusive, and who for, in the order of the log.
+
+    Raises:
+        FailedPrecondition: the state has no served log.
+    """
+    if not sa.inspect(engine).has_table(tables.served.name):
+        raise FailedPrecondition("the state has no served log: it is of an earlier version")
+    columns = tables.served.c
     query = tables.served.select().order_by(columns.sequence)
     for moment, after in ((since, True), (until, False)):
         if moment is not None:
             at = (moment - _EPOCH) // _MICROSECOND
             query = query.where(columns.at >= at if after else columns.at < at)
     with engine.connect() as connection:
-        outcomes = _outcomes(connection, secret)
         for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
             page = served_pb2.ServedPage.FromString(row.content)
-            came = nothing if page.shadow else outcomes.get(page.request_id, nothing)
-            person = row.user_id or row.visitor_id or page.session_id or page.request_id
-            done = {number: frozenset(kinds) for number, kinds in came.done.items()}
-            yield Shown(person, page, done, came.paid)
+            yield row.user_id or row.visitor_id or page.session_id or page.request_id, page
+
+
+def shown(
+    engine: sa.Engine,
+    secret: bytes,
+    since: datetime | None,
+    until: datetime | None,
+    bought_as: str = "purchase",
+) -> Iterator[Shown]:
+    """The same with what came of them; what was paid is that of events of the type `bought_as`."""
+    nothing = Done()
+    with engine.connect() as connection:
+        outcomes = _outcomes(connection, secret, bought_as)
+    for person, page in pages(engine, since, until):
+        came = nothing if page.shadow else outcomes.get(page.request_id, nothing)
+        done = {number: frozenset(kinds) for number, kinds in came.done.items()}
+        yield Shown(person, page, done, came.paid)
 
 
 def content_of(tokens: Tokens, token: str) -> dict[str, Any] | None:
@@ -73,7 +92,7 @@ def content_of(tokens: Tokens, token: str) -> dict[str, Any] | None:
         return None
 
 
-def _outcomes(connection: sa.Connection, secret: bytes) -> dict[str, Done]:
+def _outcomes(connection: sa.Connection, secret: bytes, bought_as: str) -> dict[str, Done]:
     events, items = tables.events.c, tables.event_items.c
     query = (
         sa.select(events.attribution_token, events.type, items.number, items.quantity, items.price)
@@ -91,6 +110,6 @@ def _outcomes(connection: sa.Connection, secret: bytes) -> dict[str, Done]:
             continue
         mine = found.setdefault(request_id, Done())
         mine.done.setdefault(row.number, set()).add(row.type)
-        if row.price is not None:
+        if row.type == bought_as and row.price is not None:
             mine.paid[row.number] = mine.paid.get(row.number, 0.0) + row.price * row.quantity
     return found

@@ -12,10 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from services.catalog import item_number
 from services.errors import InvalidArgument
 from services.gateway.tokens import Tokens
-from services.outcomes import content_of
-from services.outcomes import shown as pages_shown
+from services.outcomes import content_of, pages
 from services.ranking import tables
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -85,7 +85,7 @@ def traffic(
     unreadable = 0
     with engine.connect() as connection:
         band = _bands(connection) if by == "band" else {}
-        logged = _logged(engine, secret, by) if by in ("source", "arm") else {}
+        logged = _logged(engine, by) if by in ("source", "arm") else {}
         for row in _rows(connection, since, until):
             token = row.attribution_token
             if token not in read:
@@ -137,14 +137,13 @@ def _rows(connection: sa.Connection, since: datetime | None, until: datetime | N
     yield from connection.execution_options(yield_per=_READ_AT_ONCE).execute(query)
 
 
-def _logged(engine: sa.Engine, secret: bytes, by: str) -> dict[tuple[str, int], tuple[str, ...]]:
+def _logged(engine: sa.Engine, by: str) -> dict[tuple[str, int], tuple[str, ...]]:
     """The sources of each item of each answer, or the arms of those that two arms shared."""
     found: dict[tuple[str, int], tuple[str, ...]] = {}
-    for one in pages_shown(engine, secret, None, None):
-        page = one.page
+    for _, page in pages(engine):
         if page.shadow or (by == "arm" and not page.item_arms):
             continue
-        for at, number in enumerate(one.numbers):
+        for at, number in enumerate(map(item_number, page.item_ids)):
             if by == "arm":
                 found[page.request_id, number] = (f"{page.experiment}/{page.item_arms[at]}",)
             else:

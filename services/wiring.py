@@ -60,10 +60,10 @@ class App:
         self._server: Server | None = None
         self.port = 0
         self._shared = Shared(settings, tuple(name for name in ALL if name in hosted), _clock(settings.clock))
-        if GATEWAY in hosted and settings.served_days:
+        if GATEWAY in hosted:
             from services.gateway.served_log import ServedLog
 
-            self._shared.served = ServedLog(self._keep)
+            self._shared.served = ServedLog(self._keep, keep=settings.served_days > 0)
         if settings.beside and self._shared.hosted != ALL:
             raise FailedPrecondition("bundles are served beside where one process has all services")
         bundle = Bundle(settings.bundle)
@@ -97,9 +97,9 @@ class App:
         if self.now.catalogue is not None:
             await self.now.catalogue.reencode()
         self._tasks = _running(self.now)
-        self._tasks += [asyncio.ensure_future(run) for run in self._companions.background]
+        self._tasks += [asyncio.ensure_future(_kept_up(run)) for run in self._companions.background]
         if self._shared.served is not None:
-            self._logging = asyncio.ensure_future(self._shared.served.run())
+            self._logging = asyncio.ensure_future(_kept_up(self._shared.served.run))
         services = [Service(NAMES[name], to, _add(name)) for name, to in self._currents.items()]
         if self.settings.metrics:
             self.metrics_port, close = self.telemetry.serve(self.settings.metrics)
@@ -125,6 +125,8 @@ class App:
             await asyncio.gather(self._looking, return_exceptions=True)
         await asyncio.gather(*self._retiring, return_exceptions=True)  # their calls have ended
         await _ended([self._logging] if self._logging else [])
+        if self._shared.served is not None:
+            await self._shared.served.close()
         await _ended(self._tasks)
         await self._companions.close()
         for generation in reversed(self._alive):

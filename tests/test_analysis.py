@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vitrine.catalog.v1 import event_pb2, item_pb2
+from vitrine.catalog.v1 import event_pb2, item_pb2, served_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
+from services.catalog import item_number
 from services.cli import main
+from services.comparison import compared
+from services.outcomes import Shown
 from services.wire import time_to
 from tests.recommending import Shop, ids
 from tests.shops import make_bundle
@@ -32,14 +36,15 @@ def analyzed(state: Path, *more: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-async def clicked(stub: Any, page: Any, user: str, *item_ids: str, price: float | None = None) -> None:
+async def clicked(stub: Any, page: Any, user: str, *item_ids: str, kind: str = "click") -> None:
+    """A click, or something else, on items of a page, at a price of 4."""
     events = [
         event_pb2.Event(
-            event_id=f"{page.request_id}-{item_id}-{price}",
-            type="click" if price is None else "purchase",
+            event_id=f"{page.request_id}-{item_id}-{kind}",
+            type=kind,
             user_id=user,
             attribution_token=page.attribution_token,
-            items=[event_pb2.EventItem(item_id=item_id, price=price)],
+            items=[event_pb2.EventItem(item_id=item_id, price=4.0)],
         )
         for item_id in item_ids
     ]
@@ -66,7 +71,7 @@ def test_arms_are_judged_by_what_their_people_did(bundle: Path, tmp_path: Path) 
             # Everybody of arm b clicks two items, every other one of arm a one.
             mine = ids(page)[:2] if arm == "b" else ids(page)[: people[arm] % 2]
             await clicked(stub, page, user, *mine)
-            await clicked(stub, page, user, *mine[:1], price=4.0)
+            await clicked(stub, page, user, *mine[:1], kind="purchase")
 
     state = serve(bundle, tmp_path, SPLIT, body)
     code, said, wrong = analyzed(state, "--experiment", "worlds", "--json")
@@ -161,3 +166,38 @@ def test_what_exploring_another_way_would_have_led_to(bundle: Path, tmp_path: Pa
     assert told["as_served"]["mean"] > 0.25
     code, said, _ = analyzed(state, "--policies")
     assert (code, "the most relevant" in said) == (0, True)
+
+
+def test_a_state_without_a_log_is_said_and_one_draw_is_json(bundle: Path, tmp_path: Path) -> None:
+    async def body(stub: Any) -> None:
+        since = time_to(datetime.now(UTC) - timedelta(days=1))
+        items = [item_pb2.Item(id="new", title="thing", available_from=since)]
+        written = await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
+        wanted = written.outcomes[0].sequence
+        await stub.Recommend(pb.RecommendRequest(page_size=4, exploration=0.25, min_sequence=wanted))
+
+    state = serve(bundle, tmp_path, '[home]\nsources = ["popular"]\n', body)
+    code, said, wrong = analyzed(state, "--policies", "--json")
+    assert code == 0, wrong
+    assert json.loads(said)["as_served"] == {"mean": 0.0, "low": None, "high": None}
+    with sqlite3.connect(state / "ranking.sqlite") as connection:
+        connection.execute("DROP TABLE served")
+    for asked in (("--by", "source"), ("--policies",), ("--experiment", "x")):
+        code, _, wrong = analyzed(state, *asked)
+        assert (code, "no served log" in wrong) == (1, True)
+
+
+def test_a_contest_needs_both_arms() -> None:
+    def page(items: dict[str, str], clicked: set[str]) -> Shown:
+        made = served_pb2.ServedPage(experiment="x", item_ids=list(items), item_arms=list(items.values()))
+        return Shown("ann", made, {item_number(i): frozenset({"click"}) for i in clicked}, {})
+
+    contests = [
+        page({"p": "a"}, set()),
+        page({"p": "a"}, {"p"}),
+        page({"p": "a", "q": "b"}, set()),
+        page({"p": "a", "q": "b"}, {"p", "q"}),
+        page({"p": "a", "q": "b"}, {"q"}),
+    ]
+    found = compared(contests, "x", "click")
+    assert (dict(found.wins), found.ties) == ({"b": 1}, 4)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
+from services import deadline
 from services.errors import InvalidArgument, Unavailable
 from services.gateway.breaker import Breaker
 from services.generation import EMBEDDING, GATEWAY, RANKING
@@ -53,6 +54,19 @@ def test_five_failures_in_a_row_open_it_and_one_success_shuts_it() -> None:
     assert breaker.wait() > 0  # others wait for it
     breaker.succeeded()
     assert breaker.wait() == breaker.wait() == 0
+
+
+def test_calls_that_were_on_their_way_do_not_make_the_pause_longer() -> None:
+    clock = Time()
+    breaker = broken(clock)
+    for _ in range(20):
+        breaker.failed(1.0)
+    assert breaker.wait() == 1.0
+    clock.now += 1
+    assert breaker.wait() == 0
+    for _ in range(20):
+        breaker.failed(1.0)
+    assert breaker.wait() == 2.0
 
 
 def test_each_trial_that_fails_doubles_the_pause_up_to_half_a_minute() -> None:
@@ -126,18 +140,20 @@ def test_a_wrong_request_says_nothing_of_the_neighbour(tmp_path: Path) -> None:
             with pytest.raises(InvalidArgument):
                 await pipeline._attempt("rank", raises(InvalidArgument.of("x", "y")), 1.0, degraded)
         assert not degraded
+        for _ in range(9):  # whose caller has no time
+            with deadline.within(0.01):
+                await pipeline._attempt("rank", asyncio.sleep(30), 1.0, degraded)
+        assert await pipeline._attempt("rank", asyncio.sleep(0, "found"), 1.0, degraded) == "found"
         for _ in range(5):
             await pipeline._attempt("rank", raises(Unavailable("away")), 1.0, degraded)
+            assert await pipeline._attempt("retrieve", asyncio.sleep(0, "found"), 1.0, degraded) == "found"
         began = time.monotonic()
         slow = asyncio.sleep(30)
         many = len(degraded)
-        await pipeline._attempt("retrieve", slow, 30.0, degraded)
+        await pipeline._attempt("rank", slow, 30.0, degraded)
         assert len(degraded) == many + 1
         assert time.monotonic() - began < 15  # it was not begun
-        assert (
-            await pipeline._attempt("search", asyncio.sleep(0, "found"), 1.0, degraded, "embedding")
-            == "found"
-        )
+        assert await pipeline._attempt("search", asyncio.sleep(0, "found"), 1.0, degraded) == "found"
         await app.stop()
 
     asyncio.run(body())

@@ -1,6 +1,8 @@
 """Bundles that are served beside the newest one, by arms of experiments that name them."""
 
 import asyncio
+import base64
+import json
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +40,11 @@ def scenarios(tmp_path: Path, bundle: str, kind: str = "SPLIT") -> Path:
     return file
 
 
+def bundle_of(token: str) -> Any:
+    data = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_")
+    return json.loads(data[12:])["b"]
+
+
 async def pages(stub: Any, many: int, user: str) -> list[Any]:
     async with asyncio.timeout(60):
         while len(found := (await stub.ExportUser(pb.ExportUserRequest(user_id=user))).pages) < many:
@@ -63,6 +70,8 @@ def test_arms_answer_by_their_own_bundles_over_the_same_items_and_events(
             asked.page_token = page.next_page_token
             second = await stub.Recommend(asked)
             assert second.versions.bundle == page.versions.bundle
+            assert not second.degraded
+            assert bundle_of(page.attribution_token) == page.versions.bundle
             assert not set(ids(page)) & set(ids(second))
         assert set(seen) == {("new", newest.name), ("old", before.name)}
         # What is written now both find at once, and what somebody buys neither shows again.

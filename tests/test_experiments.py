@@ -179,6 +179,34 @@ def test_an_interleaved_page_has_items_of_both_and_the_log_says_whose(shop: Shop
     shop.run(body, scenarios=file(tmp_path, text))
 
 
+def test_rules_of_a_page_are_not_for_two_arms_and_both_explain(one: Shop, tmp_path: Path) -> None:
+    text = SPLIT + 'kind = "EXPERIMENT_KIND_INTERLEAVE"\n'
+
+    async def body(stub: Any) -> None:
+        plain = pb.RecommendRequest(user_id="ann", page_size=8, session=session("garden-01"))
+        page = await stub.Recommend(plain)
+        assert page.HasField("assignment")
+        own = [
+            pb.RecommendRequest(user_id="ann", exploration=0.2),
+            pb.RecommendRequest(user_id="ann", rules=pb.Rules(caps=[pb.Cap(attribute="colour", most=1)])),
+            pb.RecommendRequest(user_id="ann", rules=pb.Rules(quotas=[pb.Quota(source="new", share=0.1)])),
+        ]
+        for request in own:
+            assert not (await stub.Recommend(request)).HasField("assignment")
+        for place, item_id in enumerate(ids(page), 1):
+            why = await stub.ExplainItem(pb.ExplainItemRequest(request=plain, item_id=item_id))
+            assert (why.standing, why.place) == (pb.STANDING_SHOWN, place)
+        last = ids(await stub.Recommend(pb.RecommendRequest(user_id="ann", page_size=40)))[-1]
+        why = await stub.ExplainItem(pb.ExplainItemRequest(request=plain, item_id=last))
+        assert (why.standing, why.place) == (pb.STANDING_RANKED_LOWER, 0)
+        both = ["garden-05", "kitchen-05", "nothing"]
+        listed = await stub.Recommend(pb.RecommendRequest(user_id="ann", item_ids=both))
+        assert set(ids(listed)) == set(both[:2])
+        assert list(listed.left_out_item_ids) == ["nothing"]
+
+    one.run(body, scenarios=file(tmp_path, text))
+
+
 def test_a_shadow_is_kept_and_not_shown(shop: Shop, tmp_path: Path) -> None:
     text = SPLIT + 'kind = "EXPERIMENT_KIND_SHADOW"\n'
 
@@ -199,7 +227,9 @@ def test_a_shadow_is_kept_and_not_shown(shop: Shop, tmp_path: Path) -> None:
     ("stated", "named"),
     [
         ('scenario = "home"', "experiments.x.arms"),
-        ('arms = [{ name = "a" }, { name = "b" }]', "experiments.x.arms[0].scenario"),
+        ('arms = [{ name = "a" }, { name = "b" }]', "experiments.x.scenario"),
+        ('scenario = "hom"\narms = [{ name = "a" }, { name = "b" }]', "experiments.x.scenario"),
+        ('scenario = "home"\narms = [{ name = "a" }, { name = "b" }]\n[experiments.""]', "name"),
         ('scenario = "home"\narms = [{ name = "a" }, { name = "a" }]', "experiments.x.arms"),
         ('scenario = "home"\narms = [{ name = "a b" }, { name = "b" }]', "experiments.x.arms[0].name"),
         (

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from vitrine.catalog.v1 import item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
-from services.catalog import item_number
+from services.catalog import Item, item_number
 from services.gateway.trial import trial
-from services.ranking.exploring import _lots
+from services.item_table import ItemTable
+from services.ranking import showings
+from services.ranking.exploring import Explore, _lots, explorable
+from services.ranking.moment import moment
+from services.ranking.state import BehaviourState
 from services.wire import time_to
 from tests.recommending import NOW, Shop, ids, only, purchase, session, violations
-from tests.shops import make_bundle
+from tests.shops import UNTIL, make_bundle
 
 NEW = [f"new-{n:02}" for n in range(12)]
 
@@ -159,25 +163,38 @@ async def tried_on(stub: Any, pages: int) -> Counter[str]:
     return counts
 
 
-def test_an_item_is_tried_so_often_and_no_more(one: Shop, tmp_path: Path) -> None:
+@pytest.fixture
+def counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(showings, "_FOLLOW_EVERY", 0.0)
+
+
+async def tried_one_by_one(stub: Any, pages: int) -> Counter[str]:
+    """What is tried on pages of which each is logged before the next is asked for."""
+    counts = Counter[str]()
+    for _ in range(pages):
+        counts += await tried_on(stub, 1)
+        await stub.DeleteUser(pb.DeleteUserRequest(user_id="nobody"))  # flushes the log before it looks
+    return counts
+
+
+@pytest.mark.usefixtures("counted_at_once")
+@pytest.mark.parametrize("days", [30, 0])
+def test_an_item_is_tried_so_often_and_no_more(one: Shop, tmp_path: Path, days: int) -> None:
     async def body(stub: Any) -> None:
         await bring(stub, *NEW[:4], now=datetime.now(UTC))
-        counts = await tried_on(stub, 40)
-        while (
-            more := await tried_on(stub, 20)
-        ).total():  # what was shown meanwhile is counted a moment later
-            counts += more
-        assert set(counts) == set(NEW[:4])
-        assert min(counts.values()) >= 10
+        counts = await tried_one_by_one(stub, 40)
+        assert counts == dict.fromkeys(NEW[:4], 9)  # and once when they were brought
 
-    one.run(body, scenarios=scenario_file(tmp_path, showings=10), clock=None)
-    one.run(nothing, scenarios=scenario_file(tmp_path, showings=10), clock=None)
+    settings = {"scenarios": scenario_file(tmp_path, showings=10), "clock": None, "served_days": days}
+    one.run(body, **settings)
+    one.run(nothing, **settings)
 
 
 async def nothing(stub: Any) -> None:
     assert not await tried_on(stub, 5)  # what was counted outlives the process
 
 
+@pytest.mark.usefixtures("counted_at_once")
 def test_old_items_are_not_tried_and_a_day_has_its_bound(one: Shop, tmp_path: Path) -> None:
     async def body(stub: Any) -> None:
         await bring(stub, *NEW[:6], age=40)
@@ -191,10 +208,9 @@ def test_old_items_are_not_tried_and_a_day_has_its_bound(one: Shop, tmp_path: Pa
 
     async def bounded(stub: Any) -> None:
         await bring(stub, *NEW, now=datetime.now(UTC))
-        counts = await tried_on(stub, 20)
-        while (more := await tried_on(stub, 20)).total():
-            counts += more
-        assert counts.total() >= 20  # the page after the items were brought had ten
+        await stub.DeleteUser(pb.DeleteUserRequest(user_id="nobody"))
+        # The page after the items were brought had ten slots of the thirty, each of these has five.
+        assert (await tried_one_by_one(stub, 10)).total() == 20
 
     one.run(bounded, scenarios=scenario_file(tmp_path, per_day=30), clock=None)
 
@@ -212,23 +228,70 @@ def test_only_what_people_hardly_know_where_that_is_asked(shop: Shop, bundle: Pa
     shop.run(later, scenarios=scenario_file(tmp_path, max_engagements=1.0))
 
 
-def test_of_many_half_are_near_the_person_and_everybody_has_a_chance(one: Shop, tmp_path: Path) -> None:
-    many = [f"{world}-new-{n:03}" for world in ("garden", "kitchen") for n in range(100)]
+class Unshown:
+    """Counts of a log in which nothing is."""
+
+    def follow(self, at_least: int = 0) -> int:
+        return at_least
+
+    def of(self, numbers: np.ndarray, upto: int) -> np.ndarray:
+        return np.zeros(len(numbers), np.int64)
+
+    def slots(self, scenario: str, day: int, upto: int) -> int:
+        return 0
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(1, 60), st.integers(0, 12))
+@settings(max_examples=100, deadline=None)
+def test_of_many_half_are_the_nearest_and_the_rest_a_draw(seed: int, limit: int, near: int) -> None:
+    items = [Item(id=f"i{n}") for n in range(200)]
+    table = ItemTable.of(items, {}, {}, [UNTIL] * 200)
+    now = moment(BehaviourState({"purchase": 1.0}), table, 0)
+    nearest = np.arange(50, 50 + near)
+    found = explorable(
+        Explore("home", limit, seed, 0, 10),
+        np.ones(200, bool),
+        now,
+        table,
+        Unshown(),  # type: ignore[arg-type]
+        0,
+        lambda mask, most: nearest[:most],
+    )
+    assert len(found.numbers) == len(set(found.numbers.tolist())) == limit
+    assert found.of == 200
+    wanted = table.item_numbers[nearest[: limit // 2]]
+    assert set(wanted.tolist()) <= set(found.numbers.tolist())
+
+
+@pytest.mark.usefixtures("counted_at_once")
+def test_pages_of_an_answer_agree_whatever_is_shown_meanwhile(shop: Shop, tmp_path: Path) -> None:
+    async def body(stub: Any) -> None:
+        await bring(stub, *NEW, now=datetime.now(UTC))
+        for n in range(6):
+            asked = pb.RecommendRequest(user_id=f"a{n}", page_size=6)
+            pages = [await stub.Recommend(asked)]
+            for _ in range(3):
+                await tried_one_by_one(stub, 2)
+                asked.page_token = pages[-1].next_page_token
+                pages.append(await stub.Recommend(asked))
+            shown = [i for page in pages for i in ids(page)]
+            assert len(shown) == len(set(shown)) == 24
+
+    shop.run(body, scenarios=scenario_file(tmp_path, showings=12), clock=None)
+
+
+def test_what_is_only_tried_fills_no_page_of_its_own(one: Shop, tmp_path: Path) -> None:
+    file = tmp_path / "scenarios.toml"
+    file.write_text('[similar]\nsources = ["graph"]\nexploration = { share = 0.1 }\n')
 
     async def body(stub: Any) -> None:
-        since = time_to(NOW - timedelta(days=1))
-        items = [
-            item_pb2.Item(id=i, title=f"{i.split('-')[0]} novelty {i}", available_from=since) for i in many
-        ]
-        await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
-        seen = Counter[str]()
-        for n in range(150):
-            asked = pb.RecommendRequest(session=session("garden-03"), page_size=4, user_id=f"u{n}")
-            seen.update(explored(await stub.Recommend(asked)))
-        assert len(seen) > 80
-        assert {i.split("-")[0] for i in seen} == {"garden", "kitchen"}
+        await bring(stub, *NEW)
+        page = await stub.SimilarItems(pb.SimilarItemsRequest(item_id="garden-03", page_size=40))
+        new = [item for item in page.items if item.item_id in NEW]
+        assert [item.item_id for item in new] == explored(page)
+        assert len(new) == len(page.items) // 10
 
-    one.run(body, scenarios=scenario_file(tmp_path))
+    one.run(body, scenarios=file)
 
 
 def test_strangers_do_not_all_see_one_list(shop: Shop, tmp_path: Path) -> None:
@@ -249,7 +312,7 @@ def test_strangers_do_not_all_see_one_list(shop: Shop, tmp_path: Path) -> None:
     shop.run(body, scenarios=file)
 
 
-def test_what_is_tried_depends_on_nobody_but_is_told_of(one: Shop) -> None:
+def test_what_is_tried_is_explained(one: Shop) -> None:
     async def body(stub: Any) -> None:
         await bring(stub, *NEW)
         visit = session("garden-01", "garden-03")

@@ -20,7 +20,8 @@ def trials(tried: np.ndarray, only: np.ndarray, seed: int) -> Trial:
 
 
 @st.composite
-def slates(draw: st.DrawFn) -> tuple[Slate, Rules, int]:
+def slates(draw: st.DrawFn, apart: bool = False) -> tuple[Slate, Rules, int]:
+    """A slate with rules and a depth; `apart` lets it have what is there for being tried alone."""
     ranked, filling = draw(st.integers(0, 12)), draw(st.integers(0, 6))
     count = ranked + filling
     scores = sorted(draw(st.lists(st.integers(-5, 5), min_size=ranked, max_size=ranked)), reverse=True)
@@ -38,8 +39,9 @@ def slates(draw: st.DrawFn) -> tuple[Slate, Rules, int]:
     outside = flags(count)
     outside[:ranked] = False
     tried = np.flatnonzero(flags(ranked))
+    only = flags(len(tried)) & apart
     slate = Slate(
-        trial=trials(tried, flags(len(tried)), draw(st.integers(0, 99))) if len(tried) else None,
+        trial=trials(tried, only, draw(st.integers(0, 99))) if len(tried) else None,
         scores=np.array(scores, np.float32),
         outside=outside,
         values=[np.array(draw(codes)).reshape(count, 2) for _ in caps],
@@ -76,7 +78,7 @@ def allowed(slate: Slate, rules: Rules, order: list[int], place: int, given_up: 
     if "filter" not in given_up and slate.outside[place]:
         return False
     least = 0.0 if "min_relevance" in given_up else rules.min_relevance
-    if least and (place >= ranked or relevance(slate.scores)[place] < least):
+    if least and (place >= ranked or slate.relevance()[place] < least):
         return False
     if "caps" in given_up:
         return True
@@ -159,36 +161,48 @@ def test_quotas_get_their_share_as_long_as_there_are_any(drawn: tuple[Slate, Rul
             assert got >= wanted - (len(rules.quotas) > 1) or not left
 
 
-@given(slates())
+@given(slates(apart=True), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_slots_for_trying_have_their_share_and_what_is_only_tried_takes_no_other(
-    drawn: tuple[Slate, Rules, int],
+    drawn: tuple[Slate, Rules, int], last: bool
 ) -> None:
     slate, rules, depth = drawn
     rules = replace(rules, quotas=(), relax=())
     slate = replace(slate, quotas=slate.quotas[:0])
-    found = arrange(slate, rules, depth)
+    found = arrange(slate, rules, depth, last=last)
     assert found is not None
     order, slots = found.places.tolist(), {draw.slot: draw for draw in found.draws}
-    assert slate.trial is not None or not slots
-    for at, place in enumerate(order):
+    tried = slate.trial.places.tolist() if slate.trial else []
+    apart = set(np.flatnonzero(slate.apart()).tolist())
+    for at, place in enumerate([*order, None]):
         possible = [p for p in range(len(slate.outside)) if p not in order[:at]]
         possible = [p for p in possible if allowed(slate, rules, order[:at], p, ())]
-        tried = slate.trial.places.tolist() if slate.trial else []
-        apart = {p for p, only in zip(tried, slate.trial.only, strict=True) if only} if slate.trial else set()
         before = sum(slot < at for slot in slots)
-        due = int(rules.exploration.share * (at + 1) + 1e-9) > before
-        assert (at in slots) == (due and any(p in tried for p in possible))
-        if at in slots:
+        due = int(rules.exploration.share * (at + 1) + 1e-9) > before and any(p in tried for p in possible)
+        if place is None:
+            assert at == depth or not (due or set(possible) - (set() if last else apart))
+        elif at in slots:
             draw = slots[at]
+            assert due
             assert place == tried[draw.drawn]
             assert {tried[n] for n in range(len(tried)) if n not in draw.left_out} == set(tried) & set(
                 possible
             )
             assert 0.2 / len(tried) <= draw.propensity <= 1
             assert "exploration" in found.moved[place]
-        elif place in apart:
-            assert set(possible) <= apart
+        else:
+            assert not due
+            assert place not in apart or (last and set(possible) <= apart)
+
+
+@given(slates(apart=True))
+@settings(max_examples=200, deadline=None)
+def test_the_rest_is_on_the_scale_of_what_would_be_there_without(drawn: tuple[Slate, Rules, int]) -> None:
+    slate, _, _ = drawn
+    own = ~slate.apart()
+    if own.any():
+        np.testing.assert_array_equal(slate.relevance()[own], relevance(slate.scores[own]))
+    assert ((slate.relevance() >= 0) & (slate.relevance() <= 1)).all()
 
 
 def plain(scores: list[float], **more: object) -> Slate:

@@ -3,23 +3,30 @@
 import asyncio
 import base64
 import json
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from google.protobuf.timestamp_pb2 import Timestamp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vitrine.catalog.v1 import served_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
 
+from services import deadline
 from services.errors import Unavailable
 from services.gateway import served_log as module
 from services.gateway.served_log import ServedLog
+from services.ranking import showings, tables
 from services.ranking.behaviour import BehaviourStore, Event, EventItem
 from services.ranking.served import Person, Served
 from services.wire import time_to
@@ -55,7 +62,7 @@ def behaviour(engine: sa.Engine, clock: Clock) -> Iterator[BehaviourStore]:
 
 
 def page(content: bytes, at: int, user: str = "", visitor: str = "", *explored: int) -> Served:
-    return Served(user, visitor, "home", at, content, explored)
+    return Served(f"{content!r} {at}", user, visitor, "home", at, content, explored)
 
 
 def pages(behaviour: BehaviourStore, user: str = "", visitor: str = "") -> list[bytes]:
@@ -103,16 +110,89 @@ def test_old_pages_go_the_oldest_first(behaviour: BehaviourStore, clock: Clock) 
     assert pages(behaviour, "ann") == [b"0", b"1", b"2"]
 
 
-def test_what_was_explored_is_counted_as_of_a_moment_and_by_day(engine: sa.Engine, clock: Clock) -> None:
+def test_a_page_that_is_sent_twice_is_kept_once(behaviour: BehaviourStore) -> None:
+    sent = [page(b"1", 5, "ann", "", 7), page(b"2", 6, "ann", "", 7)]
+    assert behaviour.served.write(sent[:1]).result() == 1
+    assert behaviour.served.write([*sent, *sent]).result() == 1
+    assert pages(behaviour, "ann") == [b"1", b"2"]
+    assert [row.number for row in behaviour.served.explored(0)] == [7, 7]
+
+
+def test_a_page_that_waits_while_its_person_is_forgotten_is_not_kept(
+    behaviour: BehaviourStore, clock: Clock
+) -> None:
+    at = int(clock.now.timestamp() * 1e6)
+    held = threading.Event()
+    behaviour._writer.submit(lambda connection: held.wait(30))
+    forgotten = behaviour.forget("ann", "phone")
+    late = behaviour.served.write([page(b"1", at, "ann"), page(b"2", at, "bob", "phone")])
+    held.set()
+    assert forgotten.result().pages == 0
+    assert late.result() == 1
+    assert pages(behaviour, "ann") == []
+    with behaviour._engine.connect() as connection:
+        [row] = connection.execute(tables.served.select()).all()
+    assert (row.user_id, row.visitor_id) == ("bob", "")  # the device was ann's before
+
+
+def test_what_was_explored_is_counted_as_of_a_place_in_the_log_and_by_day(
+    engine: sa.Engine, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(showings, "_FOLLOW_EVERY", 0.0)
     first, second = (BehaviourStore(engine, TYPES, clock) for _ in range(2))  # as two replicas
-    noon = (int(clock.now.timestamp() * 1e6) // DAY) * DAY + DAY // 2
-    first.served.write([page(b"", noon - DAY, "", "", 7), page(b"", noon, "", "", 7, 8)]).result()
-    second.served.write([page(b"", noon + 5, "", "", 8)]).result()
+    counts = [showings.Showings(store.served) for store in (first, second)]
+    today = int(clock.now.timestamp() * 1e6) // DAY
+    numbers = np.array([7, 8, 9])
+    first.served.write(
+        [page(b"a", (today - 1) * DAY, "", "", 7), page(b"b", today * DAY, "", "", 7, 8)]
+    ).result()
+    upto = [count.follow() for count in counts]
+    assert upto[0] == upto[1]
+    second.served.write([page(b"c", today * DAY + 5, "", "", 8)]).result()
+    for count in counts:
+        later = count.follow()
+        assert count.of(numbers, later).tolist() == [2, 2, 0]
+        assert count.of(numbers, upto[0]).tolist() == [2, 1, 0]
+        assert count.of(numbers, 0).tolist() == [0, 0, 0]
+        assert [count.slots("home", today - n, later) for n in range(3)] == [3, 1, 0]
+        assert count.slots("home", today, upto[0]) == 2
+        assert count.slots("other", today, later) == 0
+    assert first.expire_explored(clock.now - timedelta(days=0.5), 100).result() == 1
+    fresh = showings.Showings(first.served)
+    assert fresh.of(numbers, fresh.follow()).tolist() == [1, 2, 0]
     for store in (first, second):
-        assert store.served.explored("home", noon + 9) == ({7: 2, 8: 2}, 3)
-        assert store.served.explored("home", noon + 5) == ({7: 2, 8: 1}, 2)
-        assert store.served.explored("other", noon + 9) == ({7: 2, 8: 2}, 0)
         store.close()
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=8), st.data())
+@settings(max_examples=60, deadline=None)
+def test_counts_as_of_a_place_are_those_of_the_rows_up_to_it(
+    logged: list[list[int]], data: st.DataObject
+) -> None:
+    @dataclass
+    class Row:
+        sequence: int
+        number: int
+        scenario: str
+        at: int
+
+    class Log:
+        def __init__(self) -> None:
+            self.rows: list[Row] = []
+
+        def explored(self, after: int) -> list[Row]:
+            return [row for row in self.rows if row.sequence > after]
+
+    log = Log()
+    counted: Any = showings.Showings(log)  # type: ignore[arg-type]
+    for sequence, numbers in enumerate(logged, 1):
+        log.rows = [*log.rows, *(Row(sequence, n, "home", n * DAY) for n in sorted(set(numbers)))]
+        counted.follow(sequence)
+    upto, wanted = data.draw(st.integers(0, len(logged) + 1)), np.arange(7)
+    rows = [row for row in log.rows if row.sequence <= upto]
+    assert counted.of(wanted, upto).tolist() == [sum(row.number == n for row in rows) for n in wanted]
+    for day in range(6):
+        assert counted.slots("home", day, upto) == sum(row.number == day for row in rows)
 
 
 def request_of(token: str) -> Any:
@@ -193,9 +273,16 @@ def test_a_stop_loses_nothing_and_an_operator_may_want_no_log(one: Shop) -> None
     async def three(stub: Any) -> None:
         assert len(await kept(stub, 3, user_id="ann")) == 3
 
+    async def none(stub: Any) -> None:
+        async with asyncio.timeout(60):
+            while (await stub.ExportUser(pb.ExportUserRequest(user_id="ann"))).pages:
+                await asyncio.sleep(0.05)
+
     one.run(asks)
-    one.run(asks, served_days=0)
     one.run(three)
+    one.run(none, served_days=0)  # those that were kept go
+    one.run(asks, served_days=0)
+    one.run(none)
 
 
 def test_pages_wait_for_a_ranking_service_that_is_away_and_what_is_too_much_is_counted(
@@ -218,13 +305,58 @@ def test_pages_wait_for_a_ranking_service_that_is_away_and_what_is_too_much_is_c
         await log.flush()
         assert (arrived, dict(log.counts)) == ([], {"kept": 0, "lost": 2})
         away = False
-        running = asyncio.ensure_future(log.run())
-        await asyncio.sleep(0)
-        running.cancel()  # a stop hands on what is left
-        await asyncio.gather(running, return_exceptions=True)
+        await log.close()  # hands on what is left
         assert (arrived, dict(log.counts)) == (["0", "1", "2"], {"kept": 3, "lost": 2})
+        away = True
+        log.add(served_pb2.ServedPage(request_id="5"))
+        await log.close(0.2)
+        assert log.counts["lost"] == 3
 
     asyncio.run(body())
+
+
+def test_a_page_that_is_still_made_has_its_own_time_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:
+    arrived: list[str] = []
+
+    async def send(request: ranking_pb.LogPagesRequest) -> None:
+        arrived.extend(page.request_id for page in request.pages)
+
+    async def made(name: str) -> served_pb2.ServedPage:
+        await asyncio.sleep(0.1)
+        if name == "bad":
+            raise RuntimeError("cannot be made")
+        return served_pb2.ServedPage(request_id=name)
+
+    async def body() -> None:
+        log = ServedLog(send)
+        with deadline.within(0.01):  # of the call that it is made beside
+            log.beside(made("good"))
+            log.beside(made("bad"))
+        await log.close()
+        assert (arrived, dict(log.counts)) == (["good"], {"kept": 1, "lost": 1})
+
+    asyncio.run(body())
+    assert "cannot be made" in caplog.text
+
+
+def test_without_a_log_what_was_explored_is_counted_all_the_same() -> None:
+    arrived: list[served_pb2.ServedPage] = []
+
+    async def send(request: ranking_pb.LogPagesRequest) -> None:
+        arrived.extend(request.pages)
+
+    async def body() -> None:
+        log = ServedLog(send, keep=False)
+        drawn = served_pb2.Exploring(draws=[served_pb2.Draw(drawn=0)], item_numbers=[5])
+        log.add(served_pb2.ServedPage(request_id="r", user_id="ann", item_ids=["a"]))
+        log.add(served_pb2.ServedPage(request_id="r", user_id="ann", item_ids=["a"], exploring=drawn))
+        await log.close()
+
+    asyncio.run(body())
+    [page] = arrived
+    assert page.exploring.item_numbers == [5]
+    assert not (page.user_id or page.item_ids)
+    assert page.request_id not in ("", "r")
 
 
 def test_wrong_pages_are_refused_by_name(bundle: Path, tmp_path: Path) -> None:
@@ -232,11 +364,14 @@ def test_wrong_pages_are_refused_by_name(bundle: Path, tmp_path: Path) -> None:
     drawn = served_pb2.Exploring(draws=[served_pb2.Draw(drawn=2)], item_numbers=[5])
     wrong = {
         "pages": ranking_pb.LogPagesRequest(),
-        "pages[1].user_id": ranking_pb.LogPagesRequest(pages=[made(), made(user_id="a b")]),
-        "pages[0].served_at": ranking_pb.LogPagesRequest(pages=[made(served_at=Timestamp(nanos=-1))]),
-        "pages[0].exploring.draws": ranking_pb.LogPagesRequest(pages=[made(exploring=drawn)]),
+        "pages[1].user_id": ranking_pb.LogPagesRequest(pages=[made(request_id="r"), made(user_id="a b")]),
+        "pages[0].request_id": ranking_pb.LogPagesRequest(pages=[made()]),
+        "pages[0].served_at": ranking_pb.LogPagesRequest(
+            pages=[made(request_id="r", served_at=Timestamp(nanos=-1))]
+        ),
+        "pages[0].exploring.draws": ranking_pb.LogPagesRequest(pages=[made(request_id="r", exploring=drawn)]),
         "item_numbers": ranking_pb.LogPagesRequest(
-            pages=[made(exploring=served_pb2.Exploring(item_numbers=[2**63]))]
+            pages=[made(request_id="r", exploring=served_pb2.Exploring(item_numbers=[2**63]))]
         ),
     }
 

@@ -36,7 +36,7 @@ class Assortment:
         if arranged is None:
             more = self._filling(wish, retrieved, ranked.numbers)
             slate = self._slate(wish, retrieved, ranked, more)
-            arranged = arrange(slate, wish.rules, depth)
+            arranged = arrange(slate, wish.rules, depth, last=True)
         assert arranged is not None  # noqa: S101 - there is no more
         numbers = [*ranked.numbers, *more]
         scores = [*ranked.scores, *[0.0] * len(more)]
@@ -63,7 +63,8 @@ class Assortment:
             draws=arranged.draws,
             pool=pool,
             propensities={pool[draw.drawn]: draw.propensity for draw in arranged.draws},
-            relevances=relevance(slate.scores)[slate.trial.places].tolist() if slate.trial else (),
+            relevances=slate.relevance()[slate.trial.places].tolist() if slate.trial else (),
+            explored_upto=retrieved.explorable.upto if retrieved else 0,
         )
 
     def of_quota(
@@ -195,7 +196,10 @@ class Assortment:
 
 def _stranger(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> bool:
     """Whether nothing is known of who asks."""
-    return not wish.person.session and (retrieved is None or not retrieved.history.item_numbers)
+    person = wish.person
+    named = bool(person.user_id or person.visitor_id)
+    past = named if retrieved is None else bool(retrieved.history.item_numbers)
+    return not person.session and not past
 
 
 def _lots(wish: Wish, numbers: Sequence[int]) -> np.ndarray:
@@ -214,13 +218,16 @@ def _trial(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Or
         return None
     numbers = [found.item_numbers[at] for at in held]
     places = np.array([place_of[number] for number in numbers], np.int64)
-    expected = expectation(relevance(np.array(ranked.scores, np.float32))[places])
+    only = np.array([set(sources[number]) == {"explore"} for number in numbers], bool)
+    apart = np.zeros(len(ranked.numbers), bool)
+    apart[places[only]] = True
+    expected = expectation(relevance(np.array(ranked.scores, np.float32), apart)[places])
     if ranked.probabilities:  # of the strongest event that they are known of
         known = next(iter(ranked.probabilities.values()))
         expected = np.array([known.get(number, np.nan) for number in numbers])
     return trial(
         places,
-        np.array([set(sources[number]) == {"explore"} for number in numbers], bool),
+        only,
         np.array(found.showings, np.float64)[held],
         np.array(found.engagements, np.float64)[held],
         np.nan_to_num(expected),

@@ -17,28 +17,31 @@ class Breaker:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures, self._pause, self._until = 0, _FIRST_PAUSE, 0.0
+        self._failures, self._pause, self._until, self._trying = 0, _FIRST_PAUSE, 0.0, False
 
     def wait(self) -> float:
         """Seconds for which it is left alone; 0 lets the caller through, who then tells what came of it."""
-        left = self._until - self._clock()
         if self._failures < _FAILURES:
             return 0.0
-        if left > 0:
+        if (left := self._until - self._clock()) > 0:
             return left
-        self._until = self._clock() + self._pause  # others wait for what this one finds
+        self._until, self._trying = self._clock() + self._pause, True  # others wait for what this one finds
         return 0.0
 
     def succeeded(self) -> None:
         """It answered, be it with an error of the caller's."""
-        self._failures, self._pause, self._until = 0, _FIRST_PAUSE, 0.0
+        self._failures, self._pause, self._until, self._trying = 0, _FIRST_PAUSE, 0.0, False
 
     def failed(self, seconds: float) -> None:
         """It was away, or did not answer in `seconds`: too few of them prove nothing."""
         if seconds < _PATIENCE:
             return
-        self._failures += 1
-        if self._failures > _FAILURES:
+        if self._failures < _FAILURES:
+            self._failures += 1
+            if self._failures < _FAILURES:
+                return
+        elif self._trying:
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        if self._failures >= _FAILURES:
-            self._until = self._clock() + self._pause
+        else:
+            return  # it was on its way before
+        self._until, self._trying = self._clock() + self._pause, False

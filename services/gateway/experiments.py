@@ -54,7 +54,7 @@ class Experiment:
 class Assigned:
     """By which scenario a request is served, as whose arm, and what is made beside it and not shown.
 
-    `rival` is the other arm of an interleaved page, and `arm` the first.
+    `rival` is the other arm of an interleaved page, and `arm` the first; `place` is that of `arm` among all.
     """
 
     scenario: str
@@ -62,6 +62,12 @@ class Assigned:
     arm: Arm | None = None
     rival: Arm | None = None
     shadows: tuple[Arm, ...] = ()
+    place: int = 0
+
+    @property
+    def arms(self) -> tuple[Arm, ...]:
+        """Every arm that has to do with the request."""
+        return tuple(arm for arm in (self.arm, self.rival, *self.shadows) if arm)
 
     @property
     def alone(self) -> str:
@@ -88,7 +94,7 @@ def assigned(experiment: Experiment | None, scenario: str, person: str) -> Assig
         chosen -= arm.weight
         if chosen < 0:
             break
-    return Assigned(arm.scenario, experiment.name, arm)
+    return Assigned(arm.scenario, experiment.name, arm, place=arms.index(arm))
 
 
 def unit(salt: str, text: str) -> float:
@@ -123,6 +129,7 @@ def interleaved(both: tuple[Ordered, Ordered], names: tuple[str, str], depth: in
         candidates=candidates,
         degraded=[*first.degraded, *(line for line in second.degraded if line not in first.degraded)],
         moved={**second.moved, **first.moved},
+        left_out=sorted(set(first.left_out) & set(second.left_out)),
         arms=[chosen[number] for number in numbers],
     )
 
@@ -133,9 +140,11 @@ def _both(first: _Scores, second: _Scores) -> _Scores:
 
 def experiment_from(name: str, message: pb.Experiment, known: Mapping[str, Rules]) -> Experiment:
     """The experiment, checked against the rules of the `known` scenarios; InvalidArgument names the field."""
-    arms = tuple(_arm(arm, message.scenario, at, known) for at, arm in enumerate(message.arms))
+    if not _NAME.fullmatch(name):
+        raise InvalidArgument.of("name", "must be 1 to 64 letters, digits, - and _")
     if message.scenario not in known:
         raise InvalidArgument.of("scenario", f"{message.scenario!r} is no scenario of this server")
+    arms = tuple(_arm(arm, message.scenario, at, known) for at, arm in enumerate(message.arms))
     least, most = (2, 2) if message.kind == pb.EXPERIMENT_KIND_INTERLEAVE else (2, _MOST_ARMS)
     if not least <= len(arms) <= most:
         raise InvalidArgument.of("arms", f"has {len(arms)}, {least} to {most} are allowed")

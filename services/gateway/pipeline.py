@@ -8,6 +8,7 @@ bundle's popularity for retrieval, and `degraded` says so.
 import asyncio
 import math
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,6 @@ _CODES: dict[type[VitrineError], pb.DegradationCode.ValueType] = {
     FailedPrecondition: pb.DEGRADATION_CODE_NOT_READY,
     Unavailable: pb.DEGRADATION_CODE_UNAVAILABLE,
 }
-_EMBEDDING, _RANKING = "embedding", "ranking"
 _SOURCES = {
     ranking_pb.SOURCE_GRAPH: "graph",
     ranking_pb.SOURCE_POPULAR: "popular",
@@ -96,7 +96,7 @@ class Pipeline:
         self._embedding, self._ranking, self.table = embedding, ranking, table
         self._popular, self.bundle, self._limits = popular, bundle, limits or Limits()
         self._assortment = Assortment(table, popular)
-        self._breakers = {_EMBEDDING: Breaker(), _RANKING: Breaker()}
+        self._breakers = defaultdict[str, Breaker](Breaker)
 
     async def run(self, wish: Wish) -> Ordered:
         """All candidates in the order they should be shown."""
@@ -123,9 +123,10 @@ class Pipeline:
             told(len(candidates.sources))
         with _timed("allow", stages) as told:
             kept = self._assortment.allowed(wish, retrieved, list(candidates.sources))
-            if not kept and wish.items is None:
-                kept = self._assortment.allowed(wish, retrieved, self._popular.tolist())
-                candidates.add("popular", kept, [1.0 / place for place in range(1, len(kept) + 1)])
+            if wish.items is None and all(candidates.sources[n].keys() == {"explore"} for n in kept):
+                popular = self._assortment.allowed(wish, retrieved, self._popular.tolist())
+                candidates.add("popular", popular, [1.0 / place for place in range(1, len(popular) + 1)])
+                kept = list(dict.fromkeys([*popular, *kept]))
             told(len(kept))
         with _timed("rank", stages) as told:
             ranked = await self._order(wish, retrieved, kept, candidates, degraded, budget)
@@ -205,7 +206,7 @@ class Pipeline:
     ) -> dict[str, str]:
         """The titles of at most 1000 items, by their ids; of those that cannot be had none."""
         get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=item_ids))
-        items = await self._attempt(stage, get, self._seconds(), degraded, _EMBEDDING)
+        items = await self._attempt(stage, get, self._seconds(), degraded)
         return {record.item.id: record.item.title for record in (items.items if items else ())}
 
     async def search(
@@ -214,7 +215,7 @@ class Pipeline:
         """A search of a caller's own, or None and a line in `degraded`."""
         seconds = self._seconds() * self._limits.retrieval_share
         found = self._embedding.search(request)
-        return await self._attempt("search", found, seconds, degraded, _EMBEDDING)
+        return await self._attempt("search", found, seconds, degraded)
 
     def some_may_be_shown(self, wish: Wish) -> bool:
         """Whether anything may be, for all that is known before the person's purchases are; blocks."""
@@ -226,15 +227,11 @@ class Pipeline:
         return self._limits.budget if left is None else left
 
     async def _attempt(
-        self,
-        stage: str,
-        call: Awaitable[T],
-        seconds: float,
-        degraded: list[pb.Degradation],
-        neighbour: str = _RANKING,
+        self, stage: str, call: Awaitable[T], seconds: float, degraded: list[pb.Degradation]
     ) -> T | None:
         """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error."""
-        breaker = self._breakers[neighbour]
+        breaker, left = self._breakers[stage], deadline.remaining()
+        seconds = seconds if left is None else min(seconds, left)
         if pause := breaker.wait():
             _drop(call)
             why = f"it failed so often that it is not asked for another {pause:.1f} s"
@@ -278,7 +275,7 @@ class Pipeline:
         groups = self._groups(wish, retrieved) if wanted.intersection(_SPACES.values()) else []
         if groups:
             search = self._search(wish, retrieved, groups)
-            searched = await self._attempt("search", search, seconds, degraded, _EMBEDDING)
+            searched = await self._attempt("search", search, seconds, degraded)
             for result in searched.results if searched else ():
                 if _SPACES[result.space] in wanted:
                     candidates.add(_SPACES[result.space], result.item_numbers, result.scores)
@@ -408,6 +405,7 @@ def _explore(wish: Wish) -> ranking_pb.Explore:
         showings=explored.showings,
         per_day=explored.per_day,
         max_engagements=explored.max_engagements,
+        upto=wish.explored_upto,
     )
 
 

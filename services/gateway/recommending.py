@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from vitrine.catalog.v1 import event_pb2, served_pb2
@@ -17,10 +17,11 @@ from services.gateway.asking import both_filters, digest, numbers_of, person_key
 from services.gateway.experiments import Arm, Assigned, interleaved
 from services.gateway.masks import keep, tree_of
 from services.gateway.pipeline import Pipeline, person_of
-from services.gateway.scenarios import HOME, SIMILAR, Scenarios
+from services.gateway.scenarios import HOME, SIMILAR, Known, Scenarios
 from services.gateway.sentences import LANGUAGES
 from services.gateway.served_log import ServedLog, page_of
 from services.gateway.tokens import Tokens
+from services.gateway.why_not import Answer
 from services.gateway.wish import Ordered, Wish
 
 MAX_PAGE = 500
@@ -35,7 +36,9 @@ class Place:
     as_of: datetime
     person: str
     assigned: Assigned
-    degraded: Sequence[pb.Degradation]
+    degraded: Sequence[pb.Degradation] = ()
+    known: Known | None = None
+    explored_upto: int | None = None
 
 
 class Recommending:
@@ -65,12 +68,12 @@ class Recommending:
         as_of, chosen = place.as_of, place.assigned
         page = slice(place.start, place.start + size)
         mask = tree_of(request.read_mask.paths, pb.RecommendResponse.DESCRIPTOR)
-        wish = wish_of(request, self._scenarios.find(chosen.scenario), as_of, page.stop + 1)
+        wish = self._wish(request, place, chosen.scenario, page.stop + 1)
         pipeline = self._by(chosen.arm)
         if request.validate_only:
             return pb.RecommendResponse(versions=versions_of(pipeline, as_of, 0), request_id=request_id)
         await self._wait_for(request.min_sequence)
-        ordered = await self._run(request, chosen, wish)
+        ordered = await self._run(request, place, wish)
         degraded, left_out = [*place.degraded, *ordered.degraded], set(ordered.left_out)
         items = self.items(ordered, page, pipeline)
         if request.include_reasons:
@@ -93,6 +96,7 @@ class Recommending:
                 "h": digest(request),
                 "x": chosen.mark,
                 "b": pipeline.bundle,
+                "l": ordered.explored_upto,
             }
             if not person_key(request, ""):
                 content["u"] = place.person
@@ -110,12 +114,12 @@ class Recommending:
             size = wire.check_limit(asked.page_size, MAX_PAGE, "page_size", DEFAULT_PAGE)
             place = self._page(asked, asked.request_id or uuid.uuid4().hex, now)
             depth = place.start + size
-            wish = wish_of(asked, self._scenarios.find(place.assigned.scenario), place.as_of, depth)
+            wish = self._wish(asked, place, place.assigned.scenario, depth)
         except InvalidArgument as error:
             raise error.under("request") from None
         await self._wait_for(asked.min_sequence)
         number = item_number(request.item_id)
-        answer, ordered = await self._by(place.assigned.arm).why(wish, number)
+        answer, ordered = await self._why(asked, place, wish, number)
         response = pb.ExplainItemResponse(
             standing=answer.standing,
             message=answer.message,
@@ -161,7 +165,7 @@ class Recommending:
         ordered = await self.pipeline.run(wish)
         items, request_id = self.items(ordered, slice(0, size), self.pipeline), uuid.uuid4().hex
         asked = pb.RecommendRequest(scenario=SIMILAR)
-        place = Place(0, now, "", Assigned(SIMILAR), ())
+        place = Place(0, now, "", Assigned(SIMILAR))
         self.log(asked, ordered, items, request_id, place, now)
         return pb.SimilarItemsResponse(
             items=items,
@@ -172,37 +176,65 @@ class Recommending:
 
     def _page(self, request: pb.RecommendRequest, request_id: str, now: datetime) -> Place:
         """Where the page begins, with the moment and the arm that all pages of an answer share."""
-        start, as_of, person = 0, now, person_key(request, request_id)
-        content, degraded = None, []
-        if request.page_token:
-            content = self._tokens.read("page", request.page_token, now, "page_token")
-            if content["h"] != digest(request):
-                why = "belongs to another request; only page_size may change"
-                raise InvalidArgument.of("page_token", why)
-            start, as_of = content["o"], datetime.fromisoformat(content["a"])
-            person = content.get("u", person)
-        chosen = self._scenarios.assigned(request.scenario, person)
-        pipeline = self._by(chosen.arm)
-        if chosen.arm and chosen.arm.bundle not in ("", pipeline.bundle):
-            degraded.append(_not_served(chosen.arm.bundle))
-        if content is not None and content["x"] != chosen.mark:
+        known, person = self._scenarios.known, person_key(request, request_id)
+        if not request.page_token:
+            chosen = _chosen(known, request, person)
+            return Place(0, now, person, chosen, self._not_served(chosen), known)
+        content = self._tokens.read("page", request.page_token, now, "page_token")
+        if content["h"] != digest(request):
+            raise InvalidArgument.of("page_token", "belongs to another request; only page_size may change")
+        person = content.get("u", person)
+        chosen = _chosen(known, request, person)
+        if content.get("x", "") != chosen.mark:
             raise InvalidArgument.of("page_token", "is of an experiment that has changed; begin again")
-        if content is not None and content["b"] != pipeline.bundle:
+        degraded, bundle = self._not_served(chosen), self._by(chosen.arm).bundle
+        if content.get("b", bundle) != bundle:
             degraded.append(_bundle_changed(content["b"]))
-        return Place(start, as_of, person, chosen, degraded)
+        as_of = datetime.fromisoformat(content["a"])
+        return Place(content["o"], as_of, person, chosen, degraded, known, content.get("l"))
+
+    def _wish(self, request: pb.RecommendRequest, place: Place, scenario: str, depth: int) -> Wish:
+        known = place.known or self._scenarios.known
+        wish = wish_of(request, known.find(scenario), place.as_of, depth)
+        return replace(wish, explored_upto=place.explored_upto)
 
     def _by(self, arm: Arm | None) -> Pipeline:
         """The pipeline of an arm's bundle, or of the newest."""
         return self.pipelines.get(arm.bundle, self.pipeline) if arm else self.pipeline
 
-    async def _run(self, request: pb.RecommendRequest, chosen: Assigned, wish: Wish) -> Ordered:
+    def _not_served(self, chosen: Assigned) -> list[pb.Degradation]:
+        """A line for each bundle that an arm names and that is not there."""
+        there = {"", self.pipeline.bundle, *self.pipelines}
+        return [_not_served(bundle) for bundle in sorted({arm.bundle for arm in chosen.arms} - there)]
+
+    async def _run(self, request: pb.RecommendRequest, place: Place, wish: Wish) -> Ordered:
         """What is shown of a request, by the arm or arms that serve it."""
-        pipeline = self._by(chosen.arm)
-        if chosen.rival is None or chosen.arm is None:
-            return await pipeline.run(wish)
-        other = wish_of(request, self._scenarios.find(chosen.rival.scenario), wish.as_of, wish.depth)
-        both = await asyncio.gather(pipeline.run(wish), self._by(chosen.rival).run(other))
-        return interleaved(both, (chosen.arm.name, chosen.rival.name), wish.depth, wish.seed)
+        arm, rival = place.assigned.arm, place.assigned.rival
+        if arm is None or rival is None:
+            return await self._by(arm).run(wish)
+        other = self._wish(request, place, rival.scenario, wish.depth)
+        both = await asyncio.gather(self._by(arm).run(wish), self._by(rival).run(other))
+        return interleaved(both, (arm.name, rival.name), wish.depth, wish.seed)
+
+    async def _why(
+        self, request: pb.RecommendRequest, place: Place, wish: Wish, number: int
+    ) -> tuple[Answer, Ordered]:
+        """What became of an item; of a page of two arms by the one that has it as a candidate."""
+        arm, rival = place.assigned.arm, place.assigned.rival
+        answer, ordered = await self._by(arm).why(wish, number)
+        if rival is None:
+            return answer, ordered
+        other = self._wish(request, place, rival.scenario, wish.depth)
+        second, of_second = await self._by(rival).why(other, number)
+        if second.ranked and not answer.ranked:
+            answer, ordered = second, of_second
+        shown = (await self._run(request, place, wish)).numbers[: wish.depth]
+        if number in shown:
+            where = shown.index(number) + 1
+            answer = Answer(pb.STANDING_SHOWN, f"is shown in place {where}", where, answer.ranked)
+        elif answer.standing == pb.STANDING_SHOWN:
+            answer = Answer(pb.STANDING_RANKED_LOWER, "others of both arms come first", 0, answer.ranked)
+        return answer, ordered
 
     def log(
         self,
@@ -221,24 +253,24 @@ class Recommending:
         logged.request_id, logged.scenario = request_id, request.scenario or HOME
         logged.served_at.CopyFrom(wire.time_to(now))
         logged.bundle = self._by(chosen.arm).bundle
-        logged.experiment, logged.arm = chosen.experiment, chosen.alone
+        logged.experiment, logged.arm, logged.arm_place = chosen.experiment, chosen.alone, chosen.place
         self._served.add(logged)
-        for arm in chosen.shadows:
-            self._served.beside(self._shadow(request, logged, arm, place.as_of))
+        for at, arm in enumerate(chosen.shadows, 1):
+            self._served.beside(self._shadow(request, logged, arm, at, place))
 
     async def _shadow(
-        self, request: pb.RecommendRequest, shown: served_pb2.ServedPage, arm: Arm, as_of: datetime
+        self, request: pb.RecommendRequest, shown: served_pb2.ServedPage, arm: Arm, at: int, place: Place
     ) -> served_pb2.ServedPage:
-        """The page that another arm would have shown."""
+        """The page that another arm, at a place among all, would have shown."""
         page = slice(shown.start, shown.start + len(shown.item_ids))
-        wish = wish_of(request, self._scenarios.find(arm.scenario), as_of, page.stop + 1)
+        wish = self._wish(request, place, arm.scenario, page.stop + 1)
         pipeline = self._by(arm)
         ordered = await pipeline.run(wish)
         made = page_of(request, ordered, self.items(ordered, page, pipeline), page.start)
         for field in ("request_id", "scenario", "experiment"):
             setattr(made, field, getattr(shown, field))
         made.served_at.CopyFrom(shown.served_at)
-        made.shadow, made.arm, made.bundle = True, arm.name, pipeline.bundle
+        made.shadow, made.arm, made.arm_place, made.bundle = True, arm.name, at, pipeline.bundle
         return made
 
     def _exists(self, item_id: str, now: datetime) -> bool:
@@ -256,6 +288,14 @@ class Recommending:
     def items(self, ordered: Ordered, page: slice, pipeline: Pipeline) -> list[pb.Recommendation]:
         """The items of a page."""
         return items_of(ordered, page, (self.pipeline.table, pipeline.table))
+
+
+def _chosen(known: Known, request: pb.RecommendRequest, person: str) -> Assigned:
+    """Who serves a request; rules of its own that hold for a page keep it out of one that two arms share."""
+    chosen, own = known.assigned(request.scenario, person), request.rules
+    if chosen.rival and (own.caps or own.quotas or request.exploration):
+        return Assigned(request.scenario or HOME)
+    return chosen
 
 
 def _assignment(chosen: Assigned) -> pb.Assignment | None:

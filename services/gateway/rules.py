@@ -110,6 +110,17 @@ class Slate:
     trial: Trial | None = None
     lots: np.ndarray | None = None
 
+    def apart(self) -> np.ndarray:
+        """What is there for being tried alone, bool (C,)."""
+        found = np.zeros(len(self.scores), bool)
+        if self.trial is not None:
+            found[self.trial.places[self.trial.only]] = True
+        return found
+
+    def relevance(self) -> np.ndarray:
+        """Of what was ranked from the worst candidate, 0, to the best, 1, float32 (C,)."""
+        return relevance(self.scores, self.apart())
+
 
 @dataclass(frozen=True)
 class Arranged:
@@ -121,43 +132,49 @@ class Arranged:
     draws: tuple[Draw, ...] = ()
 
 
-def relevance(scores: np.ndarray) -> np.ndarray:
-    """Scores from the worst candidate, 0, to the best, 1: float32 (C,). Where all are equal they are best."""
-    known = scores[np.isfinite(scores)]
+def relevance(scores: np.ndarray, apart: np.ndarray | None = None) -> np.ndarray:
+    """Scores from the worst candidate, 0, to the best, 1: float32 (C,). Where all are equal they are best.
+
+    What is `apart`, bool (C,), is no candidate: it is on the others' scale, at its ends where it is beyond.
+    """
+    measured = np.isfinite(scores) if apart is None else np.isfinite(scores) & ~apart
+    known = scores[measured] if measured.any() else scores[np.isfinite(scores)]
     if not len(known):
         return np.zeros(len(scores), np.float32)
     span = float(np.ptp(known))
-    part = (scores - known.min()) / span if span else np.ones(len(scores))
-    return np.where(np.isfinite(scores), part, 0).astype(np.float32)
+    part = (scores - known.min()) / span if span else (scores >= known.min()).astype(np.float32)
+    return np.where(np.isfinite(scores), np.clip(part, 0, 1), 0).astype(np.float32)
 
 
-def arrange(slate: Slate, rules: Rules, depth: int, *, more: bool = False) -> Arranged | None:
+def arrange(
+    slate: Slate, rules: Rules, depth: int, *, more: bool = False, last: bool = False
+) -> Arranged | None:
     """The first `depth` slots, or fewer where the rules leave no more.
 
     None where there is `more` to fill with, which the slate lacks, and a slot needs it: so what a slot holds
-    depends neither on `depth` nor on when the rest was brought.
+    depends neither on `depth` nor on when the rest was brought. What is there for being tried alone takes
+    other slots where all else is used up, and as a `last` resort only.
     """
     page = _Page(slate, rules)
     while len(page.chosen) < depth:
         allowed, given_up = page.allowed()
-        if more and (allowed is None or given_up):
-            return None
-        if allowed is None:
-            break
-        quota, lacking = page.quota(allowed)
-        if quota is not None:
-            allowed = allowed & slate.quotas[quota]
-        drawn = page.drawn(allowed) if quota is None else None
-        usual = allowed & ~page.apart
-        if more and (lacking or (drawn is None and not usual.any())):
-            return None
-        page.relaxed.update(given_up)
+        quota, lacking = (None, False) if allowed is None else page.quota(allowed)
+        drawn = page.drawn() if quota is None else None
         if drawn is not None and slate.trial:
+            if more and lacking:
+                return None
             page.draws.append(drawn)
             page.take(int(slate.trial.places[drawn.drawn]), "exploration")
-        else:
-            best = page.best(usual if usual.any() else allowed)
-            page.take(best, *(["quota"] if quota is not None else []))
+            continue
+        if more and (allowed is None or given_up or lacking):
+            return None
+        if allowed is None and last:
+            allowed, given_up = page.allowed(last=True)
+        if allowed is None:
+            break
+        page.relaxed.update(given_up)
+        among = allowed if quota is None else allowed & slate.quotas[quota]
+        page.take(page.best(among), *(["quota"] if quota is not None else []))
     relaxed = tuple(n for n in rules.relax if n in page.relaxed)
     return Arranged(np.array(page.chosen, np.int64), page.moved, relaxed, tuple(page.draws))
 
@@ -168,7 +185,7 @@ class _Page:
     def __init__(self, slate: Slate, rules: Rules) -> None:
         self._slate, self._rules = slate, rules
         ranked, count = len(slate.scores), len(slate.outside)
-        plain = relevance(slate.scores)
+        plain = slate.relevance()
         sunk = 1 - np.exp2(-slate.shown / _SHOWINGS) if rules.rotation else np.zeros(ranked)
         # Below any candidate, whatever lifts the one and sinks the other, in their own order.
         filling = -5 - np.arange(count - ranked, dtype=np.float32) / max(count - ranked, 1)
@@ -181,17 +198,19 @@ class _Page:
         self._near = np.concatenate([np.zeros(ranked, np.float32), np.ones(count - ranked, np.float32)])
         self._caps = [_Window(cap, values) for cap, values in zip(rules.caps, slate.values, strict=True)]
         self._filled = [0] * len(rules.quotas)
-        self.apart = np.zeros(count, bool)
-        if slate.trial is not None:
-            self.apart[slate.trial.places[slate.trial.only]] = True
+        self._usual = ~np.concatenate([slate.apart(), np.zeros(count - ranked, bool)])
         self.chosen: list[int] = []
         self.moved: dict[int, tuple[str, ...]] = {}
         self.relaxed: set[str] = set()
         self.draws: list[Draw] = []
 
-    def allowed(self) -> tuple[np.ndarray | None, tuple[str, ...]]:
-        """What may come next, bool (C + F,), and the rules given up for there to be any; None: nothing."""
-        return _allowed(self._left, self._caps, self._poor, self._slate.outside, self._rules.relax)
+    def allowed(self, *, last: bool = False) -> tuple[np.ndarray | None, tuple[str, ...]]:
+        """What may come next, bool (C + F,), and the rules given up for there to be any; None: nothing.
+
+        What is there for being tried alone is not among it, but as a `last` resort.
+        """
+        left = self._left if last else self._left & self._usual
+        return _allowed(left, self._caps, self._poor, self._slate.outside, self._rules.relax)
 
     def quota(self, allowed: np.ndarray) -> tuple[int | None, bool]:
         """The quota that the next slot is for, and whether one whose items can be brought lacks them."""
@@ -202,12 +221,13 @@ class _Page:
         lacking = any(self._rules.quotas[n].condition is not None and not there[n] for n in due)
         return next((n for n in due if there[n]), None), lacking
 
-    def drawn(self, allowed: np.ndarray) -> Draw | None:
-        """What is tried in the next slot, where that is for trying something."""
+    def drawn(self) -> Draw | None:
+        """What is tried in the next slot, where that is for trying something; no rule is given up for it."""
         due = int(self._rules.exploration.share * (len(self.chosen) + 1) + 1e-9)
         if self._slate.trial is None or len(self.draws) >= due:
             return None
-        return self._slate.trial.draw(len(self.chosen), allowed)
+        allowed, _ = _allowed(self._left, self._caps, self._poor, self._slate.outside, ())
+        return None if allowed is None else self._slate.trial.draw(len(self.chosen), allowed)
 
     def best(self, allowed: np.ndarray) -> int:
         """The place of the best that is allowed."""

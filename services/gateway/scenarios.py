@@ -59,6 +59,27 @@ class Scenario:
     locked: bool = False
 
 
+@dataclass(frozen=True)
+class Known:
+    """Scenarios and experiments of one moment."""
+
+    scenarios: Mapping[str, Scenario]
+    experiments: Sequence[Experiment]
+
+    def find(self, name: str) -> Scenario:
+        """The scenario of that name, "home" for none; NotFound."""
+        found = self.scenarios.get(name or HOME)
+        if found is None:
+            raise NotFound("scenario", name)
+        return found
+
+    def assigned(self, name: str, person: str) -> Assigned:
+        """By which scenario and arm a request is served, `person` being whatever tells people apart."""
+        scenario = name or HOME
+        experiment = next((e for e in self.experiments if e.scenario == scenario), None)
+        return assigned(experiment, scenario, person)
+
+
 class Scenarios:
     """The scenarios of a server, those of `path` in place of built-in ones of the same name.
 
@@ -70,18 +91,14 @@ class Scenarios:
         self._path, self._seen, self._wrong = path, b"", ""
         self._known = _read(self._look())
 
-    def assigned(self, name: str, person: str) -> Assigned:
-        """By which scenario and arm a request is served, `person` being whatever tells people apart."""
-        scenario = name or HOME
-        experiment = next((e for e in self._known.experiments if e.scenario == scenario), None)
-        return assigned(experiment, scenario, person)
+    @property
+    def known(self) -> "Known":
+        """Those of this moment, whatever is taken up meanwhile."""
+        return self._known
 
     def find(self, name: str) -> Scenario:
         """The scenario of that name, "home" for none; NotFound."""
-        found = self._known.scenarios.get(name or HOME)
-        if found is None:
-            raise NotFound("scenario", name)
-        return found
+        return self._known.find(name)
 
     def reload(self) -> bool:
         """Take up the file where it has changed; whether it has. One that is wrong changes nothing."""
@@ -119,13 +136,7 @@ class Scenarios:
         return self._seen
 
 
-@dataclass(frozen=True)
-class _Known:
-    scenarios: Mapping[str, Scenario]
-    experiments: Sequence[Experiment]
-
-
-def _read(content: bytes) -> _Known:
+def _read(content: bytes) -> Known:
     try:
         stated = tomllib.loads(content.decode())
     except (ValueError, RecursionError) as error:  # of the encoding or of TOML
@@ -152,7 +163,7 @@ def _read(content: bytes) -> _Known:
         if twice := next((e.name for e in experiments if e.scenario == one.scenario), ""):
             raise InvalidArgument.of(f"{where}.scenario", f"is that of {twice!r} already")
         experiments.append(one)
-    return _Known(found, experiments)
+    return Known(found, experiments)
 
 
 def _message(table: object, message: _Message, where: str) -> _Message:

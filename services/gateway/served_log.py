@@ -4,9 +4,11 @@ What does not fit is lost and counted; what the ranking service cannot take now 
 """
 
 import asyncio
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
 from typing import Any
 
 from vitrine.catalog.v1 import served_pb2
@@ -19,7 +21,7 @@ from services.errors import VitrineError
 from services.gateway.wish import Ordered
 
 _MOST = 10_000
-_AT_ONCE = 500
+_AT_ONCE = 50  # a larger message would hold the event loop
 _MOST_MADE = 8
 _EVERY = 0.25
 _PATIENCE = 5.0
@@ -29,10 +31,13 @@ Send = Callable[[ranking_pb.LogPagesRequest], Awaitable[object]]
 
 
 class ServedLog:
-    """Takes pages and hands them on with `send`, in their order, several at once."""
+    """Takes pages and hands them on with `send`, in their order, several at once.
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    Where it is not to `keep` them it hands on what they explored alone, so that its bounds hold.
+    """
+
+    def __init__(self, send: Send, *, keep: bool = True) -> None:
+        self._send, self._keep = send, keep
         self._waiting: deque[served_pb2.ServedPage] = deque()
         self._sending = asyncio.Lock()
         self._counts = {"kept": 0, "lost": 0}
@@ -40,23 +45,27 @@ class ServedLog:
 
     @property
     def counts(self) -> Mapping[str, float]:
-        """How many pages were kept, and how many lost."""
+        """How many pages were handed on, and how many lost."""
         return self._counts
 
     def add(self, page: served_pb2.ServedPage) -> None:
         """Take a page; returns at once."""
+        if not self._keep:
+            if not page.exploring.draws:
+                return
+            page = _counts_of(page)
         if len(self._waiting) >= _MOST:
             self._counts["lost"] += 1
         else:
             self._waiting.append(page)
 
     def beside(self, page: Coroutine[Any, Any, served_pb2.ServedPage]) -> None:
-        """Take a page that is still to be made, unless too many are."""
-        if len(self._making) >= _MOST_MADE:
+        """Take a page that is still to be made, unless too many are; it has a time of its own for that."""
+        if not self._keep or len(self._making) >= _MOST_MADE:
             page.close()
-            self._counts["lost"] += 1
+            self._counts["lost"] += self._keep
             return
-        task = asyncio.ensure_future(self._made(page))
+        task = asyncio.get_running_loop().create_task(self._made(page), context=Context())
         self._making.add(task)
         task.add_done_callback(self._making.discard)
 
@@ -64,7 +73,7 @@ class ServedLog:
         try:
             with deadline.within(_PATIENCE):
                 self.add(await deadline.wait(page))
-        except VitrineError as error:
+        except Exception as error:  # nobody waits for it, whatever it is
             self._counts["lost"] += 1
             _log.warning("a page could not be made for comparison: %s", error)
 
@@ -84,13 +93,35 @@ class ServedLog:
                     self._waiting.popleft()
 
     async def run(self) -> None:
-        """Hand on what comes, without end; at the end what is left."""
-        try:
-            while True:
-                await asyncio.sleep(_EVERY)
-                await self.flush()
-        finally:
+        """Hand on what comes, without end."""
+        while True:
+            await asyncio.sleep(_EVERY)
             await self.flush()
+
+    async def close(self, seconds: float = 10.0) -> None:
+        """Hand on what is left, pages that are still made among it; what does not go in that time is lost."""
+        try:
+            async with asyncio.timeout(seconds):
+                if self._making:
+                    await asyncio.wait(self._making)
+                await self.flush()
+        except TimeoutError:
+            pass
+        if left := len(self._waiting) + len(self._making):
+            self._counts["lost"] += left
+            _log.warning("%d answered pages are lost to the log", left)
+
+
+def _counts_of(page: served_pb2.ServedPage) -> served_pb2.ServedPage:
+    """What a page explored, and nothing else of it."""
+    return served_pb2.ServedPage(
+        request_id=hashlib.blake2b(page.request_id.encode(), digest_size=16).hexdigest(),
+        served_at=page.served_at,
+        scenario=page.scenario,
+        start=page.start,
+        exploring=page.exploring,
+        shadow=page.shadow,
+    )
 
 
 def page_of(

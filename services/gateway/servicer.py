@@ -80,7 +80,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         items = self.recommending.items(turn.ordered, slice(0, size), self.pipeline)
         if request.include_reasons:
             await explain(self.pipeline, turn.wish, turn.ordered, items, language, turn.degraded)
-        place = Place(0, now, "", Assigned(request.scenario or HOME), ())
+        place = Place(0, now, "", Assigned(request.scenario or HOME))
         token = self.recommending.attribution(request_id, request.scenario or HOME, now, place.assigned)
         response = pb.ConverseResponse(
             items=items,
@@ -140,7 +140,9 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         shown = [(order[at], int(rows[at])) for at in np.flatnonzero(live)[:size]]
         return pb.SearchItemsResponse(
             items=[
-                pb.Recommendation(item_id=item_id, score=scores[number], sources=sources_of(sources[number]))
+                pb.Recommendation(
+                    item_id=item_id, score=scores[number], sources=sources_of(sources[number]), propensity=1.0
+                )
                 for (number, _), item_id in zip(shown, table.ids(row for _, row in shown), strict=True)
             ],
             attribution_token=self.recommending.attribution(uuid.uuid4().hex, SEARCH, now, Assigned(SEARCH)),

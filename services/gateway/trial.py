@@ -29,8 +29,7 @@ class Draw:
 class Trial:
     """`places` int64 (E,) in a slate; `samples` float (S, E) of what each is worth; `picks` (depth,), 0 to 1.
 
-    What has its place for being tried alone, `only` bool (E,), takes no other slot as long as there is
-    anything else.
+    What has its place for being tried alone, `only` bool (E,), takes no other slot.
     """
 
     places: np.ndarray

@@ -30,8 +30,8 @@ class Wish:
     order is the sources' own where `by_source`; where it is to `blend`, that of `items`, best first,
     counts `BLENDED` times as much as the person's. Where fewer than `depth` are allowed and it is to `fill`,
     others of the catalogue follow, the last of them those for which `loose` holds and `condition` does not.
-    What is explored is taken from the budget of `scenario`, and drawn by `seed`. `visit` is the same for a
-    person all day long.
+    What is explored is taken from the budget of `scenario`, as it was at `explored_upto`, None for now, and
+    drawn by `seed`. `visit` is the same for a person all day long.
     """
 
     person: ranking_pb.Person
@@ -52,6 +52,7 @@ class Wish:
     scenario: str = ""
     seed: int = 0
     visit: str = ""
+    explored_upto: int | None = None
 
 
 @dataclass
@@ -91,7 +92,8 @@ class Ordered:
     """Every candidate that may be shown, best first, with what its place rests on.
 
     `ranked` are those that were ranked, as they were before the rules. `draws` were made among `pool`, item
-    numbers, of the `relevances`, with the `propensities`. Of a page of two `arms` each item has its own.
+    numbers, of the `relevances`, with the `propensities`, and by what was shown up to `explored_upto`. Of a
+    page of two `arms` each item has its own.
     """
 
     numbers: list[int]
@@ -111,3 +113,4 @@ class Ordered:
     relevances: Sequence[float] = ()
     propensities: Mapping[int, float] = field(default_factory=dict)
     arms: Sequence[str] = ()
+    explored_upto: int = 0

@@ -192,6 +192,11 @@ class BehaviourStore:
         at = _micros(before)
         return self._writer.submit(lambda connection: served.expire(connection, at, limit))
 
+    def expire_explored(self, before: datetime, limit: int) -> Future[int]:
+        """Forget of at most `limit` showings before a time that they were for exploring; of how many."""
+        at = _micros(before)
+        return self._writer.submit(lambda connection: served.expire_explored(connection, at, limit))
+
     def known_ids(self, user_id: str, visitor_id: str) -> dict[str, list[str]]:
         """Every id of a person who has either of these, sorted, by "user" and "visitor"."""
         with self._engine.connect() as connection:

@@ -12,7 +12,7 @@ import numpy as np
 
 from services.item_table import ItemTable
 from services.ranking.moment import DAY, WINDOWS, Moment
-from services.ranking.served import ServedLog
+from services.ranking.showings import Showings
 
 _ODD = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
@@ -22,7 +22,8 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 class Explore:
     """What is asked for: at most `limit` items, each shown for exploring less than `showings` times.
 
-    `max_age_days` 0 is any age; `per_day` and `max_engagements`, in all, by weight, None no bound.
+    `max_age_days` 0 is any age; `per_day` and `max_engagements`, in all, by weight, None no bound. What was
+    shown counts `upto` a place in the served log, None for now.
     """
 
     scenario: str
@@ -32,11 +33,12 @@ class Explore:
     showings: int
     per_day: int | None = None
     max_engagements: float | None = None
+    upto: int | None = None
 
 
 @dataclass(frozen=True)
 class Explorable:
-    """Items in columns, by number: int64 (E,); `of` is how many there were.
+    """Items in columns, by number: int64 (E,); `of` is how many there were, `upto` what was counted.
 
     `showings` int64 (E,), for exploring so far; `engagements` float32 (E,), of the last 30 days.
     """
@@ -45,6 +47,7 @@ class Explorable:
     showings: np.ndarray
     engagements: np.ndarray
     of: int
+    upto: int
 
 
 def explorable(
@@ -52,7 +55,7 @@ def explorable(
     allowed: np.ndarray,
     now: Moment,
     table: ItemTable,
-    log: ServedLog,
+    shown: Showings,
     before: int,
     nearest: Callable[[np.ndarray, int], np.ndarray],
 ) -> Explorable:
@@ -60,17 +63,17 @@ def explorable(
 
     `nearest` gives at most so many rows of a mask, int64, the nearest to the person first.
     """
-    counts, today = log.explored(asked.scenario, before)
+    upto = shown.follow() if asked.upto is None else asked.upto
+    shown.follow(upto)
     young = np.ones(len(allowed), bool)
     if asked.max_age_days:
         young = table.came[: len(allowed)] >= before - asked.max_age_days * DAY
-    if asked.per_day is not None and today >= asked.per_day:
+    if asked.per_day is not None and shown.slots(asked.scenario, before // DAY, upto) >= asked.per_day:
         young[:] = False
     if asked.max_engagements is not None:
         young &= now.popular[: len(young), -1] <= asked.max_engagements
     rows = np.flatnonzero(allowed & young)
-    showings = np.array([counts[number] for number in table.item_numbers[rows].tolist()], np.int64)
-    fresh = rows[showings < asked.showings]
+    fresh = rows[shown.of(table.item_numbers[rows], upto) < asked.showings]
     drawn = fresh
     if len(fresh) > asked.limit:
         mask = np.zeros(len(allowed), bool)
@@ -84,9 +87,7 @@ def explorable(
     drawn = drawn[np.argsort(table.item_numbers[drawn])]
     numbers = table.item_numbers[drawn]
     engagements = now.popular[drawn, len(WINDOWS) - 1]
-    return Explorable(
-        numbers, np.array([counts[n] for n in numbers.tolist()], np.int64), engagements, len(fresh)
-    )
+    return Explorable(numbers, shown.of(numbers, upto), engagements, len(fresh), upto)
 
 
 def _lots(numbers: np.ndarray, seed: int) -> np.ndarray:

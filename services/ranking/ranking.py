@@ -38,6 +38,7 @@ from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
 from services.ranking.sequence import SequenceView
 from services.ranking.served import Kept, Served
+from services.ranking.showings import Showings
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
 
@@ -51,6 +52,7 @@ _NEAREST = "graph"  # by behaviour, and of what has none by text and photograph
 _EXPIRED_AT_ONCE = 1000
 _MOST_OF_A_PERSON = 5000
 _BETWEEN_EXPIRIES = 600.0
+_EXPLORED_DAYS = 90
 _log = logging.getLogger(__name__)
 
 
@@ -149,6 +151,7 @@ class Ranking:
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
         self.state = BehaviourState(profile.event_types)
+        self._showings = Showings(store.served)
         self._graph = GraphView(graph, view.table)
         walks = SequenceView.load(sequence, view.table) if sequence else None
         basis = Basis(view.table, self._graph, profile.attributes, profile.numbers, walks)
@@ -234,13 +237,15 @@ class Ranking:
         return await asyncio.wrap_future(self.store.served.write(pages))
 
     async def keep_pages_for(self, days: int, clock: Callable[[], datetime]) -> None:
-        """Delete pages that were answered more than so many days ago, without end."""
+        """Delete pages of more than so many days ago, and old counts of what was explored, without end."""
         while True:
-            many = 0
-            while count := await asyncio.wrap_future(
-                self.store.expire_pages(clock() - timedelta(days=days), _EXPIRED_AT_ONCE)
-            ):
+            now, many = clock(), 0
+            before = now - timedelta(days=days or -1)  # where none is kept not those of this moment either
+            while count := await asyncio.wrap_future(self.store.expire_pages(before, _EXPIRED_AT_ONCE)):
                 many += count
+            explored = now - timedelta(days=_EXPLORED_DAYS)
+            while await asyncio.wrap_future(self.store.expire_explored(explored, _EXPIRED_AT_ONCE)):
+                pass
             if many:
                 await self._on(self.store.scrub)
                 _log.info("%d pages of more than %d days ago were deleted", many, days)
@@ -425,7 +430,7 @@ class Ranking:
             if near is None:
                 near = self._sources.by_name[_NEAREST](query, now)
             nearest = partial(self._nearest, near)
-            trial = explorable(explore, allowed, now, table, self.store.served, before, nearest)
+            trial = explorable(explore, allowed, now, table, self._showings, before, nearest)
         return Retrieved(numbers, kinds, ages, weights, bought, candidates, sequence, explorable=trial)
 
     def _nearest(self, scores: np.ndarray, allowed: np.ndarray, limit: int) -> np.ndarray:

@@ -1,14 +1,12 @@
 """Pages that were answered, in SQL, and how often what was shown for exploring.
 
 A page is kept as whoever answered it wrote it, under the ids it was asked with. Nothing is read from here on
-the way of a request, but what was explored.
+the way of a request, but what was explored, from memory.
 """
 
-import threading
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -16,19 +14,20 @@ from services import store
 from services.ranking import tables
 
 _SEQUENCE = "served"
-_SECOND = 1_000_000
-_HOUR, _DAY = 3600 * _SECOND, 86_400 * _SECOND
+_MINUTE = 60_000_000
 # How long a page may be on its way here, at most, when its person is forgotten.
-_ON_ITS_WAY = 300 * _SECOND
+_ON_ITS_WAY = 5 * _MINUTE
 
 
 @dataclass(frozen=True)
 class Served:
     """A page answered at `at`, microseconds since 1970.
 
-    `content` is the writer's own; `explored` are numbers of items that were drawn.
+    `key` names it, so that one that is sent twice is kept once; `content` is the writer's own, empty where
+    only what was `explored`, numbers of items that were drawn, is to be counted.
     """
 
+    key: str
     user_id: str
     visitor_id: str
     scenario: str
@@ -52,6 +51,10 @@ class Person:
     users: frozenset[str]
     visitors: frozenset[str]
 
+    def has(self, user_id: str, visitor_id: str) -> bool:
+        """Whether a page that was asked for with these ids is theirs: a user's own id decides."""
+        return user_id in self.users if user_id else visitor_id in self.visitors
+
 
 class ServedLog:
     """The log over `engine`, written by the one thread of `writer`."""
@@ -60,17 +63,16 @@ class ServedLog:
         self._engine, self._writer = engine, writer
         store.create(engine, [tables.served, tables.explored], _SEQUENCE)
         self._forgotten: dict[Person, int] = {}
-        self._explored = _Explored()
 
     def write(self, pages: Sequence[Served]) -> Future[int]:
-        """Keep pages, but those of somebody who was forgotten since; how many."""
-        wanted = [page for page in pages if not self._is_forgotten(page)]
-        return self._writer.submit(lambda connection: _write(connection, wanted))
+        """Keep pages, but those of somebody who was forgotten since and those that are kept; how many."""
+        # In its turn: who is forgotten before it is known by then.
+        return self._writer.submit(lambda connection: _write(connection, self._of_the_known(pages)))
 
     def forgot(self, person: Person, at: int) -> None:
         """Keep no page of a person that was answered before a moment, should it still arrive."""
-        kept = {who: when for who, when in self._forgotten.items() if when > at - _ON_ITS_WAY}
-        self._forgotten = {**kept, person: at}
+        self._forgotten[person] = at
+        self._prune(at)
 
     def exported(self, person: Person, after: int, limit: int) -> list[Kept]:
         """A person's pages after a place in the log, in its order."""
@@ -84,50 +86,28 @@ class ServedLog:
         with self._engine.connect() as connection:
             return [Kept(row.sequence, row.content) for row in connection.execute(query)]
 
-    def explored(self, scenario: str, before: int) -> tuple[Counter[int], int]:
-        """How often each item was explored before a moment, and how many slots of a scenario on that day."""
-        with self._explored.lock:
-            self._explored.follow(self._engine)
-            return self._explored.counts(before), self._explored.today(scenario, before)
-
-    def _is_forgotten(self, page: Served) -> bool:
-        for person, at in self._forgotten.items():
-            theirs = page.user_id in person.users if page.user_id else page.visitor_id in person.visitors
-            if theirs and page.at <= at:
-                return True
-        return False
-
-
-class _Explored:
-    """What was explored, in memory, as far as it was read."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._sequence = 0
-        self._all = Counter[int]()
-        self._days = Counter[tuple[str, int]]()
-        self._latest: list[tuple[int, int, str]] = []  # for moments a little ago
-
-    def follow(self, engine: sa.Engine) -> None:
+    def explored(self, after: int) -> Sequence[sa.Row[tuple[int, int, str, int]]]:
+        """What was explored after a place in the log: sequence, number, scenario, at."""
         columns = tables.explored.c
-        query = tables.explored.select().where(columns.sequence > self._sequence).order_by(columns.sequence)
-        with engine.connect() as connection:
-            new = connection.execute(query).all()
-        if not new:
-            return
-        self._sequence = new[-1].sequence
-        self._all.update(row.number for row in new)
-        self._days.update((row.scenario, row.at // _DAY) for row in new)
-        self._latest += [(row.at, row.number, row.scenario) for row in new]
-        self._latest = [row for row in self._latest if row[0] > new[-1].at - _HOUR]
+        query = tables.explored.select().where(columns.sequence > after).order_by(columns.sequence)
+        with self._engine.connect() as connection:
+            return connection.execute(query).all()
 
-    def counts(self, before: int) -> Counter[int]:
-        return self._all - Counter(number for at, number, _ in self._latest if at >= before)
+    def _of_the_known(self, pages: Sequence[Served]) -> list[Served]:
+        kept = []
+        for page in pages:
+            late = [person for person, at in self._forgotten.items() if page.at <= at]
+            if any(person.has(page.user_id, page.visitor_id) for person in late):
+                continue
+            # A device may have been theirs before it was this user's.
+            old = any(page.visitor_id in person.visitors for person in late)
+            kept.append(replace(page, visitor_id="") if old else page)
+        self._prune(max((page.at for page in pages), default=0))
+        return kept
 
-    def today(self, scenario: str, before: int) -> int:
-        day = before // _DAY
-        later = sum(of == scenario and at >= before and at // _DAY == day for at, _, of in self._latest)
-        return self._days[scenario, day] - later
+    def _prune(self, now: int) -> None:
+        kept = {person: at for person, at in self._forgotten.items() if at > now - _ON_ITS_WAY}
+        self._forgotten = kept
 
 
 def forget(connection: sa.Connection, person: Person) -> int:
@@ -141,10 +121,19 @@ def forget(connection: sa.Connection, person: Person) -> int:
 
 def expire(connection: sa.Connection, before: int, limit: int) -> int:
     """Delete at most `limit` pages answered before a moment; how many."""
-    columns = tables.served.c
+    return _expire(connection, tables.served, before, limit)
+
+
+def expire_explored(connection: sa.Connection, before: int, limit: int) -> int:
+    """Forget of at most `limit` showings before a moment that they were for exploring; of how many."""
+    return _expire(connection, tables.explored, before, limit)
+
+
+def _expire(connection: sa.Connection, table: sa.Table, before: int, limit: int) -> int:
+    columns = table.c
     oldest = sa.select(columns.sequence).where(columns.at < before).order_by(columns.at).limit(limit)
     wanted = connection.scalars(oldest).all()
-    return connection.execute(tables.served.delete().where(columns.sequence.in_(wanted))).rowcount
+    return connection.execute(table.delete().where(columns.sequence.in_(wanted))).rowcount
 
 
 def _theirs(person: Person) -> sa.ColumnElement[bool]:
@@ -153,32 +142,32 @@ def _theirs(person: Person) -> sa.ColumnElement[bool]:
 
 
 def _write(connection: sa.Connection, pages: Sequence[Served]) -> int:
-    if not pages:
+    column = tables.served.c.page_key
+    known = set(connection.scalars(sa.select(column).where(column.in_([page.key for page in pages]))))
+    new = list({page.key: page for page in pages if page.key not in known}.values())
+    if not new:
         return 0
-    first = store.take_sequence(connection, _SEQUENCE, len(pages)) - len(pages) + 1
+    first = store.take_sequence(connection, _SEQUENCE, len(new)) - len(new) + 1
     rows = [
         {
             "sequence": sequence,
+            "page_key": page.key,
             "user_id": page.user_id,
             "visitor_id": page.visitor_id,
-            "scenario": page.scenario,
             "at": page.at,
             "content": page.content,
         }
-        for sequence, page in enumerate(pages, first)
+        for sequence, page in enumerate(new, first)
+        if page.content
     ]
-    connection.execute(tables.served.insert(), rows)
-    if explored := list(_explored(pages, first)):
+    if rows:
+        connection.execute(tables.served.insert(), rows)
+    if explored := list(_explored(new, first)):
         connection.execute(tables.explored.insert(), explored)
-    return len(pages)
+    return len(new)
 
 
 def _explored(pages: Iterable[Served], first: int) -> Iterable[dict[str, object]]:
     for sequence, page in enumerate(pages, first):
         for number in page.explored:
-            yield {
-                "sequence": sequence,
-                "number": number,
-                "scenario": page.scenario,
-                "at": page.at,
-            }
+            yield {"sequence": sequence, "number": number, "scenario": page.scenario, "at": page.at}

@@ -1,5 +1,6 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -271,6 +272,8 @@ def _served(at: int, page: served_pb2.ServedPage) -> Served:
         value = getattr(page, field)
         if value and (problem := identifier_problem(value)):
             raise InvalidArgument.of(f"pages[{at}].{field}", problem)
+    if not page.request_id:
+        raise InvalidArgument.of(f"pages[{at}].request_id", "is required")
     when = wire.time_from(page.served_at, f"pages[{at}].served_at")
     kept = served_pb2.ServedPage()
     kept.CopyFrom(page)
@@ -281,12 +284,14 @@ def _served(at: int, page: served_pb2.ServedPage) -> Served:
         explored = {pool[draw.drawn] for draw in page.exploring.draws if not page.shadow}
     except IndexError:
         raise InvalidArgument.of(f"pages[{at}].exploring.draws", "draws what is not in the pool") from None
+    named = "/".join((page.request_id, str(page.start), page.arm, str(page.shadow)))
     return Served(
+        key=hashlib.blake2b(named.encode(), digest_size=16).hexdigest(),
         user_id=page.user_id,
         visitor_id=page.visitor_id,
         scenario=page.scenario,
         at=(when - _EPOCH) // timedelta(microseconds=1),
-        content=kept.SerializeToString(),
+        content=kept.SerializeToString() if page.item_ids else b"",
         explored=tuple(sorted(explored)),
     )
 
@@ -302,6 +307,7 @@ def _explore(message: pb.Explore) -> Explore:
         showings=message.showings,
         per_day=message.per_day if message.HasField("per_day") else None,
         max_engagements=message.max_engagements if message.HasField("max_engagements") else None,
+        upto=message.upto if message.HasField("upto") else None,
     )
 
 
@@ -311,6 +317,7 @@ def _explorable(found: Explorable) -> pb.Explorable:
         showings=found.showings.tolist(),
         engagements=found.engagements.tolist(),
         of=found.of,
+        upto=found.upto,
     )
 
 

@@ -42,7 +42,7 @@ class Sources:
     def best(self, scores: np.ndarray, allowed: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """The same of scores over all rows, float (N,)."""
         scores = np.where(allowed, scores[: len(allowed)], 0)
-        rows = np.flatnonzero(scores > 0)
+        rows = np.flatnonzero(scores > 0)[: None if limit else 0]
         if len(rows) > limit:
             cut = np.partition(scores[rows], len(rows) - limit)[len(rows) - limit]
             rows = rows[scores[rows] >= cut]

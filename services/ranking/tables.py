@@ -51,7 +51,7 @@ served = sa.Table(
     sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("user_id", sa.Text, nullable=False, index=True),
     sa.Column("visitor_id", sa.Text, nullable=False, index=True),
-    sa.Column("scenario", sa.Text, nullable=False),
+    sa.Column("page_key", sa.Text, nullable=False, unique=True),
     sa.Column("at", sa.BigInteger, nullable=False, index=True),
     sa.Column("content", sa.LargeBinary, nullable=False),
 )
@@ -61,7 +61,7 @@ explored = sa.Table(
     sa.Column("sequence", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("scenario", sa.Text, nullable=False),
-    sa.Column("at", sa.BigInteger, nullable=False),
+    sa.Column("at", sa.BigInteger, nullable=False, index=True),
 )
 
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvitrine/catalog/v1/served.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8e\x03\n\nServedPage\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\tserved_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nvisitor_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\x10\n\x08scenario\x18\x06 \x01(\t\x12\x12\n\nexperiment\x18\x07 \x01(\t\x12\x0b\n\x03\x61rm\x18\x08 \x01(\t\x12\x0e\n\x06\x62undle\x18\t \x01(\t\x12\r\n\x05start\x18\n \x01(\x05\x12\x10\n\x08item_ids\x18\x0b \x03(\t\x12\x0e\n\x06scores\x18\x0c \x03(\x02\x12\x14\n\x0cpropensities\x18\r \x03(\x02\x12\x0f\n\x07sources\x18\x0e \x03(\t\x12\x14\n\x0citem_sources\x18\x0f \x03(\r\x12\x11\n\titem_arms\x18\x10 \x03(\t\x12\x30\n\texploring\x18\x11 \x01(\x0b\x32\x1d.vitrine.catalog.v1.Exploring\x12\x0e\n\x06shadow\x18\x12 \x01(\x08\"^\n\tExploring\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x12\n\nrelevances\x18\x02 \x03(\x02\x12\'\n\x05\x64raws\x18\x03 \x03(\x0b\x32\x18.vitrine.catalog.v1.Draw\"I\n\x04\x44raw\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\r\n\x05\x64rawn\x18\x02 \x01(\x05\x12\x10\n\x08left_out\x18\x03 \x03(\x05\x12\x12\n\npropensity\x18\x04 \x01(\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fvitrine/catalog/v1/served.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa1\x03\n\nServedPage\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12-\n\tserved_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x12\n\nvisitor_id\x18\x04 \x01(\t\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12\x10\n\x08scenario\x18\x06 \x01(\t\x12\x12\n\nexperiment\x18\x07 \x01(\t\x12\x0b\n\x03\x61rm\x18\x08 \x01(\t\x12\x0e\n\x06\x62undle\x18\t \x01(\t\x12\r\n\x05start\x18\n \x01(\x05\x12\x10\n\x08item_ids\x18\x0b \x03(\t\x12\x0e\n\x06scores\x18\x0c \x03(\x02\x12\x14\n\x0cpropensities\x18\r \x03(\x02\x12\x0f\n\x07sources\x18\x0e \x03(\t\x12\x14\n\x0citem_sources\x18\x0f \x03(\r\x12\x11\n\titem_arms\x18\x10 \x03(\t\x12\x30\n\texploring\x18\x11 \x01(\x0b\x32\x1d.vitrine.catalog.v1.Exploring\x12\x0e\n\x06shadow\x18\x12 \x01(\x08\x12\x11\n\tarm_place\x18\x13 \x01(\x05\"^\n\tExploring\x12\x14\n\x0citem_numbers\x18\x01 \x03(\x06\x12\x12\n\nrelevances\x18\x02 \x03(\x02\x12\'\n\x05\x64raws\x18\x03 \x03(\x0b\x32\x18.vitrine.catalog.v1.Draw\"I\n\x04\x44raw\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\r\n\x05\x64rawn\x18\x02 \x01(\x05\x12\x10\n\x08left_out\x18\x03 \x03(\x05\x12\x12\n\npropensity\x18\x04 \x01(\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.catalog.v1.served_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SERVEDPAGE']._serialized_start=89
-  _globals['_SERVEDPAGE']._serialized_end=487
-  _globals['_EXPLORING']._serialized_start=489
-  _globals['_EXPLORING']._serialized_end=583
-  _globals['_DRAW']._serialized_start=585
-  _globals['_DRAW']._serialized_end=658
+  _globals['_SERVEDPAGE']._serialized_end=506
+  _globals['_EXPLORING']._serialized_start=508
+  _globals['_EXPLORING']._serialized_end=602
+  _globals['_DRAW']._serialized_start=604
+  _globals['_DRAW']._serialized_end=677
 # @@protoc_insertion_point(module_scope)

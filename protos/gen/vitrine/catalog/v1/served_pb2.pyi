@@ -43,8 +43,9 @@ class ServedPage(_message.Message):
     ITEM_ARMS_FIELD_NUMBER: _builtins.int
     EXPLORING_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
+    ARM_PLACE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The answer's request id, which its attribution token holds as well."""
+    """Required. The answer's request id, which its attribution token holds as well."""
     user_id: _builtins.str
     """Whom for; empty for none."""
     visitor_id: _builtins.str
@@ -63,6 +64,8 @@ class ServedPage(_message.Message):
     """How many items stood on the pages before."""
     shadow: _builtins.bool
     """Whether the page was made for comparison and not shown to anybody."""
+    arm_place: _builtins.int
+    """The arm's place in the experiment, from 0."""
     @_builtins.property
     def served_at(self) -> _timestamp_pb2.Timestamp:
         """When it was answered."""
@@ -116,10 +119,11 @@ class ServedPage(_message.Message):
         item_arms: _abc.Iterable[_builtins.str] | None = ...,
         exploring: Global___Exploring | None = ...,
         shadow: _builtins.bool = ...,
+        arm_place: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exploring", b"exploring", "served_at", b"served_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "bundle", b"bundle", "experiment", b"experiment", "exploring", b"exploring", "item_arms", b"item_arms", "item_ids", b"item_ids", "item_sources", b"item_sources", "propensities", b"propensities", "request_id", b"request_id", "scenario", b"scenario", "scores", b"scores", "served_at", b"served_at", "session_id", b"session_id", "shadow", b"shadow", "sources", b"sources", "start", b"start", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "arm_place", b"arm_place", "bundle", b"bundle", "experiment", b"experiment", "exploring", b"exploring", "item_arms", b"item_arms", "item_ids", b"item_ids", "item_sources", b"item_sources", "propensities", b"propensities", "request_id", b"request_id", "scenario", b"scenario", "scores", b"scores", "served_at", b"served_at", "session_id", b"session_id", "shadow", b"shadow", "sources", b"sources", "start", b"start", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

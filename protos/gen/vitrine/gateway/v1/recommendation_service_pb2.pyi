@@ -659,7 +659,9 @@ class Experiment(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     SHARE_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
-    """Required. The scenario whose requests take part; at most one experiment has it."""
+    """Required. The scenario whose requests of Recommend take part; at most one experiment
+    has it. SimilarItems and Converse take part in none.
+    """
     kind: Global___ExperimentKind.ValueType
     """Optional. How they are compared."""
     share: _builtins.float
@@ -667,7 +669,7 @@ class Experiment(_message.Message):
     @_builtins.property
     def arms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arm]:
         """Required. 2 to 8; exactly 2 for INTERLEAVE, whose scenarios may have no caps,
-        quotas and exploration.
+        quotas and exploration; requests that bring such of their own do not take part.
         """
 
     def __init__(

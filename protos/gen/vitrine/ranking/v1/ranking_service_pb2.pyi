@@ -487,6 +487,7 @@ class Explore(_message.Message):
     SHOWINGS_FIELD_NUMBER: _builtins.int
     PER_DAY_FIELD_NUMBER: _builtins.int
     MAX_ENGAGEMENTS_FIELD_NUMBER: _builtins.int
+    UPTO_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Required. The place on the site, whose budget it takes from."""
     limit: _builtins.int
@@ -509,6 +510,10 @@ class Explore(_message.Message):
     """Optional. Only items with at most so much engagement before as_of, weighed by type;
     absent means no bound.
     """
+    upto: _builtins.int
+    """Optional. upto of the first page's answer: what was shown since does not count;
+    absent means now.
+    """
     def __init__(
         self,
         *,
@@ -519,19 +524,24 @@ class Explore(_message.Message):
         showings: _builtins.int = ...,
         per_day: _builtins.int | None = ...,
         max_engagements: _builtins.float | None = ...,
+        upto: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "max_engagements", b"max_engagements", "per_day", b"per_day"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "_upto", b"_upto", "max_engagements", b"max_engagements", "per_day", b"per_day", "upto", b"upto"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "limit", b"limit", "max_age_days", b"max_age_days", "max_engagements", b"max_engagements", "per_day", b"per_day", "scenario", b"scenario", "seed", b"seed", "showings", b"showings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements", "_per_day", b"_per_day", "_upto", b"_upto", "limit", b"limit", "max_age_days", b"max_age_days", "max_engagements", b"max_engagements", "per_day", b"per_day", "scenario", b"scenario", "seed", b"seed", "showings", b"showings", "upto", b"upto"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_engagements: _TypeAlias = _typing.Literal["max_engagements"]  # noqa: Y015
     _WhichOneofArgType__max_engagements: _TypeAlias = _typing.Literal["_max_engagements", b"_max_engagements"]  # noqa: Y015
     _WhichOneofReturnType__per_day: _TypeAlias = _typing.Literal["per_day"]  # noqa: Y015
     _WhichOneofArgType__per_day: _TypeAlias = _typing.Literal["_per_day", b"_per_day"]  # noqa: Y015
+    _WhichOneofReturnType__upto: _TypeAlias = _typing.Literal["upto"]  # noqa: Y015
+    _WhichOneofArgType__upto: _TypeAlias = _typing.Literal["_upto", b"_upto"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_engagements) -> _WhichOneofReturnType__max_engagements | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__per_day) -> _WhichOneofReturnType__per_day | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__upto) -> _WhichOneofReturnType__upto | None: ...
 
 Global___Explore: _TypeAlias = Explore  # noqa: Y015
 
@@ -545,8 +555,11 @@ class Explorable(_message.Message):
     SHOWINGS_FIELD_NUMBER: _builtins.int
     ENGAGEMENTS_FIELD_NUMBER: _builtins.int
     OF_FIELD_NUMBER: _builtins.int
+    UPTO_FIELD_NUMBER: _builtins.int
     of: _builtins.int
     """How many there were."""
+    upto: _builtins.int
+    """The place in the served log up to which showings were counted."""
     @_builtins.property
     def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The items."""
@@ -566,10 +579,11 @@ class Explorable(_message.Message):
         showings: _abc.Iterable[_builtins.int] | None = ...,
         engagements: _abc.Iterable[_builtins.float] | None = ...,
         of: _builtins.int = ...,
+        upto: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engagements", b"engagements", "item_numbers", b"item_numbers", "of", b"of", "showings", b"showings"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engagements", b"engagements", "item_numbers", b"item_numbers", "of", b"of", "showings", b"showings", "upto", b"upto"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -694,7 +708,10 @@ class LogPagesRequest(_message.Message):
     PAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def pages(self) -> _containers.RepeatedCompositeFieldContainer[_served_pb2.ServedPage]:
-        """Required. 1 to 1000 pages. Those of somebody who was forgotten since are not kept."""
+        """Required. 1 to 1000 pages. Those of somebody who was forgotten since are not kept,
+        one that is kept already is not again, and of one without item_ids only what was
+        explored is counted.
+        """
 
     def __init__(
         self,
