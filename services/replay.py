@@ -328,7 +328,7 @@ async def _spawn(
     command = [sys.executable, "-m", "services.cli", "serve", service, f"--address={address}"]
     clock = settings.clock.isoformat() if settings.clock else ""
     command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}"]
-    command += [f"--graph-rows={settings.graph_rows}", *flags]
+    command += [f"--graph-rows={settings.graph_rows}", "--served-days=0", *flags]
     processes.append(subprocess.Popen(command))  # noqa: S603 - our own command
     await _serving(address)
     return address
