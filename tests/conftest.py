@@ -14,6 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 from services import runtime, store
+from tests.recommending import Shop
+from tests.shops import make_bundle
 
 runtime.prepare()
 _REQUIRED = frozenset(filter(None, os.environ.get("VITRINE_REQUIRE", "").split(",")))
@@ -97,3 +99,21 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
     engine = store.open_engine(database_url)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small shop's bundle, which nobody changes."""
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(params=["one", "three"])
+def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
+    """The small shop in one process' worth of services, and in three."""
+    return Shop(bundle, tmp_path / "state", request.param)
+
+
+@pytest.fixture
+def one(bundle: Path, tmp_path: Path) -> Shop:
+    """The same in one alone."""
+    return Shop(bundle, tmp_path / "state", "one")

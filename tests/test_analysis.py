@@ -20,13 +20,7 @@ from services.comparison import compared
 from services.outcomes import Shown
 from services.wire import time_to
 from tests.recommending import NOW, Shop, ids
-from tests.shops import make_bundle
 from tests.test_experiments import HALVES, SPLIT
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 def analyzed(state: Path, *more: str) -> tuple[int, str, str]:

@@ -20,24 +20,8 @@ from services.gateway.dialogue import Liking, Price, Values, Words
 from services.gateway.interpreter import Heard, Phrases, Reading
 from services.gateway.readers import load
 from tests.recommending import Shop, ids, only, purchase, violations
-from tests.shops import make_bundle
 
 RELAXED = pb.DEGRADATION_CODE_RULE_RELAXED
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
-
-
-@pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", "one")
 
 
 class Talk:

@@ -17,7 +17,7 @@ from demo.page import render
 from demo.shop import Recipe, write_shop
 from services.settings import Settings
 from services.wiring import App
-from tests.shops import items, make_bundle
+from tests.shops import items
 
 HOSTILE = "<script>alert(1)</script> \"quoted\" 'single' & [bold]{x} $body </pre><img src=x onerror=alert(2)>"
 HOSTILE_USER = '<b>"ann"&\'$name'
@@ -65,11 +65,6 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines.writelines(f"{user},{world}-{i:02},2026-02-{i + 10},purchase\n" for i in range(4))
     (directory / "shop.toml").write_text('[items]\ntext_attributes = ["type"]\n')
     return directory
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from services.gateway.experiments import Arm, Experiment, assigned, interleaved,
 from services.gateway.scenarios import Scenarios
 from services.gateway.wish import Candidates, Ordered
 from tests.recommending import Shop, ids, session, violations
-from tests.shops import make_bundle
 
 HALVES = """
 [garden]
@@ -27,21 +26,6 @@ filter = { equals = { attribute = "world", text = "kitchen" } }
 scenario = "home"
 """
 SPLIT = HALVES + 'arms = [{ name = "a", scenario = "garden" }, { name = "b", scenario = "kitchen" }]\n'
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
-
-
-@pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", "one")
 
 
 def file(tmp_path: Path, text: str) -> Path:

@@ -22,24 +22,9 @@ from services.ranking.moment import moment
 from services.ranking.state import BehaviourState
 from services.wire import time_to
 from tests.recommending import NOW, Shop, ids, only, purchase, session, violations
-from tests.shops import UNTIL, make_bundle
+from tests.shops import UNTIL
 
 NEW = [f"new-{n:02}" for n in range(12)]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
-
-
-@pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", "one")
 
 
 flags = st.lists(st.booleans(), min_size=1, max_size=12).filter(any)

@@ -24,12 +24,7 @@ from services.ranking.scales import Scales
 from services.ranking.scoring import Scorer
 from services.ranking.state import BehaviourState
 from tests.recommending import NOW, Shop, purchase, session, violations
-from tests.shops import EVENT_TYPES, PER_WORLD, graph, items, make_bundle
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
+from tests.shops import EVENT_TYPES, PER_WORLD, graph, items
 
 
 def basis() -> Basis:

@@ -20,17 +20,7 @@ from services.settings import Settings
 from services.wiring import App
 from tests.processes import free_port, serving, start_process
 from tests.recommending import EVENT, NOW, Shop, ids, only, purchase, session, violations
-from tests.shops import PER_WORLD, make_bundle
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
+from tests.shops import PER_WORLD
 
 
 def test_a_session_decides_the_page_and_every_item_says_where_it_came_from(shop: Shop) -> None:

@@ -17,22 +17,6 @@ from services.catalog import item_number
 from services.errors import InvalidArgument
 from services.gateway.scenarios import BUILT_IN, Scenarios
 from tests.recommending import Shop, ids, only, purchase, session, violations
-from tests.shops import make_bundle
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
-
-
-@pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", "one")
 
 
 def family(item_id: str) -> str:

@@ -33,25 +33,9 @@ from services.wire import time_to
 from services.wiring import App
 from tests.conftest import Clock
 from tests.recommending import NOW, Shop, ids, knows, purchase, session, violations
-from tests.shops import make_bundle
 
 TYPES = {"view": 0.5, "purchase": 1.0}
 DAY = 86_400_000_000
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param)
-
-
-@pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    return Shop(bundle, tmp_path / "state", "one")
 
 
 @pytest.fixture
