@@ -16,7 +16,7 @@ from services.bundle import Bundle
 from services.catalog import item_number
 from services.errors import InvalidArgument
 from services.gateway.scenarios import BUILT_IN, Scenarios
-from tests.recommending import Shop, ids, only, purchase, session, violations
+from tests.recommending import NOW, Shop, ids, only, purchase, session, violations
 
 
 def family(item_id: str) -> str:
@@ -84,6 +84,36 @@ def test_a_filter_that_is_too_deep_with_the_scenarios_is_refused_at_once(one: Sh
             assert await violations(stub.Recommend(request)) == ["filter"]
 
     one.run(body, scenarios=file)
+
+
+def test_what_was_seen_may_stay_away(shop: Shop, bundle: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scenarios.toml"
+    file.write_text('[fresh]\nseen_policy = "SEEN_POLICY_EXCLUDE"\n')
+    seen = ["garden-01", "garden-02", "kitchen-03"]
+
+    async def earlier(stub: Any) -> None:
+        events = [purchase(f"e{n}", "ann", i, kind="click") for n, i in enumerate(seen)]
+        await stub.WriteEvents(pb.WriteEventsRequest(events=events))
+
+    async def body(stub: Any) -> None:
+        async def page(**more: Any) -> list[str]:
+            return ids(await stub.Recommend(pb.RecommendRequest(user_id="ann", page_size=40, **more)))
+
+        exclude, keep = pb.SEEN_POLICY_EXCLUDE, pb.SEEN_POLICY_KEEP
+        assert set(seen) <= set(await page())
+        for fresh in (await page(scenario="fresh"), await page(seen_policy=exclude)):
+            assert len(fresh) == 37
+            assert not set(seen) & set(fresh)
+        assert set(seen) <= set(await page(scenario="fresh", seen_policy=keep))
+        listed = [*seen, "garden-05"]
+        assert set(await page(scenario="fresh", item_ids=listed)) == set(listed)
+        assert await page(item_ids=listed, seen_policy=exclude) == ["garden-05"]
+        request = pb.RecommendRequest(user_id="ann", scenario="fresh")
+        why = await stub.ExplainItem(pb.ExplainItemRequest(request=request, item_id=seen[0]))
+        assert why.standing == pb.STANDING_SEEN
+
+    Shop(bundle, tmp_path / "state", "one", clock=NOW - timedelta(hours=1)).run(earlier)
+    shop.run(body, scenarios=file)
 
 
 def test_a_changed_file_counts_and_a_broken_one_does_not(

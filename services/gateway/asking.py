@@ -31,13 +31,14 @@ def wish_of(request: pb.RecommendRequest, scenario: Scenario, as_of: datetime, d
     check(request)
     sent, condition = both_filters(scenario, request.filter if request.HasField("filter") else None)
     context = [event_pb2.SessionItem(item_id=item_id) for item_id in request.context_item_ids]
-    policy, named = request.bought_policy, bool(request.item_ids)
+    policy, seen, named = request.bought_policy, request.seen_policy, bool(request.item_ids)
     session = [*request.session, *context][-MAX_SESSION:]
     return Wish(
         person=person_of(request.user_id, request.visitor_id, session),
         as_of=as_of,
         excluded=numbers_of(request.exclude_item_ids, "exclude_item_ids"),
         exclude_bought=policy == pb.BOUGHT_POLICY_EXCLUDE if policy or named else scenario.exclude_bought,
+        exclude_seen=seen == pb.SEEN_POLICY_EXCLUDE if seen or named else scenario.exclude_seen,
         filter=sent,
         condition=condition,
         min_sequence=request.min_sequence,

@@ -105,12 +105,14 @@ class Assortment:
 
     @staticmethod
     def excluded(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None) -> set[int]:
-        """What is not to be shown: by the request, by the visit so far, and for having been bought."""
+        """What is not to be shown: by the request, by the visit so far, for having been bought or seen."""
         out = set(wish.excluded)
         if wish.items is None:
             out.update(item_number(item.item_id) for item in wish.person.session)
         if retrieved is not None and wish.exclude_bought:
             out.update(retrieved.bought_item_numbers)
+        if retrieved is not None and wish.exclude_seen:
+            out.update(retrieved.history.item_numbers)
         return out
 
     def _most_popular(self, rows: np.ndarray, limit: int) -> list[int]:

@@ -53,6 +53,7 @@ class Scenario:
     sources: tuple[str, ...] = ()
     by_source: bool = False
     exclude_bought: bool = True
+    exclude_seen: bool = False
     filter: filter_pb2.Filter | None = None
     condition: filters.Filter | None = None
     rules: Rules = field(default_factory=Rules)
@@ -192,6 +193,7 @@ def scenario_from(message: pb.Scenario) -> Scenario:
         sources=tuple(message.sources),
         by_source=message.ordering == pb.ORDERING_SOURCES,
         exclude_bought=message.bought_policy != pb.BOUGHT_POLICY_KEEP,
+        exclude_seen=message.seen_policy == pb.SEEN_POLICY_EXCLUDE,
         filter=message.filter if has_filter else None,
         condition=wire.filter_from(message.filter) if has_filter else None,
         rules=rules,

@@ -68,6 +68,8 @@ def _hard(
         return Answer(pb.STANDING_IN_SESSION, "is in the session or context")
     if wish.exclude_bought and retrieved is not None and number in retrieved.bought_item_numbers:
         return Answer(pb.STANDING_BOUGHT, "was bought before")
+    if wish.exclude_seen and retrieved is not None and number in retrieved.history.item_numbers:
+        return Answer(pb.STANDING_SEEN, "was looked at before")
     if wish.items is not None and number not in wish.items:
         return Answer(pb.STANDING_NO_SOURCE, "is not among item_ids")
     if wish.condition is not None and not filters.evaluate(wish.condition, table)[row]:

@@ -38,6 +38,7 @@ class Wish:
     as_of: datetime
     excluded: frozenset[int] = frozenset()
     exclude_bought: bool = True
+    exclude_seen: bool = False
     filter: filter_pb2.Filter | None = None
     condition: filters.Filter | None = None
     min_sequence: int = 0

@@ -51,6 +51,30 @@ BOUGHT_POLICY_KEEP: BoughtPolicy.ValueType  # 2
 """Let them be recommended again."""
 Global___BoughtPolicy: _TypeAlias = BoughtPolicy  # noqa: Y015
 
+class _SeenPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SeenPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SeenPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SEEN_POLICY_UNSPECIFIED: _SeenPolicy.ValueType  # 0
+    """The scenario's own setting; KEEP by default."""
+    SEEN_POLICY_EXCLUDE: _SeenPolicy.ValueType  # 1
+    """Leave out the latest 200 of their history."""
+    SEEN_POLICY_KEEP: _SeenPolicy.ValueType  # 2
+    """Let them be recommended again."""
+
+class SeenPolicy(_SeenPolicy, metaclass=_SeenPolicyEnumTypeWrapper):
+    """What to do with items the person looked at, or did anything else with, before."""
+
+SEEN_POLICY_UNSPECIFIED: SeenPolicy.ValueType  # 0
+"""The scenario's own setting; KEEP by default."""
+SEEN_POLICY_EXCLUDE: SeenPolicy.ValueType  # 1
+"""Leave out the latest 200 of their history."""
+SEEN_POLICY_KEEP: SeenPolicy.ValueType  # 2
+"""Let them be recommended again."""
+Global___SeenPolicy: _TypeAlias = SeenPolicy  # noqa: Y015
+
 class _Ordering:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -175,6 +199,8 @@ class _StandingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Standing.Val
     """A rule keeps it off: without one of those named it would be on the page."""
     STANDING_RANKED_LOWER: _Standing.ValueType  # 10
     """Others are ranked higher."""
+    STANDING_SEEN: _Standing.ValueType  # 11
+    """The person looked at it before, and the seen policy leaves such out."""
 
 class Standing(_Standing, metaclass=_StandingEnumTypeWrapper):
     """What became of an item: the first of these that holds."""
@@ -201,6 +227,8 @@ STANDING_RULE: Standing.ValueType  # 9
 """A rule keeps it off: without one of those named it would be on the page."""
 STANDING_RANKED_LOWER: Standing.ValueType  # 10
 """Others are ranked higher."""
+STANDING_SEEN: Standing.ValueType  # 11
+"""The person looked at it before, and the seen policy leaves such out."""
 Global___Standing: _TypeAlias = Standing  # noqa: Y015
 
 class _UnderstandingKind:
@@ -554,6 +582,7 @@ class Scenario(_message.Message):
     LOCKED_FIELD_NUMBER: _builtins.int
     EXPLORATION_FIELD_NUMBER: _builtins.int
     VARIETY_FIELD_NUMBER: _builtins.int
+    SEEN_POLICY_FIELD_NUMBER: _builtins.int
     ordering: Global___Ordering.ValueType
     """Optional. What they are ordered by."""
     bought_policy: Global___BoughtPolicy.ValueType
@@ -571,6 +600,8 @@ class Scenario(_message.Message):
     a random part of this much, 0 to 1, on the scale of boosts, so that not all of them
     see one list. The same person sees the same on one day (UTC).
     """
+    seen_policy: Global___SeenPolicy.ValueType
+    """Optional. What to do with items looked at before."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Optional. The sources that candidates come from; empty means all."""
@@ -600,10 +631,11 @@ class Scenario(_message.Message):
         locked: _builtins.bool = ...,
         exploration: Global___Exploration | None = ...,
         variety: _builtins.float = ...,
+        seen_policy: Global___SeenPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exploration", b"exploration", "filter", b"filter", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "sources", b"sources", "variety", b"variety"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bought_policy", b"bought_policy", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "locked", b"locked", "ordering", b"ordering", "rotation", b"rotation", "rules", b"rules", "seen_policy", b"seen_policy", "sources", b"sources", "variety", b"variety"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -745,6 +777,7 @@ class RecommendRequest(_message.Message):
     LANGUAGE_FIELD_NUMBER: _builtins.int
     DEBUG_FIELD_NUMBER: _builtins.int
     READ_MASK_FIELD_NUMBER: _builtins.int
+    SEEN_POLICY_FIELD_NUMBER: _builtins.int
     scenario: _builtins.str
     """Optional. The place on the site, such as "home"; empty means that one.
     NOT_FOUND when the server has no such scenario.
@@ -787,6 +820,10 @@ class RecommendRequest(_message.Message):
     """Optional. The language of explanations, "en" or "zh"; empty means "en"."""
     debug: _builtins.bool
     """Optional. Tells of every stage how many items it left and how long it took."""
+    seen_policy: Global___SeenPolicy.ValueType
+    """Optional. What to do with items looked at before; of item_ids they stay unless it is
+    EXCLUDE.
+    """
     @_builtins.property
     def session(self) -> _containers.RepeatedCompositeFieldContainer[_event_pb2.SessionItem]:
         """Optional. What the person did in this visit, oldest first, at most 200. These
@@ -852,10 +889,11 @@ class RecommendRequest(_message.Message):
         language: _builtins.str = ...,
         debug: _builtins.bool = ...,
         read_mask: _field_mask_pb2.FieldMask | None = ...,
+        seen_policy: Global___SeenPolicy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "diversity", b"diversity", "exploration", b"exploration", "filter", b"filter", "read_mask", b"read_mask", "rotation", b"rotation", "rules", b"rules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "debug", b"debug", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_diversity", b"_diversity", "_exploration", b"_exploration", "_rotation", b"_rotation", "bought_policy", b"bought_policy", "context_item_ids", b"context_item_ids", "debug", b"debug", "diversity", b"diversity", "exclude_item_ids", b"exclude_item_ids", "exploration", b"exploration", "filter", b"filter", "include_reasons", b"include_reasons", "item_ids", b"item_ids", "language", b"language", "min_sequence", b"min_sequence", "page_size", b"page_size", "page_token", b"page_token", "read_mask", b"read_mask", "request_id", b"request_id", "rotation", b"rotation", "rules", b"rules", "scenario", b"scenario", "seen_policy", b"seen_policy", "session", b"session", "session_id", b"session_id", "user_id", b"user_id", "validate_only", b"validate_only", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__diversity: _TypeAlias = _typing.Literal["diversity"]  # noqa: Y015
     _WhichOneofArgType__diversity: _TypeAlias = _typing.Literal["_diversity", b"_diversity"]  # noqa: Y015
