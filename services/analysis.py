@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from services import comparison, off_policy, traffic
-from services.errors import FailedPrecondition
+from services.errors import FailedPrecondition, InvalidArgument
 from services.outcomes import Shown, shown
+from services.ranking import tables
 
 _WIDE = 240
 
@@ -43,6 +44,16 @@ def show(told: Told, *, as_json: bool) -> None:
     Console(width=None if sys.stdout.isatty() else _WIDE).print(table)
     for note in told.notes:
         print(note)  # noqa: T201
+
+
+def check_types(engine: sa.Engine, asked: Mapping[str, str]) -> None:
+    """Refuse a type that no event is of, where there are any; InvalidArgument names the option."""
+    with engine.connect() as connection:
+        known = set(connection.scalars(sa.select(tables.events.c.type).distinct()))
+    for option, event_type in asked.items():
+        if known and event_type not in known:
+            listed = ", ".join(sorted(known))
+            raise InvalidArgument.of(option, f"is {event_type!r}; there are events of {listed}")
 
 
 def of_traffic(engine: sa.Engine, secret: bytes, by: str, **options: Any) -> Told:

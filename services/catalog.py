@@ -23,6 +23,8 @@ MAX_ATTRIBUTE_NAME_LENGTH = 64
 MAX_ATTRIBUTE_VALUES = 32
 MAX_ATTRIBUTE_TEXT_LENGTH = 256
 MAX_IMAGE_BYTES = 16 << 20
+MAX_PRICE = 1e12
+PRICE_PROBLEM = "must be finite, not negative and at most 1e12"
 
 _MOST_WORDS = 24
 _LONGEST_WORD = 64
@@ -157,7 +159,7 @@ def _text_problem(text: str, limit: int) -> str:
 
 
 def _price_problem(price: float | None) -> str:
-    return "must be finite and not negative" if price is not None and not 0 <= price < math.inf else ""
+    return "" if price is None or 0 <= price <= MAX_PRICE else PRICE_PROBLEM
 
 
 def _image_problem(image: bytes) -> str:

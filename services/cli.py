@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from services import runtime
-from services.errors import FailedPrecondition, VitrineError
+from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.settings import Settings
 
 _BY = "scenario, bundle, arm, day, channel, position, band or source"
@@ -112,7 +112,8 @@ def _add_import(commands: Any) -> None:
 def _add_analyze(commands: Any) -> None:
     analyze = commands.add_parser("analyze", help="tell what pages led to, from the events of a state")
     analyze.add_argument("--state", type=Path, required=True, help="the state directory, served or not")
-    analyze.add_argument("--by", default="scenario", help=_BY)
+    what = analyze.add_mutually_exclusive_group()
+    what.add_argument("--by", default="scenario", help=_BY)
     analyze.add_argument("--since", type=_moment, help="only events from this date or time on")
     analyze.add_argument("--until", type=_moment, help="only events before this date or time")
     analyze.add_argument("--shown-as", default="impression", help="the event type of impressions")
@@ -121,8 +122,8 @@ def _add_analyze(commands: Any) -> None:
         "--ranking-database", default="", help="SQLAlchemy URL; empty means SQLite under state"
     )
     analyze.add_argument("--secret", default="", help="what signs tokens; empty means the one kept in state")
-    analyze.add_argument("--experiment", default="", help="the name of one: compare its arms")
-    analyze.add_argument(
+    what.add_argument("--experiment", default="", help="the name of one: compare its arms")
+    what.add_argument(
         "--policies", action="store_true", help="estimate what other ways to explore would have led to"
     )
     analyze.add_argument(
@@ -133,7 +134,10 @@ def _add_analyze(commands: Any) -> None:
 
 
 def _moment(text: str) -> datetime:
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no date or time, such as 2026-11-26") from None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -184,6 +188,10 @@ def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
     by, as_json = options.pop("by"), options.pop("json")
     experiment, policies, on = options.pop("experiment"), options.pop("policies"), options.pop("on")
     span = options["since"], options["until"]
+    if all(span) and span[0] >= span[1]:
+        raise InvalidArgument.of("since", "is not before until")
+    asked = {"on": on} if experiment or policies else {"shown_as": options["shown_as"]}
+    analysis.check_types(engine, asked)
     if experiment:
         told = analysis.of_experiment(engine, secret, experiment, on, *span, options["bought_as"])
     elif policies:

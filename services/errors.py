@@ -49,6 +49,12 @@ class InvalidArgument(VitrineError):
         """The same error with every field path below `prefix`."""
         return InvalidArgument(v.under(prefix) for v in self.violations)
 
+    def without(self, prefix: str) -> "InvalidArgument":
+        """The same error with the field paths as they are to who does not know of `prefix`."""
+        return InvalidArgument(
+            FieldViolation(v.field.removeprefix(f"{prefix}."), v.description) for v in self.violations
+        )
+
 
 class _NamedResource(VitrineError):
     def __init__(self, kind: str, name: str, message: str) -> None:

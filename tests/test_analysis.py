@@ -176,7 +176,9 @@ def test_a_state_without_a_log_is_said_and_one_draw_is_json(bundle: Path, tmp_pa
         items = [item_pb2.Item(id="new", title="thing", available_from=since)]
         written = await stub.BatchUpsertItems(pb.BatchUpsertItemsRequest(items=items))
         wanted = written.outcomes[0].sequence
-        await stub.Recommend(pb.RecommendRequest(page_size=4, exploration=0.25, min_sequence=wanted))
+        page = await stub.Recommend(pb.RecommendRequest(page_size=4, exploration=0.25, min_sequence=wanted))
+        other = next(i for i in ids(page) if i != "new")
+        await clicked(stub, page, "ann", other)
 
     state = serve(bundle, tmp_path, '[home]\nsources = ["popular"]\n', body)
     code, said, wrong = analyzed(state, "--policies", "--json")
@@ -184,7 +186,19 @@ def test_a_state_without_a_log_is_said_and_one_draw_is_json(bundle: Path, tmp_pa
     assert json.loads(said)["as_served"] == {"mean": 0.0, "low": None, "high": None}
     with sqlite3.connect(state / "ranking.sqlite") as connection:
         connection.execute("DROP TABLE served")
-    for asked in (("--by", "source"), ("--policies",), ("--experiment", "x")):
+    for wrongly in (
+        ["--policies", "--on", "clic"],
+        ["--shown-as", "seen"],
+        ["--on", "x", "--experiment", "y"],
+    ):
+        code, _, wrong = analyzed(state, *wrongly)
+        assert (code, "there are events of click" in wrong) == (1, True)
+    code, _, wrong = analyzed(state, "--since", "2026-01-02", "--until", "2026-01-01")
+    assert (code, "is not before until" in wrong) == (1, True)
+    for nonsense in (("--by", "arm", "--policies"), ("--since", "yesterday")):
+        with pytest.raises(SystemExit):
+            analyzed(state, *nonsense)
+    for asked in (("--by", "source", "--shown-as", "click"), ("--policies",), ("--experiment", "x")):
         code, _, wrong = analyzed(state, *asked)
         assert (code, "no served log" in wrong) == (1, True)
 

@@ -233,6 +233,8 @@ def test_what_leaves_nothing_is_set_aside_and_said(shop: Shop) -> None:
         # No other condition than the request's own may be empty.
         empty = await talk.say("", filter=only("colour", "purple"))
         assert (list(empty.items), empty.reply[-16:]) == ([], "I found nothing.")
+        assert not empty.degraded  # what was said was not in the way
+        assert not any(u.relaxed for u in empty.in_force)
 
     shop.run(body)
 

@@ -221,6 +221,7 @@ def test_item_numbers_are_the_first_63_bits_of_blake2b() -> None:
         ({"description": "a\0b"}, "description"),
         ({"price": float("inf")}, "price"),
         ({"price": -1.0}, "price"),
+        ({"price": 1e13}, "price"),
         ({"image": b"x" * (17 << 20)}, "image.data"),
         ({"image_uri": "file:///etc/passwd"}, "image.uri"),
         ({"title": "", "description": " ", "image": b""}, "title"),

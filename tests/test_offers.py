@@ -88,6 +88,7 @@ def test_without_a_budget_the_limit_decides_and_says_so() -> None:
     assert choose([1, 5, 3], [1, 9, 3], 4, 1) == ([2], {1: Reason.BUDGET, 0: Reason.LIMIT})
     assert choose([1, 1], [0, 0], 0, 1) == ([0], {1: Reason.LIMIT})
     assert choose([2, 1], [1, 1], 0, 5) == ([], {0: Reason.BUDGET, 1: Reason.BUDGET})
+    assert choose([2, 2, 2], [1, 1, 1], 0, 1) == ([], dict.fromkeys(range(3), Reason.BUDGET))
     assert choose([], [], 0, 5) == ([], {})
 
 
@@ -123,6 +124,8 @@ def test_worth_is_the_formula() -> None:
     ends = replace(TEN_OFF, end=NOW + timedelta(days=3.5))
     assert parts(worth(ends, ANN, HALF, PRICES, NOW))[0] == pytest.approx((1 - math.sqrt(0.5)) * 0.5)
     assert parts(worth(ends, new, HALF, PRICES, NOW))[0] == pytest.approx(0.25)
+    # The budget is kept as if everybody bought, whenever it ends.
+    assert parts(worth(ends, new, HALF, PRICES, NOW))[1] == pytest.approx(0.35)
     assert worth(replace(TEN_OFF, end=NOW + timedelta(days=70)), ANN, HALF, PRICES, NOW) == found
 
 

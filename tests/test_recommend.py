@@ -174,7 +174,7 @@ def test_a_wrong_request_names_its_field_and_an_unknown_thing_is_not_found(shop:
             (pb.RecommendRequest(exclude_item_ids=["a"] * 10_001), "exclude_item_ids"),
             (
                 pb.RecommendRequest(session=[event_pb2.SessionItem(item_id="a", type="hug")]),
-                "person.session[0].type",
+                "session[0].type",
             ),
         ]
         for request, field in wrong:

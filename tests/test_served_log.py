@@ -242,7 +242,11 @@ def test_a_person_reads_their_pages_page_by_page_and_nothing_is_left_of_them(
         await asyncio.sleep(0.6)
         assert not (await stub.ExportUser(pb.ExportUserRequest(user_id="ann-4711"))).pages
         assert not knows(tmp_path / "state", b"ann-4711")
-        for wrong in ("p", "px", "p-1", "q3", "p" + "9" * 25):
+        events = [purchase(f"b{n}", "bob", "garden-01") for n in range(3)]
+        await stub.WriteEvents(pb.WriteEventsRequest(events=events))
+        token = (await stub.ExportUser(pb.ExportUserRequest(user_id="bob", page_size=1))).next_page_token
+        assert token
+        for wrong in ("p", "px", "p-1", "q3", "p" + "9" * 25, "1", token, f"p{token}"):
             asked.page_token = wrong
             assert await violations(stub.ExportUser(asked)) == ["page_token"]
 

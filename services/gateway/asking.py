@@ -133,6 +133,6 @@ def digest(request: pb.RecommendRequest) -> str:
     """What is the same on every page of an answer."""
     same = pb.RecommendRequest()
     same.CopyFrom(request)
-    for name in ("page_token", "page_size", "request_id", "min_sequence", "read_mask"):
+    for name in ("page_token", "page_size", "request_id", "min_sequence", "read_mask", "validate_only"):
         same.ClearField(name)
     return hashlib.blake2b(same.SerializeToString(deterministic=True), digest_size=8).hexdigest()

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from services.gateway.cues import Cue
 from services.gateway.marks import Mark, Part
@@ -15,6 +16,7 @@ NEEDING_AN_ITEM = frozenset(
 )
 _POINTING = frozenset((Cue.THIS, Cue.SAME, Cue.OTHER, Part.PLACE))
 _FREES_WITHIN = 2
+_COMPLAINTS = ("too", "so", "太")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,14 @@ class Clause:
 
     @property
     def dearer(self) -> bool:
-        """Whether that is what is dearer."""
-        return bool(self.kinds & {Cue.DEARER, Cue.AT_LEAST})
+        """Whether that is what is dearer: "not cheaper" is, "not dearer" and "not too dear" are not."""
+        dearer = bool(self.kinds & {Cue.DEARER, Cue.AT_LEAST})
+        pairs = pairwise(mark for mark in self.marks if mark.kind is not Cue.FILLER)
+        negated = any(
+            first.kind is Cue.NOT and then.kind in COMPARING and not then.text.lower().startswith(_COMPLAINTS)
+            for first, then in pairs
+        )
+        return dearer != negated
 
     @property
     def points(self) -> bool:

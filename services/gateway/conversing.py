@@ -153,12 +153,14 @@ class Conversing:
     ) -> tuple[Wish, Ordered, list[Condition]]:
         """The page, the wish that it answers, and the conditions that were set aside for there to be one."""
         kept: Sequence[Condition] = now.conditions
+        # Where nothing may be shown whatever is said, nothing of it is in the way.
+        some = await asyncio.to_thread(self._pipeline.some_may_be_shown, wish)
         while True:
-            kept = await asyncio.to_thread(self._met, wish, kept)
+            kept = await asyncio.to_thread(self._met, wish, kept) if some else kept
             said: list[pb.Degradation] = []
             narrowed = await self._led(_narrowed(wish, kept), now, said)
             ordered = await self._pipeline.run(narrowed)
-            if ordered.numbers or not kept:
+            if ordered.numbers or not kept or not some:
                 degraded += said
                 return narrowed, ordered, [c for c in now.conditions if c not in kept]
             kept = kept[:-1]  # all that meets them was bought before

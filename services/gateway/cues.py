@@ -67,11 +67,11 @@ PHRASES: Mapping[Cue, str] = {
     Cue.CURRENCY: "€|$|£|¥|eur|euro|usd|dollar|buck|gbp|pound|rmb|cny|yuan|chf|kr|sek|元|块|块钱|元钱|"
     "人民币|美元|欧元",
     Cue.PRICE: "price|the price|cost|价格|价钱|价位",
-    Cue.NOT: "not|no|arent|isnt|is not|are not|nothing|without|except|except for|but not|but no|and not|"
-    "and no|anything but|everything but|all but|other than|instead of|rather than|i dont want|dont want|"
-    "do not want|dont show|do not show|i dont like|dont like|do not like|i hate|hate|dislike|unlike|"
-    "different from|different to|avoid|exclude|never|nor|no more|不要|不想要|别|不是|除了|没有|不|不喜欢|"
-    "不像|不同于|讨厌|排除|去掉|别给我",
+    Cue.NOT: "not|no|neither|arent|isnt|is not|are not|nothing|without|except|except for|but not|"
+    "but no|and not|and no|anything but|everything but|all but|other than|instead of|rather than|i dont want|"
+    "dont want|do not want|dont show|do not show|i dont like|dont like|do not like|i hate|hate|dislike|"
+    "unlike|different from|different to|avoid|exclude|never|nor|no more|不要|不想要|别|不是|除了|没有|不|"
+    "不喜欢|不像|不同于|讨厌|排除|去掉|别给我",
     Cue.WANT: "only|just|want|i want|i would like|id like|need|i need|rather|show me|give me|find me|"
     "only show|instead|要|只要|想要|我要|我想要|给我|换成|改成|来",
     Cue.IN: "in|in a|in the|with|for|用",

@@ -202,7 +202,9 @@ def _problems(message: pb.Offer) -> dict[str, str]:
     if len(message.segments) > MAX_SEGMENTS:
         found["segments"] = f"has {len(message.segments)}, at most {MAX_SEGMENTS} are allowed"
     for at, segment in enumerate(message.segments[:MAX_SEGMENTS]):
-        found[f"segments[{at}]"] = "" if segment in offers.SEGMENTS else f"is none of {offers.SEGMENTS}"
+        found[f"segments[{at}]"] = (
+            "" if segment in offers.SEGMENTS else f"is none of {', '.join(offers.SEGMENTS)}"
+        )
     return found
 
 

@@ -132,7 +132,8 @@ def worth(
 
     P(used) = P(buys while it holds) * the share of relevance it covers * P(spends the least it asks for).
     What is spent on a day is taken to be exponential around the usual, which leaves the usual beyond any
-    least amount. Where no chance of buying is known it counts as 1, which orders offers all the same.
+    least amount. Where no chance of buying is known it counts as 1, for what an offer costs whenever it ends,
+    which orders offers all the same.
     """
     if not len(mass):
         return Reason.NO_ITEMS
@@ -144,10 +145,11 @@ def worth(
     if off > offer.budget * (1 + _SLACK):
         return Reason.OFFER_BUDGET
     gain = offer.margin * spent - off
-    used = _in_time(offer, shopper, now) * min(float(mass.sum()), 1.0) * math.exp(-offer.min_spend / usual)
+    reach = min(float(mass.sum()), 1.0) * math.exp(-offer.min_spend / usual)
+    used = _in_time(offer, shopper, now) * reach
     if gain * used <= 0:
         return Reason.NO_VALUE
-    return Worth(used, used * off, used * gain)
+    return Worth(used, (reach if shopper.chance is None else used) * off, used * gain)
 
 
 def choose(
@@ -168,7 +170,10 @@ def choose(
         if picked.sum() > limit:
             picked = _knapsack(worth_it, cost, budget, limit)
         best = [order[step] for step in np.flatnonzero(picked)]
-    left = {at: Reason.BUDGET if at in first else Reason.LIMIT for at in order if at not in best}
+    reached = len(best) >= limit
+    left = {
+        at: Reason.LIMIT if reached and at not in first else Reason.BUDGET for at in order if at not in best
+    }
     return best, left
 
 

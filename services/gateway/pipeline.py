@@ -241,9 +241,9 @@ class Pipeline:
         try:
             with deadline.within(seconds):
                 answer = await deadline.wait(call)
-        except InvalidArgument:
+        except InvalidArgument as error:
             breaker.succeeded()
-            raise
+            raise error.without("person") from None
         except VitrineError as error:
             code = _CODES.get(type(error), pb.DEGRADATION_CODE_FAILED)
             if isinstance(error, DeadlineExceeded):

@@ -253,8 +253,11 @@ class _Page:
         self._left[place] = False
         for window in self._caps:
             window.take(place)
-        if self._rules.diversity and slate.vectors is not None and place < ranked:
-            self._near[:ranked] = np.maximum(self._near[:ranked], slate.vectors @ slate.vectors[place])
+        diverse = self._rules.diversity and len(self.chosen) < _DIVERSE_SLOTS
+        if diverse and slate.vectors is not None and place < ranked:
+            # Not BLAS, whose threads wait for each other in every slot where others need the cores.
+            alike = np.einsum("cd,d->c", slate.vectors, slate.vectors[place])
+            self._near[:ranked] = np.maximum(self._near[:ranked], alike)
 
 
 class _Window:

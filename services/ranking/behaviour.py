@@ -6,7 +6,6 @@ counts twice and a crash never counts half. Knows nothing of models or transport
 
 import hashlib
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -22,7 +21,7 @@ import numpy as np
 import sqlalchemy as sa
 
 from services import store
-from services.catalog import identifier_problem, item_number
+from services.catalog import MAX_PRICE, PRICE_PROBLEM, identifier_problem, item_number
 from services.errors import AlreadyExists, FieldViolation, InvalidArgument
 from services.ranking import erasure, identities, served, tables
 from services.ranking.erasure import Expired, Forgotten
@@ -367,8 +366,8 @@ def _item_problems(item: EventItem) -> Iterator[tuple[str, str]]:
         yield "item_id", problem
     if not 1 <= item.quantity <= _MAX_QUANTITY:
         yield "quantity", "must be at least 1 and fit 31 bits"
-    if item.price is not None and not 0 <= item.price < math.inf:
-        yield "price", "must be finite and not negative"
+    if item.price is not None and not 0 <= item.price <= MAX_PRICE:
+        yield "price", PRICE_PROBLEM
     if item.position is not None and not 1 <= item.position <= _MAX_QUANTITY:
         yield "position", "must be at least 1 and fit 31 bits"
 

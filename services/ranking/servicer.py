@@ -76,21 +76,22 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         """A page of what is known of a person."""
         _check_ids(request)
         limit = wire.check_limit(request.page_size, MAX_EVENTS, "page_size", DEFAULT_PAGE)
-        of_pages, after = _export_token(request.page_token)
         person = request.user_id, request.visitor_id
+        own = hashlib.blake2b(repr(person).encode(), digest_size=6).hexdigest()
+        of_pages, after = _export_token(request.page_token, own)
         # After a page's place in the log there are no events any more.
         ids, events = await self._ranking.export(*person, _NO_MORE if of_pages else after, limit + 1)
         response = pb.ExportUserResponse(user_ids=ids["user"], visitor_ids=ids["visitor"])
         for stored in events[:limit]:
             response.events.append(_stored(stored))
         if len(events) > limit:
-            response.next_page_token = str(events[limit - 1].sequence)
+            response.next_page_token = f"{events[limit - 1].sequence}.{own}"
             return response
         left = limit - len(events)
         pages = await self._ranking.export_pages(*person, after if of_pages else 0, left + 1)
         response.pages.extend(served_pb2.ServedPage.FromString(page.content) for page in pages[:left])
         if len(pages) > left:
-            response.next_page_token = f"p{pages[left - 1].sequence if left else 0}"
+            response.next_page_token = f"p{pages[left - 1].sequence if left else 0}.{own}"
         return response
 
     async def LogPages(self, request: pb.LogPagesRequest, context: Any) -> pb.LogPagesResponse:
@@ -254,12 +255,14 @@ def _signed(numbers: Iterable[int]) -> np.ndarray:
     return np.array(found, np.int64)
 
 
-def _export_token(token: str) -> tuple[bool, int]:
-    """Whether a token goes on among pages, and after which sequence number."""
+def _export_token(token: str, person: str) -> tuple[bool, int]:
+    """Whether a token of a person goes on among pages, and after which sequence number."""
     if not token:
         return False, 0
-    digits = token.removeprefix("p")
-    of_pages = digits != token
+    digits, _, whose = token.removeprefix("p").partition(".")
+    of_pages = token.startswith("p")
+    if whose != person:
+        raise InvalidArgument.of("page_token", "is not a token of this service, or another person's")
     known = digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS
     if not known or not (0 if of_pages else 1) <= int(digits) < _NO_MORE:
         raise InvalidArgument.of("page_token", "is not a token of this service")

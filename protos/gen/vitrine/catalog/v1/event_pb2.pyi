@@ -132,7 +132,7 @@ class EventItem(_message.Message):
     quantity: _builtins.int
     """Optional. How many, from 1; absent means 1."""
     price: _builtins.float
-    """Optional. The price of one, finite and not negative."""
+    """Optional. The price of one, not negative, at most 1e12."""
     position: _builtins.int
     """Optional. Where on the page it stood, from 1 for the first."""
     def __init__(

@@ -174,7 +174,7 @@ class Item(_message.Message):
     sizes. At most 128 characters.
     """
     price: _builtins.float
-    """Optional. In the shop's currency, finite and not negative. Absent means
+    """Optional. In the shop's currency, not negative, at most 1e12. Absent means
     unknown, which is not zero.
     """
     source_version: _builtins.int
