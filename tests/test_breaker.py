@@ -12,6 +12,7 @@ from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services import deadline
 from services.errors import InvalidArgument, Unavailable
+from services.gateway import breaker as breaker_module
 from services.gateway.breaker import Breaker
 from services.generation import EMBEDDING, GATEWAY, RANKING
 from services.wiring import App
@@ -88,7 +89,10 @@ def test_callers_in_a_hurry_prove_nothing(seconds: list[float]) -> None:
     assert breaker.wait() == 0
 
 
-def test_a_ranking_service_that_is_gone_is_left_alone_and_found_again(tmp_path: Path) -> None:
+def test_a_ranking_service_that_is_gone_is_left_alone_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker_module, "_FIRST_PAUSE", 5.0)  # longer than a dozen calls on a busy machine
     shop = Shop(make_bundle(tmp_path), tmp_path / "state", "three")
 
     async def body() -> None:
