@@ -253,8 +253,8 @@ def test_the_hard_rules_hold_in_a_dialogue(bundle: Path, tmp_path: Path) -> None
         assert answer.items
         assert not any(red(i) for i in ids(answer))
         assert [d.stage for d in answer.degraded] == ["conversation"]
-        await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=["garden-01"]))
-        later = await talk.say("forget the colour", filter=narrow, page_size=40)
+        gone = (await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=["garden-01"]))).outcomes[0].sequence
+        later = await talk.say("forget the colour", filter=narrow, page_size=40, min_sequence=gone)
         assert set(ids(later)) == {f"garden-{n:02}" for n in range(3, 20, 2)}
 
     for layout in ("one", "three"):

@@ -161,7 +161,7 @@ def test_what_is_wrong_is_named_and_the_service_stays_up(shop: Shop) -> None:
     async def body(stub: Any) -> None:
         ask, people = pb.PredictEventsRequest, [pb.PersonReference(user_id="ann")]
         stare = [event_pb2.SessionItem(item_id="a", type="stare")]
-        await stub.BatchUpsertItems(
+        written = await stub.BatchUpsertItems(
             pb.BatchUpsertItemsRequest(items=[item_pb2.Item(id=f"x{n}", title=f"x {n}") for n in range(101)])
         )
         for request, fields in (
@@ -174,7 +174,9 @@ def test_what_is_wrong_is_named_and_the_service_stays_up(shop: Shop) -> None:
             (ask(people=people * 100, item_ids=[f"x{n}" for n in range(101)], min_sequence=1), ["item_ids"]),
         ):
             assert await violations(stub.PredictEvents(request)) == fields
-        whole = await stub.PredictEvents(ask(people=people * 100, item_ids=[f"x{n}" for n in range(100)]))
+        last = max(outcome.sequence for outcome in written.outcomes)
+        wanted = [f"x{n}" for n in range(100)]
+        whole = await stub.PredictEvents(ask(people=people * 100, item_ids=wanted, min_sequence=last))
         assert [len(person.items) for person in whole.people] == [100] * 100
 
     shop.run(body)
