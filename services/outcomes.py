@@ -1,4 +1,4 @@
-"""Pages of the served log with what came of them: joined to events by the request that tokens name.
+"""Pages of the served log with what came of them, joined to events by what their tokens name.
 
 Read from a state that may be served meanwhile.
 """
@@ -39,7 +39,7 @@ class Shown:
 
 @dataclass
 class Done:
-    """What was done with the items of an answer, by its request id."""
+    """What was done with the items of an answer."""
 
     done: dict[int, set[str]] = field(default_factory=dict)
     paid: dict[int, float] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def shown(
     with engine.connect() as connection:
         outcomes = _outcomes(connection, secret, bought_as)
     for person, page in pages(engine, since, until):
-        came = nothing if page.shadow else outcomes.get(page.request_id, nothing)
+        came = nothing if page.shadow else outcomes.get((page.request_id, page.scenario), nothing)
         done = {number: frozenset(kinds) for number, kinds in came.done.items()}
         yield Shown(person, page, done, came.paid)
 
@@ -92,23 +92,23 @@ def content_of(tokens: Tokens, token: str) -> dict[str, Any] | None:
         return None
 
 
-def _outcomes(connection: sa.Connection, secret: bytes, bought_as: str) -> dict[str, Done]:
+def _outcomes(connection: sa.Connection, secret: bytes, bought_as: str) -> dict[tuple[str, str], Done]:
     events, items = tables.events.c, tables.event_items.c
     query = (
         sa.select(events.attribution_token, events.type, items.number, items.quantity, items.price)
         .join(tables.event_items, items.sequence == events.sequence)
         .where(events.attribution_token != "")
     )
-    tokens, read = Tokens(secret), dict[str, str | None]()
-    found: dict[str, Done] = {}
+    tokens, read = Tokens(secret), dict[str, tuple[str, str] | None]()
+    found: dict[tuple[str, str], Done] = {}
     for row in connection.execution_options(yield_per=_READ_AT_ONCE).execute(query):
         token = row.attribution_token
         if token not in read:
             content = content_of(tokens, token)
-            read[token] = content["r"] if content else None
-        if (request_id := read[token]) is None:
+            read[token] = (content["r"], content["s"]) if content else None
+        if (answer := read[token]) is None:
             continue
-        mine = found.setdefault(request_id, Done())
+        mine = found.setdefault(answer, Done())
         mine.done.setdefault(row.number, set()).add(row.type)
         if row.type == bought_as and row.price is not None:
             mine.paid[row.number] = mine.paid.get(row.number, 0.0) + row.price * row.quantity

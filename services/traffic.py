@@ -96,7 +96,7 @@ def traffic(
                 continue
             key = token, row.number
             if row.type == shown_as:
-                known = logged.get((content["r"], row.number))
+                known = logged.get((content["r"], content["s"], row.number))
                 shown.setdefault(key, known or (_name(by, row, content, band),))
             else:
                 done.setdefault(key, set()).add(row.type)
@@ -137,18 +137,20 @@ def _rows(connection: sa.Connection, since: datetime | None, until: datetime | N
     yield from connection.execution_options(yield_per=_READ_AT_ONCE).execute(query)
 
 
-def _logged(engine: sa.Engine, by: str) -> dict[tuple[str, int], tuple[str, ...]]:
+def _logged(engine: sa.Engine, by: str) -> dict[tuple[str, str, int], tuple[str, ...]]:
     """The sources of each item of each answer, or the arms of those that two arms shared."""
-    found: dict[tuple[str, int], tuple[str, ...]] = {}
+    found: dict[tuple[str, str, int], tuple[str, ...]] = {}
     for _, page in pages(engine):
         if page.shadow or (by == "arm" and not page.item_arms):
             continue
         for at, number in enumerate(map(item_number, page.item_ids)):
             if by == "arm":
-                found[page.request_id, number] = (f"{page.experiment}/{page.item_arms[at]}",)
+                found[page.request_id, page.scenario, number] = (f"{page.experiment}/{page.item_arms[at]}",)
             else:
                 bits = page.item_sources[at]
-                found[page.request_id, number] = tuple(s for n, s in enumerate(page.sources) if bits >> n & 1)
+                found[page.request_id, page.scenario, number] = tuple(
+                    s for n, s in enumerate(page.sources) if bits >> n & 1
+                )
     return found
 
 

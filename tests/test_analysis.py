@@ -203,6 +203,25 @@ def test_a_state_without_a_log_is_said_and_one_draw_is_json(bundle: Path, tmp_pa
         assert (code, "no served log" in wrong) == (1, True)
 
 
+def test_what_was_done_counts_for_the_answer_that_showed_it(bundle: Path, tmp_path: Path) -> None:
+    text = SPLIT + '[experiments.other]\nscenario = "basket"\narms = [{ name = "x" }, { name = "y" }]\n'
+
+    async def body(stub: Any) -> None:
+        for n in range(12):
+            asked = pb.RecommendRequest(user_id=f"u{n}", page_size=40, request_id=f"visit-{n}")
+            page = await stub.Recommend(asked)
+            asked.scenario = "basket"  # the same items under the same request id
+            await stub.Recommend(asked)
+            await clicked(stub, page, f"u{n}", ids(page)[0])
+
+    state = serve(bundle, tmp_path, text, body)
+    done = {}
+    for name in ("worlds", "other"):
+        arms = json.loads(analyzed(state, "--experiment", name, "--json")[1])["arms"]
+        done[name] = sum(arm["done"] for arm in arms.values())
+    assert done == {"worlds": 12, "other": 0}
+
+
 def test_a_contest_needs_both_arms() -> None:
     def page(items: dict[str, str], clicked: set[str]) -> Shown:
         made = served_pb2.ServedPage(experiment="x", item_ids=list(items), item_arms=list(items.values()))

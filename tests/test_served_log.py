@@ -23,7 +23,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
 
 from services import deadline
-from services.errors import Unavailable
+from services.errors import InvalidArgument, Unavailable
 from services.gateway import served_log as module
 from services.gateway.served_log import ServedLog
 from services.ranking import showings, tables
@@ -301,6 +301,49 @@ def test_pages_wait_for_a_ranking_service_that_is_away_and_what_is_too_much_is_c
         assert log.counts["lost"] == 3
 
     asyncio.run(body())
+
+
+def test_pages_that_are_refused_do_not_hold_up_those_after_them(caplog: pytest.LogCaptureFixture) -> None:
+    arrived: list[str] = []
+    away = True
+
+    async def send(request: ranking_pb.LogPagesRequest) -> None:
+        if away:
+            raise Unavailable("for lunch")
+        if any(page.request_id == "bad" for page in request.pages):
+            raise InvalidArgument.of("pages[0].user_id", "is wrong")
+        arrived.extend(page.request_id for page in request.pages)
+
+    async def body() -> None:
+        nonlocal away
+        log = ServedLog(send)
+        log.add(served_pb2.ServedPage(request_id="bad"))
+        for _ in range(5):
+            await log.flush()
+        away = False
+        await log.flush()
+        log.add(served_pb2.ServedPage(request_id="good"))
+        await log.close()
+        assert (arrived, dict(log.counts)) == (["good"], {"kept": 1, "lost": 1})
+
+    asyncio.run(body())
+    assert caplog.text.count("logged later") == 1
+    assert "refused by the log" in caplog.text
+
+
+def test_one_request_id_may_stand_for_several_answers(one: Shop) -> None:
+    async def body(stub: Any) -> None:
+        for user in ("ann", "bob"):
+            for scenario in ("home", "basket", "home"):
+                asked = pb.RecommendRequest(
+                    user_id=user, scenario=scenario, request_id="visit-7", page_size=3
+                )
+                await stub.Recommend(asked)
+        for user in ("ann", "bob"):
+            found = await kept(stub, 2, user_id=user)
+            assert [page.scenario for page in found] == ["home", "basket"]
+
+    one.run(body)
 
 
 def test_a_page_that_is_still_made_has_its_own_time_and_may_fail(caplog: pytest.LogCaptureFixture) -> None:

@@ -224,7 +224,7 @@ def _trial(wish: Wish, retrieved: ranking_pb.RetrieveResponse | None, ranked: Or
     apart = np.zeros(len(ranked.numbers), bool)
     apart[places[only]] = True
     expected = expectation(relevance(np.array(ranked.scores, np.float32), apart)[places])
-    if ranked.probabilities:  # of the strongest event that they are known of
+    if ranked.probabilities:  # of the first type of event that they are known of
         known = next(iter(ranked.probabilities.values()))
         expected = np.array([known.get(number, np.nan) for number in numbers])
     return trial(

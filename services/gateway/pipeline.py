@@ -155,15 +155,13 @@ class Pipeline:
         self, person: ranking_pb.Person, as_of: datetime, degraded: list[pb.Degradation]
     ) -> UserProfile | None:
         """What behaviour says of who has an id; None and a line in `degraded` where nobody tells."""
-        left = deadline.remaining()
         request = ranking_pb.GetUserProfileRequest(
             user_id=person.user_id,
             visitor_id=person.visitor_id,
             as_of=wire.time_to(as_of),
             bundle=self.bundle,
         )
-        seconds = self._limits.budget if left is None else left
-        told = await self._attempt("profile", self._ranking.user_profile(request), seconds, degraded)
+        told = await self._attempt("profile", self._ranking.user_profile(request), self._seconds(), degraded)
         return told.profile if told else None
 
     async def reasons(
@@ -206,7 +204,7 @@ class Pipeline:
     ) -> dict[str, str]:
         """The titles of at most 1000 items, by their ids; of those that cannot be had none."""
         get = self._embedding.get(embedding_pb.GetItemsRequest(item_ids=item_ids))
-        items = await self._attempt(stage, get, self._seconds(), degraded)
+        items = await self._attempt(stage, get, self._seconds(), degraded, asked="titles")
         return {record.item.id: record.item.title for record in (items.items if items else ())}
 
     async def search(
@@ -227,10 +225,19 @@ class Pipeline:
         return self._limits.budget if left is None else left
 
     async def _attempt(
-        self, stage: str, call: Awaitable[T], seconds: float, degraded: list[pb.Degradation]
+        self,
+        stage: str,
+        call: Awaitable[T],
+        seconds: float,
+        degraded: list[pb.Degradation],
+        *,
+        asked: str = "",
     ) -> T | None:
-        """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error."""
-        breaker, left = self._breakers[stage], deadline.remaining()
+        """The answer of a stage, or None and a line in `degraded`; a wrong request stays an error.
+
+        What keeps failing is left alone by the name of what is `asked`, the stage's where it asks one thing.
+        """
+        breaker, left = self._breakers[asked or stage], deadline.remaining()
         seconds = seconds if left is None else min(seconds, left)
         if pause := breaker.wait():
             _drop(call)

@@ -36,8 +36,8 @@ class Place:
     as_of: datetime
     person: str
     assigned: Assigned
+    known: Known
     degraded: Sequence[pb.Degradation] = ()
-    known: Known | None = None
     explored_upto: int | None = None
 
 
@@ -165,7 +165,7 @@ class Recommending:
         ordered = await self.pipeline.run(wish)
         items, request_id = self.items(ordered, slice(0, size), self.pipeline), uuid.uuid4().hex
         asked = pb.RecommendRequest(scenario=SIMILAR)
-        place = Place(0, now, "", Assigned(SIMILAR))
+        place = self.place(SIMILAR, now)
         self.log(asked, ordered, items, request_id, place, now)
         return pb.SimilarItemsResponse(
             items=items,
@@ -174,12 +174,16 @@ class Recommending:
             degraded=ordered.degraded,
         )
 
+    def place(self, scenario: str, now: datetime) -> Place:
+        """The beginning of an answer that takes part in no experiment."""
+        return Place(0, now, "", Assigned(scenario), self._scenarios.known)
+
     def _page(self, request: pb.RecommendRequest, request_id: str, now: datetime) -> Place:
         """Where the page begins, with the moment and the arm that all pages of an answer share."""
         known, person = self._scenarios.known, person_key(request, request_id)
         if not request.page_token:
             chosen = _chosen(known, request, person)
-            return Place(0, now, person, chosen, self._not_served(chosen), known)
+            return Place(0, now, person, chosen, known, self._not_served(chosen))
         content = self._tokens.read("page", request.page_token, now, "page_token")
         if content["h"] != digest(request):
             raise InvalidArgument.of("page_token", "belongs to another request; only page_size may change")
@@ -191,11 +195,10 @@ class Recommending:
         if content.get("b", bundle) != bundle:
             degraded.append(_bundle_changed(content["b"]))
         as_of = datetime.fromisoformat(content["a"])
-        return Place(content["o"], as_of, person, chosen, degraded, known, content.get("l"))
+        return Place(content["o"], as_of, person, chosen, known, degraded, content.get("l"))
 
     def _wish(self, request: pb.RecommendRequest, place: Place, scenario: str, depth: int) -> Wish:
-        known = place.known or self._scenarios.known
-        wish = wish_of(request, known.find(scenario), place.as_of, depth)
+        wish = wish_of(request, place.known.find(scenario), place.as_of, depth)
         return replace(wish, explored_upto=place.explored_upto)
 
     def _by(self, arm: Arm | None) -> Pipeline:

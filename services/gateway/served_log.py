@@ -17,7 +17,7 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services import deadline
 from services.catalog import item_number
-from services.errors import VitrineError
+from services.errors import InvalidArgument, VitrineError
 from services.gateway.wish import Ordered
 
 _MOST = 10_000
@@ -42,6 +42,7 @@ class ServedLog:
         self._sending = asyncio.Lock()
         self._counts = {"kept": 0, "lost": 0}
         self._making: set[asyncio.Task[None]] = set()
+        self._behind = False
 
     @property
     def counts(self) -> Mapping[str, float]:
@@ -85,10 +86,17 @@ class ServedLog:
                 try:
                     with deadline.within(_PATIENCE):
                         await deadline.wait(self._send(ranking_pb.LogPagesRequest(pages=some)))
+                except InvalidArgument:  # sent again they would hold up all that come after them
+                    _log.exception("%d answered pages are refused by the log", len(some))
+                    became = "lost"
                 except VitrineError as error:
-                    _log.warning("%d pages could not be logged yet: %s", len(self._waiting), error)
+                    if not self._behind:  # said once, not each time
+                        _log.warning("answered pages are logged later: %s", error)
+                    self._behind = True
                     return
-                self._counts["kept"] += len(some)
+                else:
+                    became, self._behind = "kept", False
+                self._counts[became] += len(some)
                 for _ in some:
                     self._waiting.popleft()
 
@@ -114,8 +122,9 @@ class ServedLog:
 
 def _counts_of(page: served_pb2.ServedPage) -> served_pb2.ServedPage:
     """What a page explored, and nothing else of it."""
+    named = page.request_id, page.user_id, page.visitor_id
     return served_pb2.ServedPage(
-        request_id=hashlib.blake2b(page.request_id.encode(), digest_size=16).hexdigest(),
+        request_id=hashlib.blake2b(repr(named).encode(), digest_size=16).hexdigest(),
         served_at=page.served_at,
         scenario=page.scenario,
         start=page.start,

@@ -25,7 +25,7 @@ from services.gateway.experiments import Assigned
 from services.gateway.fusion import CROSS_MODAL_WEIGHT, fused
 from services.gateway.pipeline import Pipeline
 from services.gateway.readers import Reader
-from services.gateway.recommending import DEFAULT_PAGE, MAX_PAGE, Place, Recommending
+from services.gateway.recommending import DEFAULT_PAGE, MAX_PAGE, Recommending
 from services.gateway.scenarios import HOME, Scenarios
 from services.gateway.sentences import LANGUAGES
 from services.gateway.served_log import ServedLog
@@ -80,7 +80,7 @@ class GatewayServicer(pb_grpc.RecommendationServiceServicer):
         items = self.recommending.items(turn.ordered, slice(0, size), self.pipeline)
         if request.include_reasons:
             await explain(self.pipeline, turn.wish, turn.ordered, items, language, turn.degraded)
-        place = Place(0, now, "", Assigned(request.scenario or HOME))
+        place = self.recommending.place(request.scenario or HOME, now)
         token = self.recommending.attribution(request_id, request.scenario or HOME, now, place.assigned)
         response = pb.ConverseResponse(
             items=items,

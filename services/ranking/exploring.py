@@ -38,7 +38,7 @@ class Explore:
 
 @dataclass(frozen=True)
 class Explorable:
-    """Items in columns, by number: int64 (E,); `of` is how many there were, `upto` what was counted.
+    """Items in columns, by number: int64 (E,); `upto` is the place in the log that was counted to.
 
     `showings` int64 (E,), for exploring so far; `engagements` float32 (E,), of the last 30 days.
     """
@@ -46,7 +46,6 @@ class Explorable:
     numbers: np.ndarray
     showings: np.ndarray
     engagements: np.ndarray
-    of: int
     upto: int
 
 
@@ -87,7 +86,7 @@ def explorable(
     drawn = drawn[np.argsort(table.item_numbers[drawn])]
     numbers = table.item_numbers[drawn]
     engagements = now.popular[drawn, len(WINDOWS) - 1]
-    return Explorable(numbers, shown.of(numbers, upto), engagements, len(fresh), upto)
+    return Explorable(numbers, shown.of(numbers, upto), engagements, upto)
 
 
 def _lots(numbers: np.ndarray, seed: int) -> np.ndarray:

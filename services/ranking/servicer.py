@@ -287,9 +287,10 @@ def _served(at: int, page: served_pb2.ServedPage) -> Served:
         explored = {pool[draw.drawn] for draw in page.exploring.draws if not page.shadow}
     except IndexError:
         raise InvalidArgument.of(f"pages[{at}].exploring.draws", "draws what is not in the pool") from None
-    named = "/".join((page.request_id, str(page.start), page.arm, str(page.shadow)))
+    # A shop may use one request id for all that a page of its site asks for.
+    named = page.request_id, page.scenario, page.user_id, page.visitor_id, page.start, page.arm, page.shadow
     return Served(
-        key=hashlib.blake2b(named.encode(), digest_size=16).hexdigest(),
+        key=hashlib.blake2b(repr(named).encode(), digest_size=16).hexdigest(),
         user_id=page.user_id,
         visitor_id=page.visitor_id,
         scenario=page.scenario,
@@ -319,7 +320,6 @@ def _explorable(found: Explorable) -> pb.Explorable:
         item_numbers=found.numbers.tolist(),
         showings=found.showings.tolist(),
         engagements=found.engagements.tolist(),
-        of=found.of,
         upto=found.upto,
     )
 

@@ -554,10 +554,7 @@ class Explorable(_message.Message):
     ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
     SHOWINGS_FIELD_NUMBER: _builtins.int
     ENGAGEMENTS_FIELD_NUMBER: _builtins.int
-    OF_FIELD_NUMBER: _builtins.int
     UPTO_FIELD_NUMBER: _builtins.int
-    of: _builtins.int
-    """How many there were."""
     upto: _builtins.int
     """The place in the served log up to which showings were counted."""
     @_builtins.property
@@ -578,12 +575,11 @@ class Explorable(_message.Message):
         item_numbers: _abc.Iterable[_builtins.int] | None = ...,
         showings: _abc.Iterable[_builtins.int] | None = ...,
         engagements: _abc.Iterable[_builtins.float] | None = ...,
-        of: _builtins.int = ...,
         upto: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engagements", b"engagements", "item_numbers", b"item_numbers", "of", b"of", "showings", b"showings", "upto", b"upto"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engagements", b"engagements", "item_numbers", b"item_numbers", "showings", b"showings", "upto", b"upto"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
