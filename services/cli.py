@@ -183,7 +183,7 @@ def _analyze(options: dict[str, Any]) -> None:
 
 
 def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
-    from services import analysis
+    from services.analysis import command
 
     by, as_json = options.pop("by"), options.pop("json")
     experiment, policies, on = options.pop("experiment"), options.pop("policies"), options.pop("on")
@@ -191,14 +191,14 @@ def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
     if all(span) and span[0] >= span[1]:
         raise InvalidArgument.of("since", "is not before until")
     asked = {"on": on} if experiment or policies else {"shown_as": options["shown_as"]}
-    analysis.check_types(engine, asked)
+    command.check_types(engine, asked)
     if experiment:
-        told = analysis.of_experiment(engine, secret, experiment, on, *span, options["bought_as"])
+        told = command.of_experiment(engine, secret, experiment, on, *span, options["bought_as"])
     elif policies:
-        told = analysis.of_policies(engine, secret, on, *span)
+        told = command.of_policies(engine, secret, on, *span)
     else:
-        told = analysis.of_traffic(engine, secret, by, **options)
-    analysis.show(told, as_json=as_json)
+        told = command.of_traffic(engine, secret, by, **options)
+    command.show(told, as_json=as_json)
 
 
 def _serve(options: dict[str, Any]) -> None:

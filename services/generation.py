@@ -173,9 +173,9 @@ class Generation:
         self.ranking = ranking.Ranking(events, self._items(ItemTable()), fitted, profile, *models)
         self._closing.append(self.ranking.close)
         if days := self._settings.retention_days:
-            self.background.append(partial(self.ranking.keep_for, days, self._shared.clock))
+            self.background.append(partial(self.ranking.keeping.keep_for, days, self._shared.clock))
         days = min(self._settings.served_days, self._settings.retention_days or sys.maxsize)
-        self.background.append(partial(self.ranking.keep_pages_for, days, self._shared.clock))
+        self.background.append(partial(self.ranking.keeping.keep_pages_for, days, self._shared.clock))
         self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
 
     def _gateway(self) -> None:

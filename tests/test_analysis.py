@@ -14,10 +14,10 @@ import pytest
 from vitrine.catalog.v1 import event_pb2, item_pb2, served_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
+from services.analysis.comparison import compared
+from services.analysis.outcomes import Shown
 from services.catalog import item_number
 from services.cli import main
-from services.comparison import compared
-from services.outcomes import Shown
 from services.wire import time_to
 from tests.recommending import NOW, Shop, ids
 from tests.test_experiments import HALVES, SPLIT

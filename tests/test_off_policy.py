@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.analysis.off_policy import POLICIES, Draws, alike, greedy, judged, logged, proportional
 from services.gateway.trial import trial
-from services.off_policy import POLICIES, Draws, alike, greedy, judged, logged, proportional
 
 relevances = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 

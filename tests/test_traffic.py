@@ -15,7 +15,7 @@ from scipy import stats
 from vitrine.catalog.v1 import event_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
-from services.traffic import interval
+from services.analysis.traffic import interval
 from tests.recommending import Shop, ids
 from tests.shops import make_bundle
 

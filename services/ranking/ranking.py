@@ -9,14 +9,13 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -25,11 +24,11 @@ from services.bundle import Profile
 from services.errors import Unavailable, VitrineError
 from services.item_table import ItemTable
 from services.ranking.basis import Basis
-from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded, Stored
-from services.ranking.erasure import Forgotten
+from services.ranking.behaviour import BehaviourStore, Event, Outcome, Recorded
 from services.ranking.exploring import Explorable, Explore, explorable
 from services.ranking.features import Features
 from services.ranking.graph import GraphView, ItemGraph
+from services.ranking.keeping import Keeping
 from services.ranking.moment import DAY, TICKS, Moment, moment
 from services.ranking.people import Buyers, UserProfile, profile
 from services.ranking.propensity import Propensity
@@ -37,7 +36,6 @@ from services.ranking.query import MAX_HISTORY, Query, recency
 from services.ranking.reasons import Reasoner
 from services.ranking.scoring import Scorer
 from services.ranking.sequence import SequenceView
-from services.ranking.served import Kept, Served
 from services.ranking.showings import Showings
 from services.ranking.sources import Sources
 from services.ranking.state import BehaviourState, Columns
@@ -49,10 +47,7 @@ _THREADS = 2
 _SECONDS_A_DAY = 86_400
 _SHOWN_DAYS = 30
 _NEAREST = "graph"  # by behaviour, and of what has none by text and photograph
-_EXPIRED_AT_ONCE = 1000
 _MOST_OF_A_PERSON = 5000
-_BETWEEN_EXPIRIES = 600.0
-_EXPLORED_DAYS = 90
 _log = logging.getLogger(__name__)
 
 
@@ -164,12 +159,12 @@ class Ranking:
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         self._moment: Moment | None = None
         self._buyers: tuple[int, Buyers] | None = None
-        self._finishing: set[asyncio.Task[Any]] = set()
         self._advancing = threading.Lock()
         self._taking = threading.Lock()
         self.heirs: list[Ranking] = []
         """Who answers other calls by now: what is recorded here is seen there at once."""
         self._pool = ThreadPoolExecutor(_THREADS, "ranking")
+        self.keeping = Keeping(store, self._on)
         store.readers.add(self)
         self.advance()
 
@@ -205,92 +200,12 @@ class Ranking:
                 await heir._on(heir.advance)
         return done
 
-    async def forget(self, user_id: str, visitor_id: str) -> Forgotten:
-        """Delete all that is known of a person; on return no answer rests on it."""
-
-        async def forget() -> Forgotten:
-            forgotten = await asyncio.wrap_future(self.store.forget(user_id, visitor_id))
-            await self._lose(methodcaller("forget", forgotten.user_keys, user_id, visitor_id))
-            await self._on(self.store.scrub)
-            return forgotten
-
-        return await self._to_the_end(forget())
-
-    async def expire(self, before: datetime) -> int:
-        """Delete the events that happened before a time; how many."""
-
-        async def some() -> int:
-            gone = await asyncio.wrap_future(self.store.expire(before, _EXPIRED_AT_ONCE))
-            if gone.sequences:
-                await self._lose(methodcaller("drop", gone.sequences, gone.user_keys))
-            return len(gone.sequences)
-
-        many = 0
-        while count := await self._to_the_end(some()):
-            many += count
-        if many:
-            await self._on(self.store.scrub)
-        return many
-
-    async def log(self, pages: Sequence[Served]) -> int:
-        """Keep pages that were answered; how many."""
-        return await asyncio.wrap_future(self.store.served.write(pages))
-
-    async def keep_pages_for(self, days: int, clock: Callable[[], datetime]) -> None:
-        """Delete pages of more than so many days ago, and old counts of what was explored, without end."""
-        while True:
-            now, many = clock(), 0
-            before = now - timedelta(days=days or -1)  # where none is kept not those of this moment either
-            while count := await asyncio.wrap_future(self.store.expire_pages(before, _EXPIRED_AT_ONCE)):
-                many += count
-            explored = now - timedelta(days=_EXPLORED_DAYS)
-            while await asyncio.wrap_future(self.store.expire_explored(explored, _EXPIRED_AT_ONCE)):
-                pass
-            if many:
-                await self._on(self.store.scrub)
-                _log.info("%d pages of more than %d days ago were deleted", many, days)
-            await asyncio.sleep(_BETWEEN_EXPIRIES)
-
-    async def keep_for(self, days: int, clock: Callable[[], datetime]) -> None:
-        """Delete what is older than so many days, without end."""
-        while True:
-            if many := await self.expire(clock() - timedelta(days=days)):
-                _log.info("%d events of more than %d days ago were deleted", many, days)
-            await asyncio.sleep(_BETWEEN_EXPIRIES)
-
-    async def export(
-        self, user_id: str, visitor_id: str, after: int, limit: int
-    ) -> tuple[dict[str, list[str]], list[Stored]]:
-        """Every id of a person, and at most `limit` events after a sequence number."""
-        return await self._on(
-            lambda: (
-                self.store.known_ids(user_id, visitor_id),
-                self.store.exported(user_id, visitor_id, after, limit),
-            )
-        )
-
-    async def export_pages(self, user_id: str, visitor_id: str, after: int, limit: int) -> list[Kept]:
-        """At most `limit` pages that a person was answered, after a place in the log."""
-        return await self._on(lambda: self.store.exported_pages(user_id, visitor_id, after, limit))
-
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for what must not stop in the middle, as it would when a caller goes away."""
-        task = asyncio.ensure_future(work)
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
-        return await asyncio.shield(task)
-
-    async def _lose(self, from_state: Callable[[BehaviourState], None]) -> None:
-        """Let every state over the store lose what that has lost, one that is still being filled too."""
-
-        def lose() -> None:
-            for other in list(self.store.readers):
-                # What it read before that was deleted it has added when it lets go of the lock.
-                with other._advancing, other._taking:
-                    from_state(other.state)
-                    other._moment = other._buyers = None
-
-        await self._on(lose)
+    def lose(self, from_state: Callable[[BehaviourState], None]) -> None:
+        """Let the state lose what the store has lost; what rests on it is taken anew."""
+        # What it read before that was deleted it has added when it lets go of the lock.
+        with self._advancing, self._taking:
+            from_state(self.state)
+            self._moment = self._buyers = None
 
     async def retrieve(
         self,

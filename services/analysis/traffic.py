@@ -12,10 +12,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from services.analysis.outcomes import content_of, pages
 from services.catalog import item_number
 from services.errors import InvalidArgument
 from services.gateway.tokens import Tokens
-from services.outcomes import content_of, pages
 from services.ranking import tables
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services import comparison, off_policy, traffic
+from services.analysis import comparison, off_policy, traffic
+from services.analysis.outcomes import Shown, shown
 from services.errors import FailedPrecondition, InvalidArgument
-from services.outcomes import Shown, shown
 from services.ranking import tables
 
 _WIDE = 240

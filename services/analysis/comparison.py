@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from services.analysis.outcomes import Shown
 from services.errors import NotFound
-from services.outcomes import Shown
 
 _95_PERCENT = 1.959964
 
