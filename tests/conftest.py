@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 
 from services import runtime, store
+from tests.foretelling import components
 from tests.recommending import Shop
 from tests.shops import make_bundle
 
@@ -117,3 +118,15 @@ def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
 def one(bundle: Path, tmp_path: Path) -> Shop:
     """The same in one alone."""
     return Shop(bundle, tmp_path / "state", "one")
+
+
+@pytest.fixture(scope="session")
+def foretelling_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small shop's with models that foretell, which nobody changes."""
+    return make_bundle(tmp_path_factory.mktemp("foretelling"), more=components)
+
+
+@pytest.fixture(params=["one", "three"])
+def foretelling(foretelling_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Shop:
+    """A shop over it, whose clock runs."""
+    return Shop(foretelling_bundle, tmp_path / "state", request.param, clock=None)

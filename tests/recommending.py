@@ -24,6 +24,15 @@ from tests.shops import UNTIL
 NOW = UNTIL + timedelta(hours=12)
 EVENT = event_pb2.Event
 Body = Callable[[Any], Awaitable[None]]
+HALVES = """
+[garden]
+filter = { equals = { attribute = "world", text = "garden" } }
+[kitchen]
+filter = { equals = { attribute = "world", text = "kitchen" } }
+[experiments.worlds]
+scenario = "home"
+"""
+SPLIT = HALVES + 'arms = [{ name = "a", scenario = "garden" }, { name = "b", scenario = "kitchen" }]\n'
 
 
 class Shop:

@@ -19,8 +19,7 @@ from services.analysis.outcomes import Shown
 from services.catalog import item_number
 from services.cli import main
 from services.wire import time_to
-from tests.recommending import NOW, Shop, ids
-from tests.test_experiments import HALVES, SPLIT
+from tests.recommending import HALVES, NOW, SPLIT, Shop, ids
 
 
 def analyzed(state: Path, *more: str) -> tuple[int, str, str]:

@@ -15,17 +15,7 @@ from services.errors import InvalidArgument
 from services.gateway.experiments import Arm, Experiment, assigned, interleaved, unit
 from services.gateway.scenarios import Scenarios
 from services.gateway.wish import Candidates, Ordered
-from tests.recommending import Shop, ids, session, violations
-
-HALVES = """
-[garden]
-filter = { equals = { attribute = "world", text = "garden" } }
-[kitchen]
-filter = { equals = { attribute = "world", text = "kitchen" } }
-[experiments.worlds]
-scenario = "home"
-"""
-SPLIT = HALVES + 'arms = [{ name = "a", scenario = "garden" }, { name = "b", scenario = "kitchen" }]\n'
+from tests.recommending import HALVES, SPLIT, Shop, ids, session, violations
 
 
 def file(tmp_path: Path, text: str) -> Path:

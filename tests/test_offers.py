@@ -27,9 +27,8 @@ from services.gateway.offers import (
     worth,
 )
 from services.ranking.people import Rfm, segment
+from tests.foretelling import ITEMS, chance, remember
 from tests.recommending import Shop, only, purchase, session, violations
-from tests.shops import make_bundle
-from tests.test_prediction import ITEMS, chance, components, remember
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 ANN = Shopper("loyal", bought=True, basket=20.0, chance=0.5, days=7)
@@ -170,16 +169,6 @@ def test_reasons_and_segments_are_those_of_the_contract_and_of_profiles() -> Non
     assert set(SEGMENTS) == told | {segment(None, seen=True), segment(None, seen=False)}
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("shop"), more=components)
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(bundle: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param, clock=None)
-
-
 def reasons(answer: Any) -> dict[str, str]:
     return {
         left.offer_id: pb.OfferReason.Name(left.reason).removeprefix("OFFER_REASON_")
@@ -194,7 +183,7 @@ async def ranking(stub: Any, **person: Any) -> list[str]:
     return [item.item_id for item in page.items]
 
 
-def test_offers_follow_the_person_and_each_is_in_one_list(shop: Shop) -> None:
+def test_offers_follow_the_person_and_each_is_in_one_list(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         await remember(stub)
         past, ahead = (datetime.now(UTC) + timedelta(days=days) for days in (-1, 30))
@@ -259,10 +248,10 @@ def test_offers_follow_the_person_and_each_is_in_one_list(shop: Shop) -> None:
         assert list(found["red"].item_ids) == [i for i in order if int(i[-2:]) % 2 == 0][:3]
         assert answer.versions.event_sequence == 3
 
-    shop.run(body)
+    foretelling.run(body)
 
 
-def test_a_budget_buys_the_best_and_a_stranger_gets_an_order_alone(shop: Shop) -> None:
+def test_a_budget_buys_the_best_and_a_stranger_gets_an_order_alone(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         await remember(stub)
         asked = [
@@ -303,10 +292,10 @@ def test_a_budget_buys_the_best_and_a_stranger_gets_an_order_alone(shop: Shop) -
                 ratio * free[name].expected_redemption, rel=1e-3
             )
 
-    shop.run(body)
+    foretelling.run(body)
 
 
-def test_what_somebody_paid_tells_what_they_will(shop: Shop) -> None:
+def test_what_somebody_paid_tells_what_they_will(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         for at, price in enumerate((30.0, 50.0)):
             event = purchase(f"e{at}", "cat", "garden-01")
@@ -317,10 +306,10 @@ def test_what_somebody_paid_tells_what_they_will(shop: Shop) -> None:
         answer = await stub.RecommendOffers(pb.RecommendOffersRequest(user_id="cat", offers=asked))
         assert answer.offers[0].expected_cost == pytest.approx(chance(2, -2.0) * 0.1 * 80, rel=1e-3)
 
-    shop.run(body)
+    foretelling.run(body)
 
 
-def test_a_malformed_offer_is_named_and_the_service_stays_up(shop: Shop) -> None:
+def test_a_malformed_offer_is_named_and_the_service_stays_up(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         good = pb.Offer(offer_id="good", percent=10)
         window = pb.Offer(offer_id="w", percent=10)
@@ -373,13 +362,13 @@ def test_a_malformed_offer_is_named_and_the_service_stays_up(shop: Shop) -> None
         answer = await stub.RecommendOffers(pb.RecommendOffersRequest(offers=many[:200], limit=200))
         assert len(answer.offers) == 200
 
-    shop.run(body)
+    foretelling.run(body)
 
 
 def test_without_ranking_there_is_still_an_order_and_who_is_eligible_is_not_guessed(
-    bundle: Path, tmp_path: Path
+    foretelling_bundle: Path, tmp_path: Path
 ) -> None:
-    shop = Shop(bundle, tmp_path / "state", "three", clock=None)
+    alone = Shop(foretelling_bundle, tmp_path / "state", "three", clock=None)
 
     async def body(stub: Any) -> None:
         asked = [
@@ -393,4 +382,4 @@ def test_without_ranking_there_is_still_an_order_and_who_is_eligible_is_not_gues
         assert reasons(answer) == {"first": "ELIGIBILITY_UNKNOWN"}
         assert {"retrieve", "profile"} <= {one.stage for one in answer.degraded}
 
-    shop.run(body, ranking="127.0.0.1:1")
+    alone.run(body, ranking="127.0.0.1:1")

@@ -2,14 +2,12 @@
 
 import asyncio
 import math
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from google.rpc import code_pb2, error_details_pb2
 from vitrine.catalog.v1 import event_pb2, item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
@@ -17,65 +15,16 @@ from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 
 from services.gateway.prediction import predict
 from services.item_table import ItemTable
-from services.ranking.ctr import CtrModel, CtrSettings, write_ctr
-from services.ranking.propensity import Model, columns_of, write_propensity
-from services.ranking.scales import Scales
-from tests.models import DIMENSION
-from tests.recommending import Shop, purchase, session, violations
-from tests.shops import EVENT_TYPES, UNTIL, items, make_bundle
-
-COLUMNS = columns_of(list(EVENT_TYPES))
-ITEMS = [item.id for item in items()]
-
-
-def by_days_bought(days: int, bias: float) -> Model:
-    """A chance that only the number of days with a purchase, n, moves: sigmoid(log(1 + n) + bias)."""
-    weights = [float(name == "purchase_days") for name in COLUMNS]
-    return Model(days, COLUMNS, [0.0] * len(COLUMNS), [1.0] * len(COLUMNS), weights, bias)
-
-
-def chance(bought_days: int, bias: float) -> float:
-    return 1 / (1 + math.exp(-math.log1p(bought_days) - bias))
-
-
-def components(staged: Path) -> None:
-    """A head as if trained with impressions, on chance weights, and two models of who buys."""
-    torch.manual_seed(0)
-    shape = CtrSettings(
-        {"text": DIMENSION}, ("click", "purchase"), ("popular_7d",), Scales.plain(1), shown=True,
-        slope=(1.0, 1.0), offset=(-1.0, -2.0),
-    )  # fmt: skip
-    (staged / "ctr").mkdir()
-    write_ctr(staged / "ctr", CtrModel(shape))
-    (staged / "propensity").mkdir()
-    write_propensity(staged / "propensity", [by_days_bought(7, -2.0), by_days_bought(30, -1.0)])
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("shop"), more=components)
-
-
-@pytest.fixture(params=["one", "three"])
-def shop(bundle: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Shop:
-    return Shop(bundle, tmp_path / "state", request.param, clock=None)
-
-
-async def remember(stub: Any) -> None:
-    """Ann bought on two days, Bob only looked."""
-    deeds = [("a1", "ann", "garden-01", "purchase", 3), ("a2", "ann", "garden-02", "purchase", 2)]
-    deeds += [("b1", "bob", "kitchen-01", "click", 1)]
-    for event_id, who, item, kind, days in deeds:
-        event = purchase(event_id, who, item, kind=kind)
-        event.occurred_at.FromDatetime(datetime.now(UTC) - timedelta(days=days))
-        await stub.WriteEvents(pb.WriteEventsRequest(events=[event]))
+from tests.foretelling import ITEMS, chance, remember
+from tests.recommending import Shop, session, violations
+from tests.shops import UNTIL, items, make_bundle
 
 
 def told(person: Any) -> dict[str, tuple[float, dict[str, float]]]:
     return {i.item_id: (i.score, {p.type: p.probability for p in i.probabilities}) for i in person.items}
 
 
-def test_items_are_scored_as_recommend_does_and_people_as_the_model_says(shop: Shop) -> None:
+def test_items_are_scored_as_recommend_does_and_people_as_the_model_says(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         await remember(stub)
         await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=["kitchen-03"]))
@@ -113,10 +62,10 @@ def test_items_are_scored_as_recommend_does_and_people_as_the_model_says(shop: S
         assert answer.versions.bundle == page.versions.bundle
         assert answer.versions.event_sequence == page.versions.event_sequence > 0
 
-    shop.run(body)
+    foretelling.run(body)
 
 
-def test_of_several_people_each_has_an_outcome_of_their_own(shop: Shop) -> None:
+def test_of_several_people_each_has_an_outcome_of_their_own(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         await remember(stub)
         people = [
@@ -154,10 +103,10 @@ def test_of_several_people_each_has_an_outcome_of_their_own(shop: Shop) -> None:
         assert not only_people.people[0].items
         assert only_people.people[0].purchase_propensity == bought
 
-    shop.run(body)
+    foretelling.run(body)
 
 
-def test_what_is_wrong_is_named_and_the_service_stays_up(shop: Shop) -> None:
+def test_what_is_wrong_is_named_and_the_service_stays_up(foretelling: Shop) -> None:
     async def body(stub: Any) -> None:
         ask, people = pb.PredictEventsRequest, [pb.PersonReference(user_id="ann")]
         stare = [event_pb2.SessionItem(item_id="a", type="stare")]
@@ -179,7 +128,7 @@ def test_what_is_wrong_is_named_and_the_service_stays_up(shop: Shop) -> None:
         whole = await stub.PredictEvents(ask(people=people * 100, item_ids=wanted, min_sequence=last))
         assert [len(person.items) for person in whole.people] == [100] * 100
 
-    shop.run(body)
+    foretelling.run(body)
 
 
 def test_what_was_not_trained_is_absent(tmp_path: Path) -> None:
@@ -219,12 +168,12 @@ def test_an_item_that_ranking_lost_meanwhile_is_left_out() -> None:
     assert told(person) == {ITEMS[1]: (2.0, {"click": 0.25})}
 
 
-def test_without_a_ranking_service_there_is_no_prediction(bundle: Path, tmp_path: Path) -> None:
-    shop = Shop(bundle, tmp_path / "state", "three", clock=None)
+def test_without_a_ranking_service_there_is_no_prediction(foretelling_bundle: Path, tmp_path: Path) -> None:
+    alone = Shop(foretelling_bundle, tmp_path / "state", "three", clock=None)
 
     async def body(stub: Any) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.PredictEvents(pb.PredictEventsRequest(user_id="ann"), timeout=10)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
-    shop.run(body, ranking="127.0.0.1:1")
+    alone.run(body, ranking="127.0.0.1:1")

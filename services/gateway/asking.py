@@ -68,15 +68,7 @@ def seed_of(request: pb.RecommendRequest, as_of: datetime) -> int:
 
 def check(request: pb.RecommendRequest) -> None:
     """InvalidArgument names the first field that is wrong by itself."""
-    for name in ("user_id", "visitor_id", "session_id", "request_id"):
-        value = getattr(request, name)
-        if value and (problem := identifier_problem(value)):
-            raise InvalidArgument.of(name, problem)
-    if len(request.session) > MAX_SESSION:
-        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
-    for at, item in enumerate(request.session):
-        if problem := identifier_problem(item.item_id):
-            raise InvalidArgument.of(f"session[{at}].item_id", problem)
+    check_person(request, "session_id", "request_id")
     for name, most in (("context_item_ids", MAX_CONTEXT), ("item_ids", MAX_ITEMS)):
         for at, item_id in enumerate(ids := getattr(request, name)):
             if problem := identifier_problem(item_id):
@@ -89,6 +81,19 @@ def check(request: pb.RecommendRequest) -> None:
         raise InvalidArgument.of("language", f"is none of {', '.join(LANGUAGES)}")
     if not 0 <= request.exploration <= 1:
         raise InvalidArgument.of("exploration", "must be between 0 and 1")
+
+
+def check_person(request: pb.RecommendRequest | pb.RecommendOffersRequest, *others: str) -> None:
+    """InvalidArgument names the first wrong field of those that say who asks, or of `others` that are ids."""
+    for name in ("user_id", "visitor_id", *others):
+        value = getattr(request, name)
+        if value and (problem := identifier_problem(value)):
+            raise InvalidArgument.of(name, problem)
+    if len(request.session) > MAX_SESSION:
+        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
+    for at, item in enumerate(request.session):
+        if problem := identifier_problem(item.item_id):
+            raise InvalidArgument.of(f"session[{at}].item_id", problem)
 
 
 def _rules(request: pb.RecommendRequest, scenario: Scenario) -> Rules:

@@ -14,6 +14,7 @@ from services import deadline, filters, wire
 from services.catalog import identifier_problem
 from services.errors import FieldViolation, InvalidArgument
 from services.gateway import offers
+from services.gateway.asking import check_person
 from services.gateway.offers import Offer, Reason, Shopper, Worth
 from services.gateway.pipeline import Pipeline, person_of
 from services.gateway.wish import Wish
@@ -24,7 +25,6 @@ DEFAULT_OFFERS = 20
 MAX_DAYS = 365
 DEFAULT_DAYS = 7
 MAX_SEGMENTS = 8
-MAX_SESSION = 200
 _MOST_BYTES = 256 * 1024
 _ALL = 100.0
 _AUDIENCES = {
@@ -46,7 +46,8 @@ async def recommend(
     Raises:
         InvalidArgument: names every field of an offer that is wrong, or the first of the others.
     """
-    person = _person(request)
+    check_person(request)
+    person = person_of(request.user_id, request.visitor_id, request.session)
     asked = _offers(request.offers)
     limit = wire.check_limit(request.limit, MAX_OFFERS, "limit", DEFAULT_OFFERS)
     days = wire.check_limit(request.days, MAX_DAYS, "days", DEFAULT_DAYS)
@@ -128,19 +129,6 @@ def _told(offer: Offer, worth: Worth, ids: Sequence[str], shopper: Shopper) -> p
     if shopper.chance is not None:
         told.expected_redemption, told.expected_cost = worth.redemption, worth.cost
     return told
-
-
-def _person(request: pb.RecommendOffersRequest) -> ranking_pb.Person:
-    for name in ("user_id", "visitor_id"):
-        value = getattr(request, name)
-        if value and (problem := identifier_problem(value)):
-            raise InvalidArgument.of(name, problem)
-    if len(request.session) > MAX_SESSION:
-        raise InvalidArgument.of("session", f"has {len(request.session)}, at most {MAX_SESSION} are allowed")
-    for at, item in enumerate(request.session):
-        if problem := identifier_problem(item.item_id):
-            raise InvalidArgument.of(f"session[{at}].item_id", problem)
-    return person_of(request.user_id, request.visitor_id, request.session)
 
 
 def _offers(messages: Sequence[pb.Offer]) -> list[Offer]:
