@@ -122,20 +122,29 @@ def test_two_arms_of_a_page_are_judged_by_whose_items_were_clicked(bundle: Path,
 
 
 def test_a_shadow_is_told_by_what_it_has_in_common(bundle: Path, tmp_path: Path) -> None:
-    text = (
-        HALVES
-        + 'kind = "EXPERIMENT_KIND_SHADOW"\narms = [{ name = "a" }, { name = "b", scenario = "garden" }]\n'
-    )
+    arms = 'arms = [{ name = "z" }, { name = "b", scenario = "garden" }]\n'
+    alike, shown = 0, 0
 
     async def body(stub: Any) -> None:
-        for n in range(5):
-            await stub.Recommend(pb.RecommendRequest(user_id=f"u{n}", page_size=40))
-        await asyncio.sleep(0.5)
+        nonlocal alike, shown
+        for n in range(4):
+            await stub.Recommend(pb.RecommendRequest(user_id=f"u{n}", page_size=4 + 5 * n))
+            pages: list[Any] = []
+            async with asyncio.timeout(60):
+                while len(pages) < 2:
+                    pages = list((await stub.ExportUser(pb.ExportUserRequest(user_id=f"u{n}"))).pages)
+                    await asyncio.sleep(0.05)
+            one, other = (set(page.item_ids) for page in pages)
+            alike, shown = alike + len(one & other), shown + 4 + 5 * n
 
-    state = serve(bundle, tmp_path, text, body)
-    code, said, wrong = analyzed(state, "--experiment", "worlds")
+    state = serve(bundle, tmp_path, HALVES + 'kind = "EXPERIMENT_KIND_SHADOW"\n' + arms, body)
+    code, said, wrong = analyzed(state, "--experiment", "worlds", "--json")
     assert code == 0, wrong
-    assert "has 50.0% of the items shown" in said
+    told = json.loads(said)["arms"]
+    assert list(told) == ["z", "b"]  # in the order of the experiment
+    assert told["b"]["alike"] == pytest.approx(alike / shown)
+    assert 0 < alike < shown
+    assert f"has {alike / shown:.1%} of the items shown" in analyzed(state, "--experiment", "worlds")[1]
 
 
 def test_what_exploring_another_way_would_have_led_to(bundle: Path, tmp_path: Path) -> None:
