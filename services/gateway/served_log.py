@@ -74,9 +74,12 @@ class ServedLog:
         try:
             with deadline.within(_PATIENCE):
                 self.add(await deadline.wait(page))
-        except Exception as error:  # nobody waits for it, whatever it is
+        except VitrineError as error:
             self._counts["lost"] += 1
             _log.warning("a page could not be made for comparison: %s", error)
+        except Exception:  # a bug of ours, and nobody waits for it to see
+            self._counts["lost"] += 1
+            _log.exception("a page could not be made for comparison")
 
     async def flush(self) -> None:
         """Hand on what is there; whatever goes wrong stays for the next time."""
