@@ -72,7 +72,7 @@ class Follower:
             ("image", message.image_rows, message.image_vectors),
         ):
             if rows:
-                values = np.fromiter(block.values, np.float32).reshape(-1, block.dimension)
+                values = np.array(block.values, np.float32).reshape(-1, block.dimension)
                 for row, vector in zip(rows, values, strict=True):
                     vectors[row][space] = vector
         self.table.apply(

@@ -1,7 +1,7 @@
 """Messages of `vitrine.catalog.v1` into the domain's words and back: for servicers and clients alone."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -206,9 +206,9 @@ def check_limit(value: int, most: int, field: str, default: int = 0) -> int:
     return chosen
 
 
-def rows_of(values: Iterable[float], dimension: int, field: str) -> np.ndarray:
+def rows_of(values: Sequence[float], dimension: int, field: str) -> np.ndarray:
     """A block of floats as float32 (N, D); InvalidArgument when it does not divide or is not finite."""
-    flat = np.fromiter(values, np.float32)
+    flat = np.array(values, np.float32)
     if dimension < 1 or len(flat) % dimension:
         raise InvalidArgument.of(field, f"{len(flat)} values do not divide by dimension {dimension}")
     if not np.isfinite(flat).all():

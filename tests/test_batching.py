@@ -1,6 +1,7 @@
 """The batcher with models that say what they were given, held still while calls gather."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from random import Random
 from types import TracebackType
@@ -23,14 +24,18 @@ class Desk:
     A vector is twice its row's name, and its length.
     """
 
-    def __init__(self, *, capacity: int = 10_000) -> None:
+    def __init__(self, *, capacity: int = 10_000, overlaps: bool = False) -> None:
         self.batches: list[list[tuple[int, int]]] = []
         self._gate = threading.Event()
         self._busy = threading.Event()
-        self.batcher = Batcher([Model("text", self._run, BUDGET, capacity)])
+        self.batcher = Batcher([Model("text", self._begin, BUDGET, capacity, overlaps=overlaps)])
         self.plug = self.submit([(-1, 1)], Lane.INTERACTIVE)
         self._busy.wait(10)
         self.batches.clear()
+
+    def _begin(self, rows: Rows) -> Callable[[], np.ndarray]:
+        vectors = self._run(rows)
+        return lambda: vectors
 
     def _run(self, rows: Rows) -> np.ndarray:
         self.batches.append(list(rows))
@@ -61,12 +66,12 @@ class Desk:
 calls = st.lists(st.lists(st.integers(1, 130), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
-@given(calls=calls, lanes=st.randoms(use_true_random=False))
+@given(calls=calls, lanes=st.randoms(use_true_random=False), overlaps=st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_every_row_runs_once_and_no_batch_exceeds_budget_or_pads_much(
-    calls: list[list[int]], lanes: Random
+    calls: list[list[int]], lanes: Random, overlaps: bool
 ) -> None:
-    with Desk() as desk:
+    with Desk(overlaps=overlaps) as desk:
         futures = [
             desk.submit(
                 [(1000 * n + row, length) for row, length in enumerate(lengths)], lanes.choice(list(Lane))
@@ -148,7 +153,8 @@ def test_a_cancelled_flood_leaves_room() -> None:
 def test_models_come_and_go() -> None:
     with Desk() as desk:
         desk.open()
-        desk.batcher.add([Model("other", lambda rows: np.ones((len(rows), 1), np.float32), BUDGET, BUDGET)])
+        ones = Model("other", lambda rows: lambda: np.ones((len(rows), 1), np.float32), BUDGET, BUDGET)
+        desk.batcher.add([ones])
         assert desk.batcher.submit("other", [0, 0], np.ones(2), Lane.BULK).result(10).shape == (2, 1)
         assert desk.batcher.finished["other"] == 2
         desk.batcher.remove(["other"])
@@ -163,6 +169,39 @@ def test_a_failing_batch_fails_its_callers_alone() -> None:
         with pytest.raises(ArithmeticError):
             bad.result(10)
         assert good.result(10)[0, 0] == 4
+
+
+def test_a_batch_begins_while_another_computes_and_a_lone_one_does_not_wait_for_a_next() -> None:
+    begun = [threading.Event() for _ in range(3)]
+    done = [threading.Event() for _ in range(3)]
+
+    def begin(rows: Rows) -> Callable[[], np.ndarray]:
+        (name,) = rows
+        begun[name].set()
+
+        def wait() -> np.ndarray:
+            assert done[name].wait(10)
+            if name == 1:
+                raise ArithmeticError("poison")
+            return np.array([[name]], np.float32)
+
+        return wait
+
+    batcher = Batcher([Model("gpu", begin, 1, 10, overlaps=True)])
+    first, second, third = (batcher.submit("gpu", [n], np.ones(1), Lane.BULK) for n in range(3))
+    assert begun[1].wait(10)  # nothing is done yet
+    assert not begun[2].wait(0.05)  # no more than one ahead
+    done[0].set()
+    assert first.result(10)[0, 0] == 0
+    assert begun[2].wait(10)
+    done[1].set()
+    with pytest.raises(ArithmeticError):
+        second.result(10)
+    done[2].set()
+    assert third.result(10)[0, 0] == 2
+    last = batcher.submit("gpu", [2], np.ones(1), Lane.BULK)
+    batcher.close()
+    assert last.result(0)[0, 0] == 2
 
 
 def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from vitrine.catalog.v1 import filter_pb2, item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
@@ -20,6 +22,7 @@ from services.embedding import segmented
 from services.embedding.catalogue import Catalogue
 from services.embedding.items import Block
 from services.embedding.segmented import SegmentedIndex
+from services.embedding.servicer import _block
 from services.follower import Follower
 from services.item_table import ItemTable
 from tests.catalogues import NAME, Run, encoders, found, item, picture, run, upsert, violations
@@ -301,6 +304,15 @@ def test_a_follower_has_the_same_table_and_vectors(run: Run) -> None:
                 np.testing.assert_array_equal(one[1:], other[1:])
 
     run(body)
+
+
+@given(rows=st.integers(0, 400), width=st.integers(1, 400))
+@settings(deadline=None)
+def test_a_block_is_the_message_of_its_floats(rows: int, width: int) -> None:
+    vectors = np.random.default_rng(rows).standard_normal((rows, width), np.float32)
+    plain = pb.Vectors(dimension=width, values=vectors.ravel().tolist())
+    assert _block(vectors) == plain
+    assert _block(vectors).SerializeToString() == plain.SerializeToString()
 
 
 def test_rows_that_cannot_be_embedded_have_errors_in_their_place(run: Run) -> None:

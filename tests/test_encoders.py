@@ -68,6 +68,25 @@ def test_a_digest_covers_weights_and_settings(tmp_path: Path) -> None:
     assert digest(make_text_encoder(tmp_path / "d", max_tokens=17)) != one
 
 
+@given(
+    width=st.integers(1, 300), height=st.integers(1, 300), detail=st.integers(1, 300), seed=st.integers(0, 9)
+)
+@settings(deadline=None, max_examples=40)
+def test_what_a_model_sees_is_what_open_clip_shows_it(
+    image_encoder: ImageEncoder, width: int, height: int, detail: int, seed: int
+) -> None:
+    noise = np.random.default_rng(seed).integers(0, 256, (detail, detail, 3), np.uint8)
+    picture = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
+    *_, normalize = image_encoder.preprocess.transforms
+    mean, deviation = (np.array(v, np.float32) for v in (normalize.mean, normalize.std))
+    seen = (image_encoder.pixels(picture) / np.float32(255) - mean) / deviation
+    shown = image_encoder.preprocess(picture).permute(1, 2, 0).numpy()
+    levels = np.abs((seen - shown) * deviation * 255)
+    # Where noise overshoots black or white, one cuts it off before the other.
+    assert np.quantile(levels, 0.9) < 2.5
+    assert levels.mean() < 1
+
+
 def test_pictures_in_batches_equal_each_alone(image_encoder: ImageEncoder) -> None:
     pictures = [Image.new("RGB", (40 + n, 50), (n * 30, 90, 10)) for n in range(7)]
     together = image_encoder.encode(pictures)

@@ -36,17 +36,20 @@ class Lane(IntEnum):
 
 @dataclass(frozen=True)
 class Model:
-    """`run` turns rows into float32 (B, D); a batch has at most `budget` units of padded length.
+    """`begin` turns rows into what waits for float32 (B, D).
 
-    A single row may exceed the budget. `capacity` units may wait in the lane of small calls; callers of
-    the other lanes see to it themselves that not too much waits. Models of one `kind` are counted together.
+    A batch has at most `budget` units of padded length, unless it is a single row. `capacity` units may
+    wait in the lane of small calls; callers of the other lanes see to it themselves that not too much
+    waits. Models of one `kind` are counted together.
+    Where it `overlaps`, `begin` returns before its batch is done, as a GPU's does: the next one may begin.
     """
 
     name: str
-    run: Callable[[Rows], np.ndarray]
+    begin: Callable[[Rows], Callable[[], np.ndarray]]
     budget: int
     capacity: int
     kind: str = ""
+    overlaps: bool = False
 
 
 class _Call:
@@ -73,12 +76,12 @@ class _Call:
             self.next += 1
         return self.longest_first[self.next] if self.next < len(self.rows) else None
 
-    def put(self, row: int, vector: np.ndarray) -> None:
-        """Keep a row's vector; the last one completes the call."""
+    def put(self, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Keep some rows' vectors; the last ones complete the call."""
         if self.out is None:
-            self.out = np.empty((len(self.rows), len(vector)), np.float32)
-        self.out[row] = vector
-        self.left -= 1
+            self.out = np.empty((len(self.rows), vectors.shape[1]), np.float32)
+        self.out[rows] = vectors
+        self.left -= len(rows)
         if not self.left:
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
                 self.future.set_result(self.out)
@@ -89,6 +92,7 @@ class _Call:
 
 
 Batch = list[tuple[_Call, int]]
+_Started = tuple[Model, Batch, Callable[[], np.ndarray]]
 
 
 class _Queue:
@@ -244,13 +248,20 @@ class Batcher:
         self._thread.join()
 
     def _work(self) -> None:
+        running: _Started | None = None
         while True:
             with self._changed:
-                while not (taken := self._next()):
+                while not (taken := self._next()) and running is None:
                     if self._closed:
                         return
                     self._changed.wait()
-            self._run(*taken)
+            begun = self._begin(*taken) if taken else None
+            if running is not None:
+                self._finish(*running)
+            running = begun
+            if running is not None and not running[0].overlaps:
+                self._finish(*running)
+                running = None
 
     def _next(self) -> tuple[Model, Batch] | None:
         """The next batch: of the first lane where someone waits, though no lane is passed over for ever."""
@@ -270,16 +281,32 @@ class Batcher:
     def _keys(self, lane: Lane) -> list[tuple[str, Lane]]:
         return [key for key in self._queues if key[1] is lane]
 
-    def _run(self, model: Model, batch: Batch) -> None:
+    def _begin(self, model: Model, batch: Batch) -> _Started | None:
         try:
-            vectors = model.run([call.rows[row] for call, row in batch])
+            return model, batch, model.begin([call.rows[row] for call, row in batch])
         except BaseException as error:  # its callers get it; the thread goes on
-            for call, _ in batch:
-                call.fail(error)
+            _fail(batch, error)
+            return None
+
+    def _finish(self, model: Model, batch: Batch, wait: Callable[[], np.ndarray]) -> None:
+        try:
+            vectors = wait()
+        except BaseException as error:
+            _fail(batch, error)
             return
         with self._changed:
             self.totals[model.kind or model.name] += len(batch)
             if model.name in self.finished:  # else it was removed meanwhile
                 self.finished[model.name] += len(batch)
-        for (call, row), vector in zip(batch, vectors, strict=True):
-            call.put(row, vector)
+        places = defaultdict[_Call, tuple[list[int], list[int]]](lambda: ([], []))
+        for at, (call, row) in enumerate(batch):
+            rows, ats = places[call]
+            rows.append(row)
+            ats.append(at)
+        for call, (rows, ats) in places.items():
+            call.put(rows, vectors[ats])
+
+
+def _fail(batch: Batch, error: BaseException) -> None:
+    for call, _ in batch:
+        call.fail(error)

@@ -28,6 +28,7 @@ _SMALL = 32
 _PIECE_TEXTS = 1024
 _PIECE_PICTURES = 64
 _PIECES = 4
+_AT_ONCE = 8
 _TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
 _NUMBERS = itertools.count()
 
@@ -47,12 +48,12 @@ class Encoding:
         self._names = {kind: f"{kind} {number}" for kind in (_TEXT, _PICTURE, _CAPTION)}
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
         most = _PIECES * _PIECE_TEXTS * text.settings.max_tokens
-        models = [Model(self._names[_TEXT], text.run, text.budget, most, _TEXT)]
+        models = [Model(self._names[_TEXT], text.begin, text.budget, most, _TEXT, text.overlaps)]
         if image is not None:
             encoders["image"] = image
             models += [
-                Model(self._names[kind], run, image.budget, _PIECES * _PIECE_PICTURES, kind)
-                for kind, run in ((_PICTURE, image.run), (_CAPTION, image.run_texts))
+                Model(self._names[kind], begin, image.budget, _PIECES * _PIECE_PICTURES, kind, image.overlaps)
+                for kind, begin in ((_PICTURE, image.begin), (_CAPTION, image.begin_texts))
             ]
         self.digests = {space: encoder.digest for space, encoder in encoders.items()}
         self.dimensions = {space: encoder.dimension for space, encoder in encoders.items()}
@@ -63,9 +64,9 @@ class Encoding:
             self._batcher, self._budget = beside._batcher, beside._budget
             self._batcher.add(models)
         # Pools of their own: what is small does not stand behind a thousand photographs, no text behind any.
-        threads = os.cpu_count() or 1
-        self._tokenising = ThreadPoolExecutor(threads, "tokenise")
-        self._decoding = {lane: ThreadPoolExecutor(threads, f"decode-{lane.name}") for lane in Lane}
+        self._threads = os.cpu_count() or 1
+        self._tokenising = ThreadPoolExecutor(self._threads, "tokenise")
+        self._decoding = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}") for lane in Lane}
         self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
 
     @property
@@ -147,9 +148,16 @@ class Encoding:
             except InvalidArgument as error:
                 return error
 
+        def some(rows: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+            return [pixels(row) for row in rows]
+
         async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+            # Handing a thread a few at a time costs less than it takes to decode one small photograph.
+            step = min(-(-len(piece) // self._threads), _AT_ONCE)
+            parts = (piece[start : start + step] for start in range(0, len(piece), step))
             pool = self._decoding[lane]
-            seen = await asyncio.gather(*(run_in(pool, partial(pixels, row)) for row in piece))
+            done = await asyncio.gather(*(run_in(pool, partial(some, part)) for part in parts))
+            seen = list(itertools.chain.from_iterable(done))
             good = [row for row in seen if not isinstance(row, InvalidArgument)]
             if not good:
                 return seen
