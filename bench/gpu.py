@@ -1,16 +1,20 @@
 """What a GPU does against what it could: encoders against its measured peak, scans against its bandwidth.
 
-    python -m bench.gpu [--rows 1000000] [--json FILE]
+    python -m bench.gpu [--rows 1000000] [--parts encoders,photographs,search,faiss] [--compile] [--json FILE]
 
-Weights and vectors are drawn. The peak is the best of a few square matrix products in bfloat16, the bandwidth
-that of adding up a large array. FAISS' indices take part where its GPU build is installed (faiss-gpu-cuvs).
-Without a GPU nothing is measured; `--device cpu --rows 2000` runs the same code, at small batches, to try it.
+Weights and photographs are drawn, and vectors as for bench.index. The peak is the best of a few square matrix
+products in bfloat16, the bandwidth that of adding up a large array. FAISS' indices take part where its GPU
+build is installed (faiss-gpu-cuvs). Without a GPU nothing is measured; `--device cpu --rows 2000` runs the
+same code, at small batches, to try it.
 """
 
 import argparse
+import io
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,14 @@ import faiss
 import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from torchvision.io import decode_jpeg  # type: ignore[import-untyped]
+from torchvision.transforms.v2 import InterpolationMode, functional  # type: ignore[import-untyped]
 from transformers import BertConfig, BertModel
 
+from services.embedding import images
 from services.embedding.on_device import DeviceBuilder, DeviceSegment
 
 _DIMENSION, _LIMIT = 384, 100
@@ -40,18 +48,33 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", default="encoders,photographs,search,faiss")
+    parser.add_argument("--compile", action="store_true", help="BERT by torch.compile as well: a minute more")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here: nothing was measured")  # noqa: T201 - the answer
         return
-    with torch.inference_mode():
-        encoded = _encoders(options.device)
-        searched = _searches(options.device, options.rows)
-    _show("encoders, random weights, bfloat16", encoded)
-    _show(f"the {_LIMIT} nearest of {options.rows} x {_DIMENSION}, float16", searched)
-    if options.json:
-        options.json.write_text(json.dumps({"encoders": encoded, "search": searched}, indent=1) + "\n")
+    device, rows, found = options.device, options.rows, {}
+    runs: dict[str, tuple[str, Callable[[], Rows]]] = {
+        "encoders": (
+            "encoders, random weights, bfloat16",
+            lambda: _encoders(device, compiled=options.compile),
+        ),
+        "photographs": ("JPEG files into what ViT-B/32 reads", lambda: _photographs(device)),
+        "search": (
+            f"the {_LIMIT} nearest of {rows} x {_DIMENSION}, float16",
+            lambda: _searches(device, rows),
+        ),
+        "faiss": (f"FAISS, the {_LIMIT} nearest of {rows} x {_DIMENSION}", lambda: _faiss(device, rows)),
+    }
+    for name in options.parts.split(","):
+        title, run = runs[name]
+        with torch.inference_mode():
+            found[name] = run()
+        _show(title, found[name])
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:
@@ -66,7 +89,7 @@ def _seconds(run: Callable[[], Any], device: str) -> float:
     return min(times[1:])
 
 
-def _encoders(device: str) -> Rows:
+def _encoders(device: str, *, compiled: bool) -> Rows:
     small = device == "cpu"
     side = 256 if small else 8192
     square = torch.randn(side, side, device=device, dtype=torch.bfloat16)
@@ -77,11 +100,16 @@ def _encoders(device: str) -> Rows:
     clip = open_clip.create_model("ViT-B-32", precision="bf16", device=device).eval()
     per_text = _flops(bert.encoder, _TOKENS, 768, 12)
     per_picture = _flops(clip.visual.transformer, 50, 768, 12)
-    for batch in (2,) if small else (64, 256, 1024):
+    ways = {"": bert}
+    if compiled:
+        ways[", compiled"] = torch.compile(bert, dynamic=True)
+    for batch in (2,) if small else (1, 64, 256, 1024):
         tokens = torch.randint(1000, 20_000, (batch, _TOKENS), device=device)
-        seconds = _seconds(partial(bert, tokens), device)
-        told.append(_speed(f"BERT-base, {batch} texts of {_TOKENS} tokens", batch, seconds, per_text, peak))
-    for batch in (2,) if small else (64, 256, 1024):
+        for way, model in ways.items():
+            seconds = _seconds(partial(model, tokens), device)
+            what = f"BERT-base{way}, {batch} texts of {_TOKENS} tokens"
+            told.append(_speed(what, batch, seconds, per_text, peak))
+    for batch in (2,) if small else (1, 64, 256, 1024):
         pictures = torch.randn(batch, 3, 224, 224, device=device, dtype=torch.bfloat16)
         seconds = _seconds(partial(clip.encode_image, pictures), device)
         told.append(_speed(f"ViT-B/32, {batch} photographs", batch, seconds, per_picture, peak))
@@ -99,17 +127,73 @@ def _speed(what: str, batch: int, seconds: float, flops: float, peak: float) -> 
     return {"what": what, "a_second": batch / seconds, "tflops": done / 1e12, "of_peak": done / peak}
 
 
-def _searches(device: str, count: int) -> Rows:
+def _photographs(device: str) -> Rows:
+    """Threads that decode and resize, against nvJPEG and resizing on the GPU."""
+    random, told = np.random.default_rng(0), Rows()
+    for side, count in ((400, 4), (1000, 4)) if device == "cpu" else ((400, 1024), (1000, 512), (2000, 128)):
+        files = []
+        for _ in range(min(count, 16)):
+            drawn = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
+            file = io.BytesIO()
+            drawn.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
+            files.append(file.getvalue())
+        files *= count // len(files)
+        name = f"{count} of {side} x {side}"
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+
+            def by_threads(files: list[bytes] = files, pool: ThreadPoolExecutor = pool) -> list[torch.Tensor]:
+                return list(pool.map(_resized, files))
+
+            seconds = _seconds(by_threads, device)
+        told.append({"what": f"{name}, {os.cpu_count()} threads", "a_second": count / seconds})
+        if device == "cpu":
+            continue
+        raw = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]
+        seconds = _seconds(partial(decode_jpeg, raw, device=device), device)
+        told.append({"what": f"{name}, nvJPEG alone", "a_second": count / seconds})
+
+        def there(raw: list[torch.Tensor] = raw) -> list[torch.Tensor]:
+            decoded = decode_jpeg(raw, device=device)
+            return [_fitted(picture) for picture in decoded]
+
+        told.append(
+            {"what": f"{name}, nvJPEG and resized there", "a_second": count / _seconds(there, device)}
+        )
+    return told
+
+
+def _resized(file: bytes) -> torch.Tensor:
+    return _fitted(torch.from_numpy(np.array(images.load(file, 224))).permute(2, 0, 1))
+
+
+def _fitted(picture: torch.Tensor) -> torch.Tensor:
+    seen: torch.Tensor = functional.resize(picture, [224], InterpolationMode.BICUBIC, antialias=True)
+    return seen
+
+
+def _drawn(device: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
+    """Vectors float16 (count, D) there and queries float32 (4096, D) here, of the recipe of bench.index."""
     generator = torch.Generator(device).manual_seed(0)
-    vectors = torch.randn(count, _DIMENSION, device=device, generator=generator)
-    vectors = torch.nn.functional.normalize(vectors, dim=1).half()
-    queries = torch.randn(max(_BATCHES), _DIMENSION, device=device, generator=generator)
-    asked = torch.nn.functional.normalize(queries, dim=1).cpu().numpy()
+    draw = partial(torch.randn, device=device, generator=generator)
+    centres, mixing = draw(2000, 32), draw(32, _DIMENSION) / 32**0.5
+    most = max(_BATCHES)
+    rows = torch.empty(count + most, _DIMENSION, dtype=torch.float16, device=device)
+    for start in range(0, len(rows), 100_000):
+        some = rows[start : start + 100_000]
+        which = torch.randint(len(centres), (len(some),), device=device, generator=generator)
+        factors = centres[which] + 0.5 * draw(len(some), 32)
+        drawn = factors @ mixing + 0.02 * draw(len(some), _DIMENSION)
+        some.copy_(torch.nn.functional.normalize(drawn, dim=1))
+    return rows[most:], rows[:most].float().cpu().numpy()
+
+
+def _searches(device: str, count: int) -> Rows:
+    vectors, asked = _drawn(device, count)
     bandwidth = vectors.numel() * 2 / _seconds(lambda: vectors.sum(dtype=torch.float32), device)
     floor = vectors.numel() * 2 / bandwidth
     told: Rows = [{"what": "reading it once", "ms": 1000 * floor, "gb_a_second": bandwidth / 1e9}]
     segment = DeviceBuilder(device)(np.arange(count, dtype=np.int64), vectors.cpu().numpy())
-    exact = _exact(segment, asked[:64], None)
+    exact = _exact(vectors, asked[:64], None)
     for batch in _BATCHES[: 2 if device == "cpu" else None]:
         row = _timed(
             f"Vitrine, {batch} at once", partial(segment.search, asked[:batch], _LIMIT, None), device
@@ -126,15 +210,13 @@ def _searches(device: str, count: int) -> Rows:
         )
         found = segment.search(asked[:64], _LIMIT, live)[1]
         assert live[found].all()  # noqa: S101 - a benchmark of wrong answers is none
-        told.append(row | {"recall": _recall(segment, asked, live, _exact(segment, asked[:64], live))})
-    if device != "cpu" and hasattr(faiss, "StandardGpuResources"):
-        told += _faiss(vectors.float().cpu().numpy(), asked, exact, device)
+        told.append(row | {"recall": _recall(segment, asked, live, _exact(vectors, asked[:64], live))})
     return told
 
 
-def _exact(segment: DeviceSegment, queries: np.ndarray, live: np.ndarray | None) -> np.ndarray:
+def _exact(vectors: torch.Tensor, queries: np.ndarray, live: np.ndarray | None) -> np.ndarray:
     """The nearest rows (Q, K) by float32 products."""
-    scores = torch.from_numpy(queries).to(segment.values.device) @ segment.values.float().T
+    scores = torch.from_numpy(queries).to(vectors.device) @ vectors.float().T
     if live is not None:
         scores[:, torch.from_numpy(~live).to(scores.device)] = -torch.inf
     count = _LIMIT if live is None else min(_LIMIT, int(live.sum()))
@@ -144,44 +226,80 @@ def _exact(segment: DeviceSegment, queries: np.ndarray, live: np.ndarray | None)
 
 def _recall(segment: DeviceSegment, asked: np.ndarray, live: np.ndarray | None, exact: np.ndarray) -> float:
     found = segment.search(asked[: len(exact)], _LIMIT, live)[1]
-    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
+    return _share_of(exact, found)
 
 
 def _timed(what: str, run: Callable[[], Any], device: str) -> dict[str, Any]:
     return {"what": what, "ms": 1000 * _seconds(run, device)}
 
 
-def _faiss(vectors: np.ndarray, asked: np.ndarray, exact: np.ndarray, device: str) -> Rows:
-    """FAISS' own indices on the GPU at the same batches."""
+def _faiss(device: str, count: int) -> Rows:
+    """FAISS' own indices on the GPU, cuVS' where it has them, asked for all rows and for some."""
     gpu: Any = faiss  # the type stubs are of the build without a GPU
-    resources = gpu.StandardGpuResources()
-    flat = gpu.GpuIndexFlatConfig()
-    flat.useFloat16 = True
-    indices = {"flat": gpu.GpuIndexFlatIP(resources, _DIMENSION, flat)}
-    lists = int(4 * len(vectors) ** 0.5)
-    indices["IVF, 64 lists"] = gpu.GpuIndexIVFFlat(
-        resources, _DIMENSION, lists, gpu.METRIC_INNER_PRODUCT, gpu.GpuIndexIVFFlatConfig()
-    )
-    if hasattr(gpu, "GpuIndexCagra"):
-        indices["CAGRA"] = gpu.GpuIndexCagra(
-            resources, _DIMENSION, gpu.METRIC_INNER_PRODUCT, gpu.GpuIndexCagraConfig()
-        )
+    if not hasattr(gpu, "StandardGpuResources"):
+        return [{"what": "FAISS' build for GPUs is not installed"}]
+    there, asked = _drawn(device, count)
+    exact, vectors = _exact(there, asked[:64], None), there.float().cpu().numpy()
+    lives = {share: np.random.default_rng(1).random(count) < share for share in _SHARES}
+    wanted = {share: _exact(there, asked[:64], live) for share, live in lives.items()}
     told: Rows = []
-    for name, index in indices.items():
-        began = time.perf_counter()
-        index.train(vectors)
-        if name != "CAGRA":  # which is built by training
-            index.add(vectors)
-        built = time.perf_counter() - began
-        if hasattr(index, "nprobe"):
-            index.nprobe = 64
-        found = index.search(asked[: len(exact)], _LIMIT)[1]
-        recall = float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
-        for batch in _BATCHES:
-            search = partial(index.search, asked[:batch], _LIMIT)
-            row = _timed(f"FAISS {name}, {batch} at once", search, device)
-            told.append(row | {"recall": recall, "build_s": built})
+    for name, make, parameters in _kinds(gpu, gpu.StandardGpuResources(), count):
+        try:
+            began = time.perf_counter()
+            index = make()
+            index.train(vectors)
+            if not index.ntotal:  # CAGRA is built by training
+                index.add(vectors)
+            built = time.perf_counter() - began
+            for batch in _BATCHES:
+                search = partial(index.search, asked[:batch], _LIMIT, params=parameters())
+                row = _timed(f"FAISS {name}, {batch} at once", search, device)
+                found = search()[1][:64]
+                told.append(row | {"recall": _share_of(exact[: len(found)], found), "build_s": built})
+            for share, live in lives.items():
+                selector = gpu.IDSelectorBitmap(np.packbits(live, bitorder="little"))
+                search = partial(index.search, asked[:1], _LIMIT, params=parameters(sel=selector))
+                row = _timed(f"FAISS {name}, 1 at once, {share:.1%} qualify", search, device)
+                found = index.search(asked[:64], _LIMIT, params=parameters(sel=selector))[1]
+                obeyed = bool(live[found[found >= 0]].all())
+                told.append(row | {"recall": _share_of(wanted[share], found), "obeyed": str(obeyed)})
+        except RuntimeError as error:  # one kind's refusal is a finding, not the end
+            told.append({"what": f"FAISS {name}: {str(error).splitlines()[0][-100:]}"})
     return told
+
+
+def _kinds(gpu: Any, resources: Any, count: int) -> list[tuple[str, Callable[[], Any], Callable[..., Any]]]:
+    """Name, maker, and maker of what a search is told."""
+    product, lists = gpu.METRIC_INNER_PRODUCT, int(4 * count**0.5)
+
+    def flat(*, cuvs: bool) -> Any:
+        config = gpu.GpuIndexFlatConfig()
+        config.useFloat16, config.use_cuvs = True, cuvs
+        return gpu.GpuIndexFlatIP(resources, _DIMENSION, config)
+
+    def inverted() -> Any:
+        config = gpu.GpuIndexIVFFlatConfig()
+        config.use_cuvs = True
+        return gpu.GpuIndexIVFFlat(resources, _DIMENSION, lists, product, config)
+
+    def graph() -> Any:
+        config = gpu.GpuIndexCagraConfig()
+        config.graph_degree, config.intermediate_graph_degree = 64, 128
+        config.build_algo = gpu.graph_build_algo_NN_DESCENT
+        return gpu.GpuIndexCagra(resources, _DIMENSION, product, config)
+
+    kinds: list[tuple[str, Callable[[], Any], Callable[..., Any]]] = [
+        ("flat", partial(flat, cuvs=False), gpu.SearchParameters),
+        ("flat by cuVS", partial(flat, cuvs=True), gpu.SearchParameters),
+        ("IVF by cuVS, 64 lists", inverted, partial(gpu.SearchParametersIVF, nprobe=64)),
+    ]
+    for width in (128, 512):
+        kinds.append((f"CAGRA, {width} kept", graph, partial(gpu.SearchParametersCagra, itopk_size=width)))
+    return kinds
+
+
+def _share_of(exact: np.ndarray, found: np.ndarray) -> float:
+    return float(np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]))
 
 
 def _show(title: str, rows: Rows) -> None:

@@ -1,12 +1,13 @@
 """Encoding through the service against the bare models and other servers, in one run.
 
     python -m bench.embedding [--texts 600] [--photographs 96] [--others DIR] [--json FILE]
+    python -m bench.embedding --device cuda --precision bf16 --texts 50000 --photographs 10000
 
 Texts and photographs are H&M's where they are (VITRINE_HM), else drawn by the demo. Texts are encoded by
-MiniLM, photographs by ViT-B/32 with random weights, both in float32 on a CPU. Bare means prepared inputs
-through the model alone, at the best of several batch sizes, on all cores. DIR holds the environments
-`sentence-transformers` and `infinity`; what is not there is said to be missing. The service runs in a process
-of its own, its client here, on the same cores.
+MiniLM, or what --base names, photographs by ViT-B/32 with random weights. Bare means prepared inputs
+through the model alone, at the best of several batch sizes, on all cores or the GPU. DIR holds the
+environments `sentence-transformers` and `infinity`; what is not there is said to be missing. All sides
+compute in the one precision. The service runs in a process of its own, its client here, on the same cores.
 """
 
 import argparse
@@ -45,10 +46,11 @@ from training import text_encoder
 from training.dataset import read_shop
 
 _TOKENS = 96
-_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
-_BATCHES = (4, 8, 16, 32, 64)
+_BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (8192, 16_384, 32_768, 65_536, 131_072)}
+_BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512, 1024)}
 _ROUNDS = 3
-_AT_ONCE = 4
+_WRITTEN = 5_000
+_AT_ONCE = {"cpu": 4, "cuda": 32}
 _ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as `vitrine serve` runs
 _PER_CALL_TEXTS, _PER_CALL_PICTURES = 256, 64
 
@@ -61,19 +63,28 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=600)
     parser.add_argument("--photographs", type=int, default=96)
     parser.add_argument("--others", type=Path, default=ROOT / "build" / "embedding-rivals")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--base", default="minilm", help="or a hub's name, or a directory")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here: nothing was measured")  # noqa: T201 - the answer
+        return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        text_encoder.save_frozen("minilm", root / "text", TextSettings(_TOKENS))
-        _save_clip(root / "image")
+        text_encoder.save_frozen(options.base, root / "text", TextSettings(_TOKENS, options.precision))
+        _save_clip(root / "image", ImageSettings(options.precision))
         texts, files = _content(root, options.texts, options.photographs)
         np.savez(root / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
-        with _bare(root) as bare:
-            found = _texts(root, texts, bare) + _photographs(root, files, bare)
-        found += _others(root, texts, options.others, found[1]["per_second"], found[0]["per_second"])
-        found += _writes(root, texts)
-    table = Table(title=f"{os.cpu_count()} cores, float32")
+        with _bare(root, device) as bare:
+            found = _texts(root, texts, bare, device) + _photographs(root, files, bare, device)
+        rates = (found[1]["per_second"], found[0]["per_second"])
+        found += _others(root, texts, options.others, *rates, [device, options.precision])
+        found += _writes(root, texts[:_WRITTEN], device)
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    table = Table(title=f"{gpu}{os.cpu_count()} cores, {options.precision}")
     for column in ("what", "per second", "to bare", "note"):
         table.add_column(column)
     for row in found:
@@ -84,10 +95,10 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _texts(root: Path, texts: list[str], bare: Callable[[str], float]) -> list[dict[str, Any]]:
-    best = min(_BUDGETS, key=lambda budget: bare(f"try tokens {budget}"))
-    with _served(root) as port:
-        ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS)
+def _texts(root: Path, texts: list[str], bare: Callable[[str], float], device: str) -> list[dict[str, Any]]:
+    best = min(_BUDGETS[device], key=lambda budget: bare(f"try tokens {budget}"))
+    with _served(root, device) as port:
+        ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[device])
         alone, over = (len(texts) / s for s in _in_turns([lambda: bare(f"tokens {best}"), ours]))
         lone = _lone(port)
     return [
@@ -98,7 +109,7 @@ def _texts(root: Path, texts: list[str], bare: Callable[[str], float]) -> list[d
 
 
 def _others(
-    root: Path, texts: list[str], environments: Path, ours: float, bare: float
+    root: Path, texts: list[str], environments: Path, ours: float, bare: float, way: list[str]
 ) -> list[dict[str, Any]]:
     """Texts by other servers and libraries, each in its environment."""
     given, found = root / "texts.json", list[dict[str, Any]]()
@@ -109,7 +120,7 @@ def _others(
         if not python.is_file():
             found.append(row | {"note": f"no environment at {python}"})
             continue
-        command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name]
+        command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name, *way]
         command += [f"--model={root / 'text'}", f"--texts={given}", f"--tokens={_TOKENS}"]
         environment = {k: v for k, v in _ENVIRONMENT.items() if k != "PYTHONPATH"}
         done = subprocess.run(  # noqa: S603 - our own script
@@ -125,10 +136,12 @@ def _others(
     return found
 
 
-def _photographs(root: Path, files: list[bytes], bare: Callable[[str], float]) -> list[dict[str, Any]]:
-    best = min(_BATCHES, key=lambda batch: bare(f"try pixels {batch}"))
-    with _served(root) as port:
-        ours = _over(port, _embed_images, files, _PER_CALL_PICTURES)
+def _photographs(
+    root: Path, files: list[bytes], bare: Callable[[str], float], device: str
+) -> list[dict[str, Any]]:
+    best = min(_BATCHES[device], key=lambda batch: bare(f"try pixels {batch}"))
+    with _served(root, device) as port:
+        ours = _over(port, _embed_images, files, _PER_CALL_PICTURES, _AT_ONCE[device])
         asked = (f"pixels {best}", "decode", "loop")
         model, decoding, loop, over = _in_turns([*(partial(bare, line) for line in asked), ours])
     both = model + decoding
@@ -154,10 +167,10 @@ def _photographs(root: Path, files: list[bytes], bare: Callable[[str], float]) -
     ]
 
 
-def _writes(root: Path, texts: list[str]) -> list[dict[str, Any]]:
+def _writes(root: Path, texts: list[str], device: str) -> list[dict[str, Any]]:
     """Items written and searchable a second, against their texts over EmbedTexts; lone writes beside."""
-    with _served(root) as port:
-        encode = _over(port, _embed_texts, texts, _PER_CALL_TEXTS)
+    with _served(root, device) as port:
+        encode = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[device])
         names = iter(range(1_000_000))
 
         def write() -> None:
@@ -243,17 +256,24 @@ async def _embed_images(stub: Any, piece: Sequence[bytes]) -> None:
 
 
 def _over(
-    port: int, call: Callable[[Any, Sequence[Any]], Awaitable[None]], rows: Sequence[Any], per_call: int
+    port: int,
+    call: Callable[[Any, Sequence[Any]], Awaitable[None]],
+    rows: Sequence[Any],
+    per_call: int,
+    at_once: int,
 ) -> Callable[[], float]:
-    """Seconds of sending all rows."""
-    return lambda: _seconds(lambda: asyncio.run(_calls(port, call, rows, per_call)))
+    """Seconds of sending all rows, a few calls at once."""
+    return lambda: _seconds(lambda: asyncio.run(_calls(port, call, rows, per_call, at_once)))
 
 
 async def _calls(
-    port: int, call: Callable[[Any, Sequence[Any]], Awaitable[None]], rows: Sequence[Any], per_call: int
+    port: int,
+    call: Callable[[Any, Sequence[Any]], Awaitable[None]],
+    rows: Sequence[Any],
+    per_call: int,
+    at_once: int,
 ) -> None:
-    """Send all rows, a few calls at once."""
-    room = asyncio.Semaphore(_AT_ONCE)
+    room = asyncio.Semaphore(at_once)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CHANNEL_OPTIONS) as channel:
         stub = pb_grpc.EmbeddingServiceStub(channel)
 
@@ -273,19 +293,19 @@ def _lone(port: int, count: int = 50) -> float:
 
 
 @contextmanager
-def _served(root: Path) -> Iterator[int]:
+def _served(root: Path, device: str) -> Iterator[int]:
     """The port of a fresh server process over the encoders of `root`."""
     with (
         tempfile.TemporaryDirectory() as state,
-        _process("bench.embedding.server", root, f"--state={state}") as process,
+        _process("bench.embedding.server", root, device, f"--state={state}") as process,
     ):
         yield int((process.stdout or io.StringIO()).readline())
 
 
 @contextmanager
-def _bare(root: Path) -> Iterator[Callable[[str], float]]:
+def _bare(root: Path, device: str) -> Iterator[Callable[[str], float]]:
     """Seconds of what the models alone are asked to do."""
-    with _process("bench.embedding.bare", root, f"--given={root / 'given.npz'}") as process:
+    with _process("bench.embedding.bare", root, device, f"--given={root / 'given.npz'}") as process:
 
         def ask(line: str) -> float:
             if process.stdin is None or process.stdout is None:
@@ -298,8 +318,9 @@ def _bare(root: Path) -> Iterator[Callable[[str], float]]:
 
 
 @contextmanager
-def _process(module: str, root: Path, *flags: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", module, f"--text={root / 'text'}", f"--image={root / 'image'}", *flags]
+def _process(module: str, root: Path, device: str, *flags: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", module, f"--text={root / 'text'}", f"--image={root / 'image'}"]
+    command += [f"--device={device}", *flags]
     pipe = subprocess.PIPE
     process = subprocess.Popen(  # noqa: S603 - our own
         command, stdin=pipe, stdout=pipe, text=True, env=_ENVIRONMENT
@@ -325,7 +346,7 @@ def _content(root: Path, texts: int, photographs: int) -> tuple[list[str], list[
     return chosen, [shop.photographs.read(item_id) for item_id in pictured[:photographs]]
 
 
-def _save_clip(directory: Path) -> None:
+def _save_clip(directory: Path, settings: ImageSettings) -> None:
     """ViT-B/32 with random weights, as the service loads it."""
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32")
@@ -336,7 +357,7 @@ def _save_clip(directory: Path) -> None:
     size = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     config = {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": size}
     (directory / "open_clip_config.json").write_text(json.dumps(config))
-    write_settings(directory, ImageSettings())
+    write_settings(directory, settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The models alone, in a process of their own: what no service can be faster than.
 
-    python -m bench.embedding.bare --text DIR --image DIR --given FILE
+    python -m bench.embedding.bare --text DIR --image DIR --given FILE [--device cuda]
 
 FILE is an npz of texts and files. For each line read, "tokens BUDGET", "pixels BATCH", "decode" or "loop",
 does that once over everything, or over a part for "try tokens BUDGET", and prints the seconds it took.
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from services.embedding import images
-from services.embedding.encoders import ImageEncoder, TextEncoder
+from services.embedding.encoders import ImageEncoder, Running, TextEncoder
 
 _PLAIN_BATCH = 32
 _TRIED = 300
@@ -29,8 +29,9 @@ _TRIED = 300
 class Bare:
     """Prepared inputs and the models they go through."""
 
-    def __init__(self, text: Path, image: Path, texts: list[str], files: list[bytes]) -> None:
-        self._text, self._image, self._files = TextEncoder(text), ImageEncoder(image), files
+    def __init__(self, text: Path, image: Path, device: str, texts: list[str], files: list[bytes]) -> None:
+        self._text, self._image = TextEncoder(text, device), ImageEncoder(image, device)
+        self._files, self._device = files, device
         self._tokens = sorted(self._text.tokenise(texts).ids, key=len)
         self._seen: list[np.ndarray] = []
         self.decode()
@@ -38,17 +39,17 @@ class Bare:
     def tokens(self, budget: int, part: bool) -> None:
         """Texts through BERT, sorted by length, `budget` padded tokens a batch."""
         rows = self._tokens[:: max(1, len(self._tokens) // _TRIED)] if part else self._tokens
-        start = 0
+        start, begun = 0, []
         for end in range(1, len(rows) + 1):
             if end == len(rows) or len(rows[end]) * (end + 1 - start) > budget:
-                self._text.run(rows[start:end])
+                begun.append(self._text.begin(rows[start:end]))
                 start = end
+        _finish(begun)
 
     def pixels(self, batch: int, part: bool) -> None:
         """Decoded photographs through CLIP."""
         rows = self._seen[: _TRIED // 4] if part else self._seen
-        for start in range(0, len(rows), batch):
-            self._image.run(rows[start : start + batch])
+        _finish([self._image.begin(rows[start : start + batch]) for start in range(0, len(rows), batch)])
 
     def decode(self) -> None:
         """Files into what CLIP reads, a thread for each core."""
@@ -63,8 +64,15 @@ class Bare:
         for start in range(0, len(self._files), _PLAIN_BATCH):
             some = self._files[start : start + _PLAIN_BATCH]
             pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in some]
-            batch = torch.stack([self._image.preprocess(picture) for picture in pictures])
-            self._image._model.encode_image(batch, normalize=True)
+            batch = torch.stack([self._image.preprocess(picture) for picture in pictures]).to(self._device)
+            if self._image.settings.precision == "bf16":
+                batch = batch.bfloat16()
+            self._image._model.encode_image(batch, normalize=True).cpu()
+
+
+def _finish(begun: list[Running]) -> None:
+    for wait in begun:
+        wait()
 
 
 def main() -> None:
@@ -74,9 +82,11 @@ def main() -> None:
     )
     for name in ("text", "image", "given"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with np.load(options.given, allow_pickle=True) as given:
-        bare = Bare(options.text, options.image, given["texts"].tolist(), given["files"].tolist())
+        rows = (given[name].tolist() for name in ("texts", "files"))
+        bare = Bare(options.text, options.image, options.device, *rows)
     for line in sys.stdin:
         words = line.split()
         part = words[0] == "try"

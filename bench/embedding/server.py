@@ -1,6 +1,6 @@
 """A process that serves the embedding service over given encoders, with an empty catalogue.
 
-    python -m bench.embedding.server --text DIR [--image DIR] --state DIR
+    python -m bench.embedding.server --text DIR [--image DIR] --state DIR [--device cuda]
 
 Prints its port once it serves.
 """
