@@ -139,13 +139,15 @@ def _photographs(device: str) -> Rows:
             files.append(file.getvalue())
         files *= count // len(files)
         name = f"{count} of {side} x {side}"
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for threads in sorted({2, 4, os.cpu_count() or 1}):
+            with ThreadPoolExecutor(threads) as pool:
 
-            def by_threads(files: list[bytes] = files, pool: ThreadPoolExecutor = pool) -> list[torch.Tensor]:
-                return list(pool.map(_resized, files))
+                def decode(files: list[bytes] = files, pool: ThreadPoolExecutor = pool) -> list[torch.Tensor]:
+                    return list(pool.map(_resized, files))
 
-            seconds = _seconds(by_threads, device)
-        told.append({"what": f"{name}, {os.cpu_count()} threads", "a_second": count / seconds})
+                told.append(
+                    {"what": f"{name}, {threads} threads", "a_second": count / _seconds(decode, device)}
+                )
         if device == "cpu":
             continue
         raw = [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]

@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from services.embedding import images
-from services.embedding.encoders import ImageEncoder, Running, TextEncoder
+from services.embedding.devices import Running
+from services.embedding.encoders import ImageEncoder, TextEncoder
 
-_PLAIN_BATCH = 32
+_PLAIN_BATCH, _PIECE = 32, 64
 _TRIED = 300
 
 
@@ -33,7 +35,7 @@ class Bare:
         self._text, self._image = TextEncoder(text, device), ImageEncoder(image, device)
         self._files, self._device = files, device
         self._tokens = sorted(self._text.tokenise(texts).ids, key=len)
-        self._seen: list[np.ndarray] = []
+        self._seen: list[Any] = []
         self.decode()
 
     def tokens(self, budget: int, part: bool) -> None:
@@ -52,11 +54,19 @@ class Bare:
         _finish([self._image.begin(rows[start : start + batch]) for start in range(0, len(rows), batch)])
 
     def decode(self) -> None:
-        """Files into what CLIP reads, a thread for each core."""
-        encoder = self._image
+        """Files into what CLIP reads, a thread for each core, by a GPU where it can."""
+        encoder, seen = self._image, list[Any]()
+        for start in range(0, len(self._files), _PIECE):
+            seen += encoder.pixels_there(self._files[start : start + _PIECE])
+        left = [row for row, pixels in enumerate(seen) if pixels is None]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            loaded = pool.map(lambda data: encoder.pixels(images.load(data, encoder.side)), self._files)
-            self._seen = list(loaded)
+            files = [self._files[row] for row in left]
+            loaded = pool.map(lambda data: encoder.pixels(images.load(data, encoder.side)), files)
+            for row, pixels in zip(left, loaded, strict=True):
+                seen[row] = pixels
+        self._seen = seen
+        if self._device == "cuda":
+            torch.cuda.synchronize()
 
     @torch.inference_mode()
     def loop(self) -> None:

@@ -10,7 +10,7 @@ Knows nothing of items, storage or transport.
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,10 +23,11 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor, v2  # type: ignore[import-untyped]
 from transformers import AutoModel, AutoTokenizer
 
+from services.embedding import jpegs
+from services.embedding.devices import Running, brought, is_gpu, room, sent
+
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
-Running = Callable[[], np.ndarray]
-"""Waits for vectors float32 (B, D) that are being computed: on a GPU the next batch may begin meanwhile."""
 S = TypeVar("S", "TextSettings", "ImageSettings")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -133,7 +134,7 @@ class TextEncoder:
     @property
     def overlaps(self) -> bool:
         """Whether `begin` returns before the vectors are there."""
-        return torch.device(self._device).type == "cuda"
+        return is_gpu(self._device)
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Vectors of `texts`, in their order."""
@@ -165,7 +166,7 @@ class TextEncoder:
         padded = np.full((len(ids), lengths.max()), self._pad, np.int64)
         real = np.arange(padded.shape[1]) < lengths[:, None]
         padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
-        mask, tokens = _sent(real.astype(np.int64), self._device), _sent(padded, self._device)
+        mask, tokens = sent(real.astype(np.int64), self._device), sent(padded, self._device)
         hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         return _unit((hidden * weights).sum(1) / weights.sum(1), self._head)
@@ -204,7 +205,7 @@ class ImageEncoder:
     @property
     def overlaps(self) -> bool:
         """Whether `begin` returns before the vectors are there."""
-        return torch.device(self._device).type == "cuda"
+        return is_gpu(self._device)
 
     def encode(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors float32 (B, D) of RGB pictures, in their order."""
@@ -221,16 +222,31 @@ class ImageEncoder:
         seen: np.ndarray = self._fit_fast(raw).permute(1, 2, 0).numpy()
         return seen
 
-    def run(self, pixels: Sequence[np.ndarray]) -> np.ndarray:
+    def pixels_there(self, files: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """The same of image files that a GPU decodes, uint8 (3, S, S) in its memory; None for the others."""
+        if self._fit_fast is None or not self.overlaps:
+            return [None] * len(files)
+        with torch.inference_mode():
+            return jpegs.decoded(files, self._fit_fast, self._device)
+
+    def run(self, pixels: Sequence[np.ndarray | torch.Tensor]) -> np.ndarray:
         """Vectors float32 (B, D) of one batch."""
         return self.begin(pixels)()
 
     @torch.inference_mode()
-    def begin(self, pixels: Sequence[np.ndarray]) -> Running:
+    def begin(self, pixels: Sequence[np.ndarray | torch.Tensor]) -> Running:
         """The same under way."""
-        stacked = _room((len(pixels), *pixels[0].shape), torch.uint8, self._device)
-        np.stack(pixels, out=stacked.numpy())
-        raw = stacked.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        here = [seen for seen in pixels if isinstance(seen, np.ndarray)]
+        raw = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8, device=self._device)
+        if here:
+            stacked = room((len(here), *here[0].shape), torch.uint8, self._device)
+            np.stack(here, out=stacked.numpy())
+            raw = stacked.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        if len(here) < len(pixels):
+            sent_rows = iter(raw)
+            raw = torch.stack(
+                [seen if isinstance(seen, torch.Tensor) else next(sent_rows) for seen in pixels]
+            )
         seen = (raw.float() / 255 - self._mean) / self._deviation
         return _unit(self._model.encode_image(seen.to(_PRECISIONS[self.settings.precision])), self._head)
 
@@ -247,7 +263,7 @@ class ImageEncoder:
     @torch.inference_mode()
     def begin_texts(self, tokens: Sequence[np.ndarray]) -> Running:
         """Vectors float32 (B, D) of one batch of texts, under way."""
-        return _unit(self._model.encode_text(_sent(np.stack(tokens), self._device)), self._head)
+        return _unit(self._model.encode_text(sent(np.stack(tokens), self._device)), self._head)
 
 
 def _by_torch(steps: Sequence[Any]) -> v2.Compose | None:
@@ -266,28 +282,7 @@ def _unit(vectors: torch.Tensor, head: torch.Tensor | None) -> Running:
     unit = torch.nn.functional.normalize(vectors.float(), dim=-1)
     if head is not None:
         unit = torch.nn.functional.normalize(unit @ head.T, dim=-1)
-    values = _room(unit.shape, unit.dtype, unit.device).copy_(unit, non_blocking=True)
-    done = None
-    if unit.is_cuda:
-        done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
-        done.record()
-
-    def wait() -> np.ndarray:
-        if done is not None:
-            done.synchronize()
-        return values.numpy()
-
-    return wait
-
-
-def _room(shape: Sequence[int], kind: torch.dtype, device: torch.device | str) -> torch.Tensor:
-    """Memory of this machine, from and to which `device` copies while others work."""
-    return torch.empty(*shape, dtype=kind, pin_memory=torch.device(device).type == "cuda")
-
-
-def _sent(values: np.ndarray, device: str) -> torch.Tensor:
-    there = torch.from_numpy(values)
-    return _room(there.shape, there.dtype, device).copy_(there).to(device, non_blocking=True)
+    return brought(unit)
 
 
 def _batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from services import deadline
 from services.embedding import images
@@ -28,7 +29,10 @@ _SMALL = 32
 _PIECE_TEXTS = 1024
 _PIECE_PICTURES = 64
 _PIECES = 4
+_OF_A_GPU = 4
+"""So many times as much is under way where a GPU computes, which is faster than what is made ready for it."""
 _AT_ONCE = 8
+Pixels = np.ndarray | torch.Tensor
 _TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
 _NUMBERS = itertools.count()
 
@@ -67,7 +71,8 @@ class Encoding:
         self._threads = os.cpu_count() or 1
         self._tokenising = ThreadPoolExecutor(self._threads, "tokenise")
         self._decoding = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}") for lane in Lane}
-        self._pieces = {lane: asyncio.Semaphore(_PIECES) for lane in (Lane.BULK, Lane.BACKGROUND)}
+        pieces = _PIECES * (_OF_A_GPU if text.overlaps else 1)
+        self._pieces = {lane: asyncio.Semaphore(pieces) for lane in (Lane.BULK, Lane.BACKGROUND)}
 
     @property
     def image(self) -> ImageEncoder:
@@ -142,25 +147,37 @@ class Encoding:
         """A vector (D,) in the image space per file, or why there is none; `{}` in `field` is the row."""
         encoder, lane = self.image, _lane(len(files), lane)
 
-        def pixels(row: int) -> np.ndarray | InvalidArgument:
+        def pixels(row: int) -> Pixels | InvalidArgument:
             try:
                 return encoder.pixels(images.load(files[row], encoder.side, field.format(row), self._budget))
             except InvalidArgument as error:
                 return error
 
-        def some(rows: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+        def some(rows: Sequence[int]) -> list[Pixels | InvalidArgument]:
             return [pixels(row) for row in rows]
 
-        async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+        async def by_threads(rows: Sequence[int]) -> list[Pixels | InvalidArgument]:
             # Handing a thread a few at a time costs less than it takes to decode one small photograph.
-            step = min(-(-len(piece) // self._threads), _AT_ONCE)
-            parts = (piece[start : start + step] for start in range(0, len(piece), step))
+            step = min(-(-len(rows) // self._threads), _AT_ONCE) or 1
+            parts = (rows[start : start + step] for start in range(0, len(rows), step))
             pool = self._decoding[lane]
             done = await asyncio.gather(*(run_in(pool, partial(some, part)) for part in parts))
-            seen = list(itertools.chain.from_iterable(done))
+            return list(itertools.chain.from_iterable(done))
+
+        async def decoded(piece: Sequence[int]) -> list[Pixels | InvalidArgument]:
+            if not encoder.overlaps:
+                return await by_threads(piece)
+            pool, mine = self._decoding[lane], [files[row] for row in piece]
+            there = await run_in(pool, partial(encoder.pixels_there, mine))
+            others = await by_threads([row for row, seen in zip(piece, there, strict=True) if seen is None])
+            rest = iter(others)
+            return [next(rest) if seen is None else seen for seen in there]
+
+        async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
+            seen = await decoded(piece)
             good = [row for row in seen if not isinstance(row, InvalidArgument)]
             if not good:
-                return seen
+                return [row for row in seen if isinstance(row, InvalidArgument)]
             vectors = iter(await self._run(_PICTURE, good, np.ones(len(good), np.int64), lane))
             return [row if isinstance(row, InvalidArgument) else next(vectors) for row in seen]
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from services.embedding.devices import sent
 from services.embedding.numbered import Numbered
 
 _MORE = 64
 _NUMBERS_AT_ONCE = 1 << 29  # some gigabytes of them
 _BLOCK = 64
-_GATHERED = 4
+_GATHERED = 64
 """Rows are gathered, and not masked, when no more than one in so many qualifies."""
 
 
@@ -48,14 +49,13 @@ class DeviceSegment(Numbered):
             return scores, rows
         device, gathered, mask = self.values.device, None, None
         values = self.values
-        if live is not None and many * _GATHERED <= len(self):
-            gathered = torch.from_numpy(np.flatnonzero(live)).to(device)
-        elif live is not None and many < len(self):
-            mask = torch.from_numpy(~live).to(device)
         deep = min(count + _MORE, many)
         with self._turn:  # who comes second would only make both slower, and need twice the memory
-            if gathered is not None:
+            if live is not None and many * _GATHERED <= len(self):
+                gathered = torch.from_numpy(np.flatnonzero(live)).to(device)
                 values = values[gathered]
+            elif live is not None and many < len(self):
+                mask = sent(live, device).logical_not_()
             step = max(_NUMBERS_AT_ONCE // max(len(values), deep * values.shape[1]), 1)
             for start in range(0, len(queries), step):
                 asked = torch.from_numpy(queries[start : start + step]).to(device)
@@ -66,8 +66,11 @@ class DeviceSegment(Numbered):
                 exact = torch.einsum("qd,qkd->qk", asked.float(), values[at].float())
                 best, order = exact.topk(rows.shape[1])
                 at = at.gather(1, order)
-                scores[start : start + step] = best.cpu().numpy()
-                rows[start : start + step] = (at if gathered is None else gathered[at]).cpu().numpy()
+                found = at if gathered is None else gathered[at]
+                # One way back: a second would wait as long again.
+                both = torch.stack([best.view(torch.int32), found.int()]).cpu().numpy()
+                scores[start : start + step] = both[0].view(np.float32)
+                rows[start : start + step] = both[1]
         return scores, rows
 
 
