@@ -1,6 +1,7 @@
 """What a GPU does against what it could: encoders against its measured peak, scans against its bandwidth.
 
     python -m bench.gpu [--rows 1000000] [--parts encoders,photographs,search,faiss] [--compile] [--json FILE]
+    python -m bench.gpu --parts search --graph                  # by FAISS' graph, and exact where that cannot
 
 Weights and photographs are drawn, and vectors as for bench.index. The peak is the best of a few square matrix
 products in bfloat16, the bandwidth that of adding up a large array. FAISS' indices take part where its GPU
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", default="encoders,photographs,search,faiss")
+    parser.add_argument("--graph", action="store_true", help="search by a graph however few the rows")
     parser.add_argument("--compile", action="store_true", help="BERT by torch.compile as well: a minute more")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -64,7 +66,7 @@ def main() -> None:
         "photographs": ("JPEG files into what ViT-B/32 reads", lambda: _photographs(device)),
         "search": (
             f"the {_LIMIT} nearest of {rows} x {_DIMENSION}, float16",
-            lambda: _searches(device, rows),
+            lambda: _searches(device, rows, graph=options.graph),
         ),
         "faiss": (f"FAISS, the {_LIMIT} nearest of {rows} x {_DIMENSION}", lambda: _faiss(device, rows)),
     }
@@ -130,7 +132,7 @@ def _speed(what: str, batch: int, seconds: float, flops: float, peak: float) -> 
 def _photographs(device: str) -> Rows:
     """Threads that decode and resize, against nvJPEG and resizing on the GPU."""
     random, told = np.random.default_rng(0), Rows()
-    for side, count in ((400, 4), (1000, 4)) if device == "cpu" else ((400, 1024), (1000, 512), (2000, 128)):
+    for side, count in ((400, 4), (1000, 4)) if device == "cpu" else ((400, 512), (1000, 256), (2000, 64)):
         files = []
         for _ in range(min(count, 16)):
             drawn = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
@@ -189,12 +191,14 @@ def _drawn(device: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
     return rows[most:], rows[:most].float().cpu().numpy()
 
 
-def _searches(device: str, count: int) -> Rows:
+def _searches(device: str, count: int, *, graph: bool) -> Rows:
     vectors, asked = _drawn(device, count)
     bandwidth = vectors.numel() * 2 / _seconds(lambda: vectors.sum(dtype=torch.float32), device)
     floor = vectors.numel() * 2 / bandwidth
     told: Rows = [{"what": "reading it once", "ms": 1000 * floor, "gb_a_second": bandwidth / 1e9}]
-    segment = DeviceBuilder(device)(np.arange(count, dtype=np.int64), vectors.cpu().numpy())
+    here, began = vectors.cpu().numpy(), time.perf_counter()
+    segment = DeviceBuilder(device, 0 if graph else count + 1)(np.arange(count, dtype=np.int64), here)
+    told[0]["build_s"] = time.perf_counter() - began
     exact = _exact(vectors, asked[:64], None)
     for batch in _BATCHES[: 2 if device == "cpu" else None]:
         row = _timed(

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from vitrine.catalog.v1 import item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
+from bench.embedding import bare as bare_models
 from bench.runs import ROOT
 from demo.shop import Recipe, write_shop
 from services.catalog import item_text
@@ -66,6 +68,7 @@ def main() -> None:
     parser.add_argument("--others", type=Path, default=ROOT / "build" / "embedding-rivals")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--parts", default="photographs,others,writes", help="besides texts over gRPC")
     parser.add_argument("--jpeg", type=int, help="photographs as JPEG files of so many pixels a side")
     parser.add_argument("--base", default="minilm", help="or a hub's name, or a directory")
     parser.add_argument("--json", type=Path)
@@ -80,14 +83,18 @@ def main() -> None:
         _save_clip(root / "image", ImageSettings(options.precision))
         texts, files = _content(root, options.texts, options.photographs)
         if options.jpeg:
-            files = [_as_jpeg(file, options.jpeg) for file in files]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                files = list(pool.map(partial(_as_jpeg, side=options.jpeg), files))
         np.savez(root / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
         with _bare(root, device) as bare:
             found = _told(_texts(root, texts, bare, device))
             rates = (found[1]["per_second"], found[0]["per_second"])
-            found += _told(_photographs(root, files, bare, device))
-        found += _told(_others(root, texts, options.others, *rates, [device, options.precision]))
-        found += _told(_writes(root, texts[:_WRITTEN], device))
+            if "photographs" in options.parts:
+                found += _told(_photographs(root, files, bare, device))
+        if "others" in options.parts:
+            found += _told(_others(root, texts, options.others, *rates, [device, options.precision]))
+        if "writes" in options.parts:
+            found += _told(_writes(root, texts[:_WRITTEN], device))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     table = Table(title=f"{gpu}{os.cpu_count()} cores, {options.precision}")
     for column in ("what", "per second", "to bare", "note"):
@@ -155,6 +162,7 @@ def _photographs(
         ours = _over(port, _embed_images, files, _PER_CALL_PICTURES, _AT_ONCE[device])
         asked = (f"pixels {best}", "decode", "loop")
         model, decoding, loop, over = _in_turns([*(partial(bare, line) for line in asked), ours])
+    loop *= max(len(files) / bare_models.LOOPED, 1)
     on_gpu = device == "cuda"  # which computes while others decode
     both = model if on_gpu else model + decoding
     return [

@@ -26,6 +26,7 @@ from services.embedding.encoders import ImageEncoder, TextEncoder
 
 _PLAIN_BATCH, _PIECE = 32, 64
 _TRIED = 300
+LOOPED = 200
 
 
 class Bare:
@@ -70,9 +71,10 @@ class Bare:
 
     @torch.inference_mode()
     def loop(self) -> None:
-        """What open_clip's examples do: open, preprocess, stack, encode."""
-        for start in range(0, len(self._files), _PLAIN_BATCH):
-            some = self._files[start : start + _PLAIN_BATCH]
+        """What open_clip's examples do, on the first files: open, preprocess, stack, encode."""
+        files = self._files[:LOOPED]
+        for start in range(0, len(files), _PLAIN_BATCH):
+            some = files[start : start + _PLAIN_BATCH]
             pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in some]
             batch = torch.stack([self._image.preprocess(picture) for picture in pictures]).to(self._device)
             if self._image.settings.precision == "bf16":
