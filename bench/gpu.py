@@ -1,7 +1,6 @@
 """What a GPU does against what it could: encoders against its measured peak, scans against its bandwidth.
 
     python -m bench.gpu [--rows 1000000] [--parts encoders,photographs,search,faiss] [--compile] [--json FILE]
-    python -m bench.gpu --parts search --graph                  # by FAISS' graph, and exact where that cannot
 
 Weights and photographs are drawn, and vectors as for bench.index. The peak is the best of a few square matrix
 products in bfloat16, the bandwidth that of adding up a large array. FAISS' indices take part where its GPU
@@ -50,7 +49,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", default="encoders,photographs,search,faiss")
-    parser.add_argument("--graph", action="store_true", help="search by a graph however few the rows")
     parser.add_argument("--compile", action="store_true", help="BERT by torch.compile as well: a minute more")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -66,7 +64,7 @@ def main() -> None:
         "photographs": ("JPEG files into what ViT-B/32 reads", lambda: _photographs(device)),
         "search": (
             f"the {_LIMIT} nearest of {rows} x {_DIMENSION}, float16",
-            lambda: _searches(device, rows, graph=options.graph),
+            lambda: _searches(device, rows),
         ),
         "faiss": (f"FAISS, the {_LIMIT} nearest of {rows} x {_DIMENSION}", lambda: _faiss(device, rows)),
     }
@@ -191,13 +189,13 @@ def _drawn(device: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
     return rows[most:], rows[:most].float().cpu().numpy()
 
 
-def _searches(device: str, count: int, *, graph: bool) -> Rows:
+def _searches(device: str, count: int) -> Rows:
     vectors, asked = _drawn(device, count)
     bandwidth = vectors.numel() * 2 / _seconds(lambda: vectors.sum(dtype=torch.float32), device)
     floor = vectors.numel() * 2 / bandwidth
     told: Rows = [{"what": "reading it once", "ms": 1000 * floor, "gb_a_second": bandwidth / 1e9}]
     here, began = vectors.cpu().numpy(), time.perf_counter()
-    segment = DeviceBuilder(device, 0 if graph else count + 1)(np.arange(count, dtype=np.int64), here)
+    segment = DeviceBuilder(device)(np.arange(count, dtype=np.int64), here)
     told[0]["build_s"] = time.perf_counter() - began
     exact = _exact(vectors, asked[:64], None)
     for batch in _BATCHES[: 2 if device == "cpu" else None]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vitrine.catalog.v1 import item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 
-from services.embedding import cagra, milvus
+from services.embedding import milvus
 from services.embedding.index import Places, Selection, VectorIndex
 from services.embedding.milvus import MilvusIndex, connect
 from services.embedding.on_device import DeviceBuilder
@@ -242,17 +242,13 @@ def test_writes_are_acknowledged_while_milvus_is_away_and_found_once_it_is_back(
         served(tmp_path, after, milvus=server.address)
 
 
-@pytest.mark.parametrize("walked", [False, *([True] if cagra.available() else [])])
 @pytest.mark.parametrize("count", [1, 64 * 164 - 1, 64 * 164, 20_001])
-def test_a_device_finds_what_brute_force_does_whatever_share_qualifies(count: int, *, walked: bool) -> None:
+def test_a_device_finds_what_brute_force_does_whatever_share_qualifies(count: int) -> None:
     random = np.random.default_rng(count)
-    # Near each other in groups, as items are: among points that are all equally far no graph leads anywhere.
-    drawn = random.standard_normal((50, D))[random.integers(0, 50, count)] + 0.5 * random.standard_normal(
-        (count, D)
-    )
+    drawn = random.standard_normal((count, D))
     vectors = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    segment = DeviceBuilder(device, 20_000 if walked else count + 1)(np.arange(count), vectors)
+    segment = DeviceBuilder(device)(np.arange(count), vectors)
     queries = vectors[:7].astype(np.float32)
     for share in (1, 0.9, 0.3, 0.04, 0.001):
         live = random.random(count) < share
@@ -265,7 +261,4 @@ def test_a_device_finds_what_brute_force_does_whatever_share_qualifies(count: in
         assert all(len(set(row)) == many for row in rows.tolist())
         np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), atol=1e-5)
         best = -np.sort(-exact, axis=1)[:, :many]
-        if walked:
-            assert np.mean(scores >= best[:, -1:] - 1e-6) > 0.98
-        else:
-            np.testing.assert_allclose(scores, best, atol=1e-5)
+        np.testing.assert_allclose(scores, best, atol=1e-5)
