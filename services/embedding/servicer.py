@@ -29,6 +29,7 @@ MAX_LIMIT = 2000
 MAX_EXCLUDED = 100_000
 MAX_CHUNK_BYTES = 32 << 20
 MAX_TEXT_BYTES = 2 << 20
+_MOST_BYTES = 4  # of a character of UTF-8
 _TOKEN_BYTES = 8
 _CHUNKS = 3
 _VALUES = bytes([pb.Vectors.VALUES_FIELD_NUMBER << 3 | 2])  # the tag of a field that says its length
@@ -53,12 +54,15 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     async def EmbedTexts(self, request: pb.EmbedTextsRequest, context: Any) -> pb.EmbedTextsResponse:
         """Encode texts; one that is too long has an error in its row."""
         self._check_bundle(request.bundle)
-        _check_count(len(request.texts), MAX_TEXTS, "texts")
-        problems = [_text_problem(text, f"texts[{row}]") for row, text in enumerate(request.texts)]
+        texts = list(request.texts)
+        _check_count(len(texts), MAX_TEXTS, "texts")
+        problems = [_text_problem(text, "texts[{}]", row) for row, text in enumerate(texts)]
         good = [row for row, problem in enumerate(problems) if problem is None]
-        encoded = await self._catalogue.encoding.texts([request.texts[row] for row in good])
-        vectors = np.zeros((len(problems), self._catalogue.encoding.text.dimension), np.float32)
-        vectors[good] = encoded.vectors
+        encoded = await self._catalogue.encoding.texts([texts[row] for row in good])
+        vectors = encoded.vectors
+        if len(good) < len(texts):
+            vectors = np.zeros((len(texts), vectors.shape[1]), np.float32)
+            vectors[good] = encoded.vectors
         return pb.EmbedTextsResponse(
             vectors=_block(vectors),
             truncated_rows=[good[n] for n in np.flatnonzero(encoded.truncated)],
@@ -288,11 +292,13 @@ def _check_most(count: int, most: int, field: str) -> None:
         raise InvalidArgument.of(field, f"has {count}, at most {most} are allowed")
 
 
-def _text_problem(text: str, field: str) -> InvalidArgument | None:
+def _text_problem(text: str, field: str, row: int = 0) -> InvalidArgument | None:
+    if len(text) * _MOST_BYTES <= MAX_TEXT_BYTES:
+        return None
     size = len(text.encode())
-    if size > MAX_TEXT_BYTES:
-        return InvalidArgument.of(field, f"has {size} bytes, at most {MAX_TEXT_BYTES} are allowed")
-    return None
+    if size <= MAX_TEXT_BYTES:
+        return None
+    return InvalidArgument.of(field.format(row), f"has {size} bytes, at most {MAX_TEXT_BYTES} are allowed")
 
 
 def _space(value: int) -> str:
