@@ -14,11 +14,11 @@ from functools import partial
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from services import deadline
 from services.embedding import images
 from services.embedding.batching import Batcher, Lane, Model, Rows
+from services.embedding.decoding import Decoding
 from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
 from services.embedding.pools import run_in
 from services.errors import FailedPrecondition, InvalidArgument
@@ -31,8 +31,6 @@ _PIECE_PICTURES = 64
 _PIECES = 4
 _OF_A_GPU = 4
 """So many times as much is under way where a GPU computes, which is faster than what is made ready for it."""
-_AT_ONCE = 8
-Pixels = np.ndarray | torch.Tensor
 _TEXT, _PICTURE, _CAPTION = "text", "image", "caption"
 _NUMBERS = itertools.count()
 
@@ -47,7 +45,7 @@ class Encoding:
     def __init__(
         self, text: TextEncoder, image: ImageEncoder | None, beside: "Encoding | None" = None
     ) -> None:
-        self.text, self._image, self._owner = text, image, beside is None
+        self.text, self._owner = text, beside is None
         number = next(_NUMBERS)  # another bundle may have the same encoder
         self._names = {kind: f"{kind} {number}" for kind in (_TEXT, _PICTURE, _CAPTION)}
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}
@@ -68,18 +66,21 @@ class Encoding:
             self._batcher, self._budget = beside._batcher, beside._budget
             self._batcher.add(models)
         # Pools of their own: what is small does not stand behind a thousand photographs, no text behind any.
-        self._threads = os.cpu_count() or 1
-        self._tokenising = ThreadPoolExecutor(self._threads, "tokenise")
-        self._decoding = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}") for lane in Lane}
+        self._tokenising = ThreadPoolExecutor(os.cpu_count(), "tokenise")
+        self._decoding = None if image is None else Decoding(image, self._budget)
         pieces = _PIECES * (_OF_A_GPU if text.overlaps else 1)
         self._pieces = {lane: asyncio.Semaphore(pieces) for lane in (Lane.BULK, Lane.BACKGROUND)}
 
     @property
     def image(self) -> ImageEncoder:
         """The image encoder; FailedPrecondition when the bundle has none."""
-        if self._image is None:
+        return self._decoder.encoder
+
+    @property
+    def _decoder(self) -> Decoding:
+        if self._decoding is None:
             raise FailedPrecondition("this bundle has no image encoder")
-        return self._image
+        return self._decoding
 
     @property
     def finished(self) -> dict[str, int]:
@@ -101,8 +102,9 @@ class Encoding:
 
     def close(self) -> None:
         """Finish what was accepted and stop."""
-        for pool in (self._tokenising, *self._decoding.values()):
-            pool.shutdown()
+        self._tokenising.shutdown()
+        if self._decoding is not None:
+            self._decoding.close()
         if self._owner:
             self._batcher.close()
         else:
@@ -145,36 +147,10 @@ class Encoding:
         self, files: Sequence[bytes], field: str, lane: Lane | None = None
     ) -> list[np.ndarray | InvalidArgument]:
         """A vector (D,) in the image space per file, or why there is none; `{}` in `field` is the row."""
-        encoder, lane = self.image, _lane(len(files), lane)
-
-        def pixels(row: int) -> Pixels | InvalidArgument:
-            try:
-                return encoder.pixels(images.load(files[row], encoder.side, field.format(row), self._budget))
-            except InvalidArgument as error:
-                return error
-
-        def some(rows: Sequence[int]) -> list[Pixels | InvalidArgument]:
-            return [pixels(row) for row in rows]
-
-        async def by_threads(rows: Sequence[int]) -> list[Pixels | InvalidArgument]:
-            # Handing a thread a few at a time costs less than it takes to decode one small photograph.
-            step = min(-(-len(rows) // self._threads), _AT_ONCE) or 1
-            parts = (rows[start : start + step] for start in range(0, len(rows), step))
-            pool = self._decoding[lane]
-            done = await asyncio.gather(*(run_in(pool, partial(some, part)) for part in parts))
-            return list(itertools.chain.from_iterable(done))
-
-        async def decoded(piece: Sequence[int]) -> list[Pixels | InvalidArgument]:
-            if not encoder.overlaps:
-                return await by_threads(piece)
-            pool, mine = self._decoding[lane], [files[row] for row in piece]
-            there = await run_in(pool, partial(encoder.pixels_there, mine))
-            others = await by_threads([row for row, seen in zip(piece, there, strict=True) if seen is None])
-            rest = iter(others)
-            return [next(rest) if seen is None else seen for seen in there]
+        decoding, lane = self._decoder, _lane(len(files), lane)
 
         async def encode(piece: Sequence[int]) -> list[np.ndarray | InvalidArgument]:
-            seen = await decoded(piece)
+            seen = await decoding.pixels(files, piece, field, lane)
             good = [row for row in seen if not isinstance(row, InvalidArgument)]
             if not good:
                 return [row for row in seen if isinstance(row, InvalidArgument)]
