@@ -88,11 +88,11 @@ def main() -> None:
         np.savez(root / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
         with _bare(root, device) as bare:
             found = _told(_texts(root, texts, bare, device))
-            rates = (found[1]["per_second"], found[0]["per_second"])
+            alone = found[0]["per_second"]
             if "photographs" in options.parts:
                 found += _told(_photographs(root, files, bare, device))
         if "others" in options.parts:
-            found += _told(_others(root, texts, options.others, *rates, [device, options.precision]))
+            found += _told(_others(root, texts, options.others, alone, [device, options.precision]))
         if "writes" in options.parts:
             found += _told(_writes(root, texts[:_WRITTEN], device))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
@@ -127,9 +127,9 @@ def _texts(root: Path, texts: list[str], bare: Callable[[str], float], device: s
 
 
 def _others(
-    root: Path, texts: list[str], environments: Path, ours: float, bare: float, way: list[str]
+    root: Path, texts: list[str], environments: Path, bare: float, way: list[str]
 ) -> list[dict[str, Any]]:
-    """Texts by other servers and libraries, each in its environment."""
+    """Texts by other servers and libraries, each in its environment, ours over gRPC before and after."""
     given, found = root / "texts.json", list[dict[str, Any]]()
     given.write_text(json.dumps(texts))
     for name in ("sentence-transformers", "infinity"):
@@ -141,15 +141,23 @@ def _others(
         command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name, *way]
         command += [f"--model={root / 'text'}", f"--texts={given}", f"--tokens={_TOKENS}"]
         environment = {k: v for k, v in _ENVIRONMENT.items() if k != "PYTHONPATH"}
-        done = subprocess.run(  # noqa: S603 - our own script
-            command, check=False, capture_output=True, text=True, env=environment
-        )
+        with _served(root, way[0]) as port:
+            ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[way[0]])
+            ours()
+            seconds = [ours()]
+            done = subprocess.run(  # noqa: S603 - our own script
+                command, check=False, capture_output=True, text=True, env=environment
+            )
+            seconds.append(ours())
         if done.returncode:
             found.append(row | {"note": f"failed: {done.stderr.strip().splitlines()[-1][:80]}"})
             continue
         rate = json.loads(done.stdout.splitlines()[-1])
         speed = rate["per_second"]
-        note = f"batches of {rate['batch']}; ours over gRPC is {ours / speed:.2f} times this"
+        mine = 2 * len(texts) / sum(seconds)
+        note = (
+            f"batches of {rate['batch']}; ours over gRPC, before and after, is {mine / speed:.2f} times this"
+        )
         found.append(row | {"per_second": speed, "to_bare": speed / bare, "note": note})
     return found
 
