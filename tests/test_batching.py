@@ -204,6 +204,17 @@ def test_a_batch_begins_while_another_computes_and_a_lone_one_does_not_wait_for_
     assert last.result(0)[0, 0] == 2
 
 
+def test_a_model_that_gives_too_few_or_too_many_vectors_fails_its_callers_and_the_thread_goes_on() -> None:
+    given = iter([1, 3, 2])
+    model = Model("odd", lambda rows: lambda: np.ones((next(given), 1), np.float32), BUDGET, BUDGET)
+    batcher = Batcher([model])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="odd encoder gave"):
+            batcher.submit("odd", [0, 0], np.ones(2), Lane.BULK).result(10)
+    assert len(batcher.submit("odd", [0, 0], np.ones(2), Lane.BULK).result(10)) == 2
+    batcher.close()
+
+
 def test_closing_finishes_what_was_accepted_and_takes_no_more() -> None:
     desk = Desk()
     future = desk.submit([(1, 100), (2, 100)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from services.embedding import images
+from services.embedding import encoders, images
 from services.embedding.encoders import ImageEncoder, TextEncoder, _batches, digest
 from services.errors import InvalidArgument
 from tests.models import make_image_encoder, make_text_encoder
@@ -41,6 +41,18 @@ def test_texts_in_batches_equal_each_alone_by_plain_transformers(text_directory:
             mean = model(**batch).last_hidden_state.mean(1)[0].numpy()
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
         assert cut == (len(tokenizer(text)["input_ids"]) > 16)
+
+
+def test_texts_are_encoded_on_a_gpu_s_way_as_on_a_processor_s(
+    text_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["red scarf", "a longer text of wool and silk", "blue scarf", "x"]
+    plain = TextEncoder(text_directory).encode(texts).vectors
+    monkeypatch.setattr(encoders, "attention", lambda device: "sdpa")
+    monkeypatch.setattr(TextEncoder, "overlaps", True)
+    there = TextEncoder(text_directory, budget=64)
+    np.testing.assert_allclose(there.encode(texts).vectors, plain, atol=1e-5)
+    np.testing.assert_allclose(there.encode(texts[::2]).vectors, plain[::2], atol=1e-5)  # none is padded
 
 
 def test_a_megabyte_of_text_is_cut_and_said_to_be(text_directory: Path) -> None:
@@ -153,6 +165,22 @@ def test_a_large_picture_is_reduced_as_a_jpeg_is_and_shows_the_same() -> None:
         assert 64 <= min(picture.size) < 800
         small = np.asarray(picture.resize((48, 32), Image.Resampling.BICUBIC), float)
         assert np.abs(small - plain).mean() < 2
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (900, 100)])
+def test_of_a_long_picture_the_middle_is_seen(image_encoder: ImageEncoder, size: tuple[int, int]) -> None:
+    long = np.full((size[1], size[0], 3), 255, np.uint8)
+    along = 0 if size[1] > size[0] else 1
+    middle = max(size) // 2
+    reach = min(size) * 2
+    part = [slice(None)] * 3
+    part[along] = slice(middle - reach, middle + reach)
+    long[tuple(part)] = (200, 30, 40)
+    file = io.BytesIO()
+    Image.fromarray(long).save(file, "PNG")
+    picture = images.load(file.getvalue(), image_encoder.side)
+    assert max(picture.size) <= 4 * min(picture.size)
+    assert (image_encoder.pixels(picture) == (200, 30, 40)).all()
 
 
 def test_pixels_decoded_at_once_stay_within_the_budget() -> None:

@@ -101,8 +101,8 @@ def main() -> None:
         bare = Bare(options.text, options.image, options.device, *rows)
     for line in sys.stdin:
         words = line.split()
-        part = words[0] == "try"
-        what, *size = words[part:]
+        part = words[0] == "try" and options.device == "cpu"  # of a GPU a part would not be a batch
+        what, *size = words[words[0] == "try" :]
         run: Callable[..., None] = getattr(bare, what)
         began = time.perf_counter()
         run(int(size[0]), part) if size else run()

@@ -258,7 +258,7 @@ class Batcher:
             begun = self._begin(*taken) if taken else None
             if running is not None:
                 self._finish(*running)
-            running = begun
+            running, begun, taken = begun, None, None  # a batch that is done is not kept
             if running is not None and not running[0].overlaps:
                 self._finish(*running)
                 running = None
@@ -291,6 +291,11 @@ class Batcher:
     def _finish(self, model: Model, batch: Batch, wait: Callable[[], np.ndarray]) -> None:
         try:
             vectors = wait()
+            if len(vectors) != len(batch):
+                raise ValueError(
+                    f"the {model.name} encoder gave {len(vectors)} vectors for {len(batch)} rows"
+                )
+            self._hand_out(batch, vectors)
         except BaseException as error:
             _fail(batch, error)
             return
@@ -298,6 +303,9 @@ class Batcher:
             self.totals[model.kind or model.name] += len(batch)
             if model.name in self.finished:  # else it was removed meanwhile
                 self.finished[model.name] += len(batch)
+
+    @staticmethod
+    def _hand_out(batch: Batch, vectors: np.ndarray) -> None:
         places = defaultdict[_Call, tuple[list[int], list[int]]](lambda: ([], []))
         for at, (call, row) in enumerate(batch):
             rows, ats = places[call]

@@ -39,7 +39,8 @@ class Decoding:
     ) -> list[Pixels | InvalidArgument]:
         """What the encoder reads of some rows of `files`, or why it cannot; `{}` in `field` is the row."""
         there: list[torch.Tensor | None] = [None] * len(rows)
-        if self.encoder.overlaps:
+        # A few do not queue behind the many that a GPU decodes one batch after the other.
+        if self.encoder.overlaps and lane is not Lane.INTERACTIVE:
             mine = [files[row] for row in rows]
             there = await run_in(self._pools[lane], partial(self.encoder.pixels_there, mine))
         left = [row for row, seen in zip(rows, there, strict=True) if seen is None]

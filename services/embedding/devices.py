@@ -31,7 +31,7 @@ def brought(values: torch.Tensor) -> Running:
     done = None
     if values.is_cuda:
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
-        done.record()
+        done.record(torch.cuda.current_stream(values.device))
 
     def wait() -> np.ndarray:
         if done is not None:

@@ -167,7 +167,12 @@ class TextEncoder:
         real = np.arange(padded.shape[1]) < lengths[:, None]
         padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
         mask, tokens = sent(real.astype(np.int64), self._device), sent(padded, self._device)
-        hidden = self._model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+        seen: torch.Tensor | None = mask
+        if (
+            self.overlaps
+        ):  # of a mask of two dimensions transformers asks whether all is real, and waits for it
+            seen = None if real.all() else mask[:, None, None, :].bool()
+        hidden = self._model(input_ids=tokens, attention_mask=seen).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()
         return _unit((hidden * weights).sum(1) / weights.sum(1), self._head)
 
@@ -219,8 +224,7 @@ class ImageEncoder:
         if self._fit_fast is None:
             return np.asarray(self._fit(picture))
         raw = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        seen: np.ndarray = self._fit_fast(raw).permute(1, 2, 0).numpy()
-        return seen
+        return np.ascontiguousarray(self._fit_fast(raw).permute(1, 2, 0).numpy())
 
     def pixels_there(self, files: Sequence[bytes]) -> list[torch.Tensor | None]:
         """The same of image files that a GPU decodes, uint8 (3, S, S) in its memory; None for the others."""

@@ -14,6 +14,7 @@ from services.errors import InvalidArgument
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 100_000_000
+_LONGEST = 4
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,7 +78,7 @@ def load(
         _check_size(picture, field)
         picture.draft("RGB", (2 * target, 2 * target))
         with (budget or PixelBudget()).taking(picture.width * picture.height):
-            return _reduced(_on_white(_upright(picture)), target)
+            return _reduced(_on_white(_middle(_upright(picture))), target)
     except UnidentifiedImageError:
         raise InvalidArgument.of(field, f"is not a readable {', '.join(FORMATS)} file") from None
     except Image.DecompressionBombError:
@@ -91,6 +92,14 @@ def load(
 def _check_size(picture: Image.Image, field: str) -> None:
     if picture.width * picture.height > MAX_PIXELS:
         raise InvalidArgument.of(field, f"has more than {MAX_PIXELS} pixels")
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    """Of a long picture the middle: a model sees a square of it, and a line would be resized to a plane."""
+    width, height = (min(side, _LONGEST * min(picture.size)) for side in picture.size)
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    same = (width, height) == picture.size
+    return picture if same else picture.crop((left, top, left + width, top + height))
 
 
 def _upright(picture: Image.Image) -> Image.Image:

@@ -59,7 +59,8 @@ class DeviceSegment(Numbered):
             for start in range(0, len(queries), step):
                 some = slice(start, start + step)
                 asked = torch.from_numpy(queries[some]).to(device)
-                near = asked.half() @ values.T
+                # Of unit length, so that float16 holds it.
+                near = torch.nn.functional.normalize(asked, dim=1).half() @ values.T
                 if mask is not None:
                     near.masked_fill_(mask, -torch.inf)
                 at = _best(near, deep)
