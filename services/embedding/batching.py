@@ -295,24 +295,23 @@ class Batcher:
                 raise ValueError(
                     f"the {model.name} encoder gave {len(vectors)} vectors for {len(batch)} rows"
                 )
-            self._hand_out(batch, vectors)
+            with self._changed:  # before anybody has an answer
+                self.totals[model.kind or model.name] += len(batch)
+                if model.name in self.finished:  # else it was removed meanwhile
+                    self.finished[model.name] += len(batch)
+            _hand_out(batch, vectors)
         except BaseException as error:
             _fail(batch, error)
-            return
-        with self._changed:
-            self.totals[model.kind or model.name] += len(batch)
-            if model.name in self.finished:  # else it was removed meanwhile
-                self.finished[model.name] += len(batch)
 
-    @staticmethod
-    def _hand_out(batch: Batch, vectors: np.ndarray) -> None:
-        places = defaultdict[_Call, tuple[list[int], list[int]]](lambda: ([], []))
-        for at, (call, row) in enumerate(batch):
-            rows, ats = places[call]
-            rows.append(row)
-            ats.append(at)
-        for call, (rows, ats) in places.items():
-            call.put(rows, vectors[ats])
+
+def _hand_out(batch: Batch, vectors: np.ndarray) -> None:
+    places = defaultdict[_Call, tuple[list[int], list[int]]](lambda: ([], []))
+    for at, (call, row) in enumerate(batch):
+        rows, ats = places[call]
+        rows.append(row)
+        ats.append(at)
+    for call, (rows, ats) in places.items():
+        call.put(rows, vectors[ats])
 
 
 def _fail(batch: Batch, error: BaseException) -> None:
