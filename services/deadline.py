@@ -6,7 +6,7 @@ A server sets it when a call arrives; a call inside the process sees its caller'
 import asyncio
 import time
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -31,7 +31,10 @@ def within(seconds: float | None) -> Iterator[None]:
     try:
         yield
     finally:
-        _ends.reset(token)
+        with suppress(
+            ValueError
+        ):  # a stream that its caller left is closed by another task, in its own context
+            _ends.reset(token)
 
 
 async def wait(awaitable: Awaitable[T], at_most: float | None = None) -> T:
