@@ -204,6 +204,33 @@ def test_a_batch_begins_while_another_computes_and_a_lone_one_does_not_wait_for_
     assert last.result(0)[0, 0] == 2
 
 
+def test_a_batch_that_cannot_begin_or_whose_model_goes_leaves_the_one_that_computes() -> None:
+    queued, done = threading.Event(), threading.Event()
+
+    def begin(rows: Rows) -> Callable[[], np.ndarray]:
+        if rows[0] == POISON:
+            raise ArithmeticError("poison")
+        assert queued.wait(10)
+
+        def wait() -> np.ndarray:
+            assert done.wait(10)
+            return np.array([[rows[0]]], np.float32)
+
+        return wait
+
+    batcher = Batcher([Model("gpu", begin, 1, 10, overlaps=True)])
+    first, bad = (batcher.submit("gpu", [name], np.ones(1), Lane.BULK) for name in (1, POISON))
+    queued.set()
+    with pytest.raises(ArithmeticError):
+        bad.result(10)
+    assert not first.done()
+    batcher.remove(["gpu"])
+    done.set()
+    assert first.result(10)[0, 0] == 1
+    assert batcher.totals["gpu"] == 1
+    batcher.close()
+
+
 def test_a_model_that_gives_too_few_or_too_many_vectors_fails_its_callers_and_the_thread_goes_on() -> None:
     given = iter([1, 3, 2])
     model = Model("odd", lambda rows: lambda: np.ones((next(given), 1), np.float32), BUDGET, BUDGET)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.analysis import comparison, off_policy, traffic
+from services.analysis.estimates import Estimate
 from services.analysis.outcomes import Shown, shown
 from services.errors import FailedPrecondition, InvalidArgument
 from services.ranking import tables
@@ -166,7 +167,7 @@ def _draws(pages: Iterable[Shown], event_type: str) -> off_policy.Draws:
     )
 
 
-def _text(estimate: off_policy.Estimate) -> str:
+def _text(estimate: Estimate) -> str:
     if not math.isfinite(estimate.low):
         return f"{estimate.mean:.2%}"
     return f"{estimate.mean:.2%} [{estimate.low:.2%}, {estimate.high:.2%}]"

@@ -8,10 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from services.analysis.estimates import Estimate
 from services.analysis.outcomes import Shown
 from services.errors import NotFound
-
-_95_PERCENT = 1.959964
 
 
 @dataclass
@@ -31,15 +30,6 @@ class ArmFigures:
     paid: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     alike: int = 0
     shown: int = 0
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much more people of an arm did than those of the first, and the 95 % interval (Welch, 1947)."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -111,8 +101,8 @@ def _shadow(one: Shown, shown: frozenset[str] | None, arms: dict[str, ArmFigures
         mine.shown += len(shown)
 
 
-def difference(first: ArmFigures, other: ArmFigures) -> Difference:
-    """How much more each person of `other` did than each of `first`."""
+def difference(first: ArmFigures, other: ArmFigures) -> Estimate:
+    """How much more each person of `other` did than each of `first` (Welch, 1947)."""
     means, errors = [], 0.0
     for arm in (first, other):
         each = [arm.done[person] for person in arm.people]
@@ -120,8 +110,7 @@ def difference(first: ArmFigures, other: ArmFigures) -> Difference:
         variance = sum((many - mean) ** 2 for many in each) / max(len(each) - 1, 1)
         means.append(mean)
         errors += variance / len(each)
-    mean, half = means[1] - means[0], _95_PERCENT * math.sqrt(errors)
-    return Difference(mean, mean - half, mean + half)
+    return Estimate.of(means[1] - means[0], math.sqrt(errors))
 
 
 def sign_test(wins: int, losses: int) -> float:

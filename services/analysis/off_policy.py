@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_95_PERCENT = 1.959964
+from services.analysis.estimates import Estimate
+
 _BINS = 10
 _SMOOTH = 1.0
 
@@ -30,17 +31,8 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean reward per draw and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Judged:
-    """A policy's estimates by name, and how many draws of its own they are worth (Kish, 1965)."""
+    """A policy's mean reward per draw by each estimator; how many own draws that is worth (Kish, 1965)."""
 
     estimates: Mapping[str, Estimate]
     worth: float
@@ -103,8 +95,8 @@ def logged(draws: Draws) -> Estimate:
 
 
 def _estimate(values: np.ndarray) -> Estimate:
-    half = _95_PERCENT * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
-    return Estimate(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.inf
+    return Estimate.of(float(values.mean()), float(error))
 
 
 def _expected_rewards(draws: Draws) -> list[np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from services.analysis.estimates import WIDTH_95
 from services.analysis.outcomes import content_of, pages
 from services.catalog import item_number
 from services.errors import InvalidArgument
@@ -20,7 +21,6 @@ from services.ranking import tables
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HEAD, _MID = 0.5, 0.8
-_95_PERCENT = 1.959964
 _READ_AT_ONCE = 5000
 BY = ("scenario", "bundle", "arm", "day", "channel", "position", "band", "source")
 """What a table may be by; the band of an item is head, mid or tail by how much of all events it has.
@@ -51,10 +51,10 @@ def interval(done: int, shown: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson, 1927); of nothing shown (0, 1)."""
     if not shown:
         return 0.0, 1.0
-    share, square = done / shown, _95_PERCENT**2
+    share, square = done / shown, WIDTH_95**2
     centre = (share + square / (2 * shown)) / (1 + square / shown)
     half = (
-        _95_PERCENT
+        WIDTH_95
         / (1 + square / shown)
         * math.sqrt(share * (1 - share) / shown + square / (4 * shown * shown))
     )

@@ -168,9 +168,8 @@ class TextEncoder:
         padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
         mask, tokens = sent(real.astype(np.int64), self._device), sent(padded, self._device)
         seen: torch.Tensor | None = mask
-        if (
-            self.overlaps
-        ):  # of a mask of two dimensions transformers asks whether all is real, and waits for it
+        if self.overlaps:
+            # Of a mask of two dimensions transformers asks the GPU whether all is real, and waits for it.
             seen = None if real.all() else mask[:, None, None, :].bool()
         hidden = self._model(input_ids=tokens, attention_mask=seen).last_hidden_state.float()
         weights = mask.unsqueeze(-1).float()

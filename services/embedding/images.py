@@ -14,7 +14,8 @@ from services.errors import InvalidArgument
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 MAX_PIXELS = 100_000_000
-_LONGEST = 4
+LONGEST = 4
+"""Of a picture longer than so many times its shorter side, only the middle is looked at."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -96,7 +97,7 @@ def _check_size(picture: Image.Image, field: str) -> None:
 
 def _middle(picture: Image.Image) -> Image.Image:
     """Of a long picture the middle: a model sees a square of it, and a line would be resized to a plane."""
-    width, height = (min(side, _LONGEST * min(picture.size)) for side in picture.size)
+    width, height = (min(side, LONGEST * min(picture.size)) for side in picture.size)
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     same = (width, height) == picture.size
     return picture if same else picture.crop((left, top, left + width, top + height))

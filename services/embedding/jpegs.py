@@ -12,12 +12,12 @@ from PIL import ExifTags, Image
 
 from services.catalog import MAX_IMAGE_BYTES
 from services.embedding.devices import is_gpu
+from services.embedding.images import LONGEST
 
-MOST_PIXELS = 4_000_000
+_MOST_PIXELS = 4_000_000
 """Larger ones are read at an eighth or a quarter by a processor."""
 _PIXELS_AT_ONCE = 16_000_000
 """Resizing takes 12 bytes of a GPU's memory for each, and copies take 6."""
-_LONGEST = 4
 _MODES = ("RGB", "L")
 _RGB = [82, 71, 66]
 _END = b"\xff\xd9"
@@ -62,8 +62,8 @@ def plain_size(file: bytes) -> int:
         and not turned
         and components != _RGB
         and picture.info.get("adobe_transform", 1) != 0
-        and max(picture.size) <= _LONGEST * min(picture.size)
-        and size <= MOST_PIXELS
+        and max(picture.size) <= LONGEST * min(picture.size)
+        and size <= _MOST_PIXELS
     )
     return size if plain else 0
 
@@ -88,7 +88,8 @@ def _decode(
         for row in rows:
             found[row] = None
         if len(rows) == 1:
-            _log.info("a GPU leaves a JPEG file to a processor: %s", error)
+            # Of plain files few are refused: many mean that nvJPEG is not there, or has no memory.
+            _log.warning("a GPU leaves a JPEG file to a processor: %s", error)
             return
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             _decode(files, half, fit, device, found)
