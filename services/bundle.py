@@ -146,14 +146,24 @@ def publish(
     return target
 
 
-def newest(directory: Path) -> Path:
-    """A bundle's directory, itself or the newest in it; FailedPrecondition when there is none."""
+def published(directory: Path) -> list[Path]:
+    """Bundles' directories, itself or those in it, the newest last; FailedPrecondition when there is none."""
     if (directory / MANIFEST).is_file():
-        return directory
+        return [directory]
     found = sorted(path.parent for path in directory.glob(f"[!.]*/{MANIFEST}"))
     if not found:
         raise FailedPrecondition(f"{directory} holds no bundle; `vitrine train` makes one")
-    return found[-1]
+    return found
+
+
+def newest(directory: Path) -> Path:
+    """The last of them."""
+    return published(directory)[-1]
+
+
+def version_of(directory: Path) -> str:
+    """The version of the bundle in a directory, without a look at its files."""
+    return str(json.loads((directory / MANIFEST).read_text())["version"])
 
 
 def _sha256(path: Path) -> str:

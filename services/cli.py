@@ -203,13 +203,15 @@ def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
 
 def _serve(options: dict[str, Any]) -> None:
     from services import wiring
+    from services.generation import ALL
     from services.server import until_told_to_stop
 
     service = options.pop("service")
     settings = Settings(**{name: value for name, value in options.items() if value is not None})
 
     async def run() -> None:
-        app = wiring.App(settings, (service,) if service else wiring.ALL)
+        hosted = (service,) if service else ALL
+        app = wiring.App(settings, hosted, await wiring.first_bundle(settings, hosted))
         await app.start()
         logging.getLogger("vitrine").info("bundle %s is served on port %d", app.bundle.version, app.port)
         await until_told_to_stop()

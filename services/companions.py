@@ -61,7 +61,7 @@ class Companions:
         assert main.gateway is not None  # noqa: S101
         assert other.gateway is not None  # noqa: S101
         main.gateway.recommending.pipelines[bundle.version] = other.gateway.pipeline
-        self.background += [partial(_led, main.view, other.view), other.view.maintain]
+        self.background += [partial(led, main.view, other.view), other.view.maintain]
 
     async def close(self) -> None:
         """Close them, the last first."""
@@ -70,7 +70,7 @@ class Companions:
             await asyncio.to_thread(work.close)
 
 
-async def _led(leader: "CatalogueView", follower: "CatalogueView") -> None:
+async def led(leader: "CatalogueView", follower: "CatalogueView") -> None:
     """Let a view follow at once what another one has seen written."""
     while True:
         await leader.moved(follower.written)

@@ -22,11 +22,13 @@ Watch = Callable[[pb.WatchItemsRequest], AsyncIterator[pb.WatchItemsResponse]]
 
 
 class Follower:
-    """Applies the feed of `watch` to `table` until cancelled; `ready` is set once it caught up."""
+    """Applies the feed of `watch`, with vectors of `bundle`, to `table` until cancelled.
 
-    def __init__(self, watch: Watch, table: ItemTable) -> None:
-        self._watch, self.table = watch, table
-        self.ready = asyncio.Event()
+    `ready` is set once it caught up.
+    """
+
+    def __init__(self, watch: Watch, table: ItemTable, bundle: str, ready: asyncio.Event) -> None:
+        self._watch, self.table, self._bundle, self._ready = watch, table, bundle, ready
         self._moved = asyncio.Event()
 
     async def run(self) -> None:
@@ -35,7 +37,8 @@ class Follower:
         seen: set[int] | None = set()
         while True:
             try:
-                async for message in self._watch(pb.WatchItemsRequest(after_sequence=position)):
+                asked = pb.WatchItemsRequest(after_sequence=position, bundle=self._bundle)
+                async for message in self._watch(asked):
                     position, pause = message.sequence, _FIRST_PAUSE
                     self._apply(message)
                     if seen is not None:
@@ -44,7 +47,7 @@ class Follower:
                         if seen is not None:
                             self.table.retain(frozenset(seen))
                             seen = None
-                        self.ready.set()
+                        self._ready.set()
             except OutOfRange:
                 position, seen = 0, set()
                 continue

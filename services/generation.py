@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import sys
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 from services.bundle import Bundle, Catalogue, created
 from services.follower import Follower
 from services.item_table import ItemTable
+from services.neighbours import Neighbours
 from services.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,27 +27,33 @@ if TYPE_CHECKING:
     from services.gateway.servicer import GatewayServicer
     from services.ranking.behaviour import BehaviourStore
 
-EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
+ALL = EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
 _MOST_ROUNDS = 100
 
 
 @dataclass
 class Shared:
-    """What a process has once, whichever bundle it serves; a store only where its service is `hosted`."""
+    """What a process has once, whichever bundle it serves; a store only where its service is `hosted`.
+
+    `bundles` are the versions that calls may name, the current one first.
+    """
 
     settings: Settings
     hosted: tuple[str, ...]
     clock: Callable[[], datetime]
+    neighbours: Neighbours
+    bundles: list[str] = field(default_factory=list)
     items: "ItemStore | None" = None
     events: "BehaviourStore | None" = None
     served: "ServedLog | None" = None
 
 
 class Generation:
-    """The services of a bundle: `servicers` by service, and in `background` what runs for them without end.
+    """The services of a bundle: `servicers`, by service.
 
-    `work` are its encoders when they are at work already; whoever made them closes them unless `succeed` is
-    called.
+    `upkeep` lets them know what is written, `background` is what a process does by one bundle alone;
+    neither ever ends. `work` are its encoders when they are at work already; whoever made them closes them
+    unless `succeed` is called.
 
     Raises:
         FailedPrecondition: a part of the bundle does not load.
@@ -56,8 +63,10 @@ class Generation:
     def __init__(self, shared: Shared, bundle: Bundle, work: "Encoding | None" = None) -> None:
         self.bundle, self._shared, self._settings = bundle, shared, shared.settings
         self.servicers: dict[str, Any] = {}
-        self.followers: list[Follower] = []
+        self.upkeep: list[Callable[[], Coroutine[Any, Any, None]]] = []
         self.background: list[Callable[[], Coroutine[Any, Any, None]]] = []
+        self.ready = asyncio.Event()
+        """Set once it knows the items, which a follower has to be told."""
         # A CatalogueView, Catalogue and Ranking, each None where it is not hosted.
         self.view: Any = None
         self.catalogue: Any = None
@@ -69,6 +78,7 @@ class Generation:
         try:
             if EMBEDDING in shared.hosted:
                 self._embedding(work)
+                self.ready.set()
             if RANKING in shared.hosted:
                 self._ranking()
             if GATEWAY in shared.hosted:
@@ -98,24 +108,30 @@ class Generation:
             await asyncio.to_thread(index.tidy, self.view.sequence)
 
     async def catch_up(self, other: "Generation") -> None:
-        """Follow what is written until nothing is missing that another generation knows.
+        """Follow what is written until nothing is missing that another generation of this process knows.
 
-        Both have all three services. On return nothing else has run since that was so, unless so
-        much is written that it never is.
+        On return nothing else has run since that was so, unless so much is written that it never is.
         """
         for _ in range(_MOST_ROUNDS):
-            await self.view.follow()
-            await asyncio.to_thread(self.ranking.advance)
-            if (
-                self.view.sequence >= other.view.sequence
-                and self.ranking.state.sequence >= other.ranking.state.sequence
-            ):
+            if self.view is not None:
+                await self.view.follow()
+            else:
+                await self._mirror.wait_for(other._mirror.table.sequence)
+            if self.ranking is not None:
+                await asyncio.to_thread(self.ranking.advance)
+            if all(mine >= theirs for mine, theirs in zip(self._known(), other._known(), strict=True)):
                 return
+
+    def _known(self) -> tuple[int, int]:
+        """The last changes of items and of events that it reflects."""
+        items = self.view.sequence if self.view is not None else self._mirror.table.sequence
+        return items, self.ranking.state.sequence if self.ranking is not None else 0
 
     def succeed(self, other: "Generation") -> None:
         """Take over the thread of the encoders."""
         other.catalogue.encoding.pass_on(self.catalogue.encoding)
-        self._closing.append(self.catalogue.encoding.close)
+        if self.catalogue.encoding.close not in self._closing:
+            self._closing.append(self.catalogue.encoding.close)
 
     def _embedding(self, work: "Encoding | None") -> None:
         from services.embedding import catalogue, encoding, fetching, pending, servicer, view
@@ -129,11 +145,13 @@ class Generation:
         self.view = self._mirror = view.CatalogueView(items, work.digests, self._indexes(items, work))
         self._closing.append(self.view.close)
         self.catalogue = catalogue.Catalogue(self.view, work)
-        self.background.append(self.view.maintain)
+        self.upkeep.append(self.view.maintain)
         if "image" in work.digests:
             fetcher = partial(fetching.Fetcher, allowed=self._settings.fetch_networks)
             self.background.append(pending.PendingPhotographs(self.catalogue, fetcher).run)
-        self.servicers[EMBEDDING] = servicer.EmbeddingServicer(self.catalogue, self.bundle.version)
+        self.servicers[EMBEDDING] = servicer.EmbeddingServicer(
+            self.catalogue, self.bundle.version, self._shared.bundles
+        )
 
     def _indexes(self, items: "ItemStore", work: "Encoding") -> dict[str, Any]:
         """What searches each space: Milvus if there is one, else this process, by a GPU if it has one."""
@@ -176,7 +194,9 @@ class Generation:
             self.background.append(partial(self.ranking.keeping.keep_for, days, self._shared.clock))
         days = min(self._settings.served_days, self._settings.retention_days or sys.maxsize)
         self.background.append(partial(self.ranking.keeping.keep_pages_for, days, self._shared.clock))
-        self.servicers[RANKING] = servicer.RankingServicer(self.ranking, self.bundle.version)
+        self.servicers[RANKING] = servicer.RankingServicer(
+            self.ranking, self.bundle.version, self._shared.bundles
+        )
 
     def _gateway(self) -> None:
         from services.gateway import clients, pipeline, readers, servicer, tokens
@@ -185,12 +205,12 @@ class Generation:
         embedding: clients.Embedding = (
             clients.LocalEmbedding(self.servicers[EMBEDDING])
             if EMBEDDING in self.servicers
-            else clients.RemoteEmbedding(settings.embedding)
+            else clients.RemoteEmbedding(self._shared.neighbours.to(EMBEDDING))
         )
         ranking: clients.Ranking = (
             clients.LocalRanking(self.servicers[RANKING])
             if RANKING in self.servicers
-            else clients.RemoteRanking(settings.ranking)
+            else clients.RemoteRanking(self._shared.neighbours.to(RANKING))
         )
         directory = self.bundle.component("popular")
         popular = np.load(directory / "numbers.npy") if directory else np.empty(0, np.int64)
@@ -218,8 +238,9 @@ class Generation:
             from services.gateway import clients
 
             known = table or _table_of(self.bundle.catalogue())
-            self._mirror = Follower(clients.watch(self._settings.embedding), known)
-            self.followers.append(self._mirror)
+            watch = clients.watch(self._shared.neighbours.to(EMBEDDING))
+            self._mirror = Follower(watch, known, self.bundle.version, self.ready)
+            self.upkeep.append(self._mirror.run)
         return self._mirror
 
 

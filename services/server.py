@@ -7,11 +7,12 @@ here, and only here, they become statuses.
 import asyncio
 import inspect
 import logging
+import math
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -57,15 +58,36 @@ class Service:
     add: Callable[[Any, grpc.aio.Server], None]
 
 
+@dataclass(eq=False)
+class _Answering:
+    """A servicer, the calls that are on it, and when one named its bundle last, by `time.monotonic`."""
+
+    servicer: Any
+    calls: set["asyncio.Task[Any]"] = field(default_factory=set)
+    named: float = -math.inf
+
+
 class Current:
-    """Stands for a servicer that may be exchanged: a call ends on the one it began on."""
+    """Stands for the servicers of a service, one of each bundle: a call ends on the one it began on.
 
-    def __init__(self, servicer: Any) -> None:
-        self._servicer, self._calls = servicer, set[asyncio.Task[Any]]()
+    A call goes to the bundle that its request names, if that is here, else to the current one.
+    """
 
-    def exchange(self, servicer: Any) -> Awaitable[None]:
-        """Let calls from now on go to another; what waits for those that are on the one before."""
-        calls, self._servicer, self._calls = self._calls, servicer, set()
+    def __init__(self, bundle: str, servicer: Any) -> None:
+        self._current = _Answering(servicer)
+        self._of = {bundle: self._current}
+
+    def exchange(self, bundle: str, servicer: Any) -> None:
+        """Let calls that name no other bundle go to another servicer from now on, maybe to one that is here."""
+        self._current = self._of.setdefault(bundle, _Answering(servicer))
+
+    def named(self, bundle: str) -> float:
+        """When a call named a bundle last, by `time.monotonic`; minus infinity for never."""
+        return self._of[bundle].named
+
+    def release(self, bundle: str) -> Awaitable[None]:
+        """Let no further call go to a bundle that is not the current one; what waits for those that did."""
+        calls = self._of.pop(bundle).calls
 
         async def drained() -> None:
             while calls:
@@ -74,31 +96,34 @@ class Current:
         return drained()
 
     def __getattr__(self, name: str) -> Callable[[Any, Any], Any]:
-        """The method of that name, of whichever servicer there is when it is called."""
-        if inspect.isasyncgenfunction(getattr(self._servicer, name)):
+        """The method of that name, of whichever servicer it is for when it is called."""
+        if inspect.isasyncgenfunction(getattr(self._current.servicer, name)):
 
             async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-                with self._one_more() as servicer:
+                with self._one_more(request) as servicer:
                     async for response in getattr(servicer, name)(request, context):
                         yield response
 
             return stream
 
         async def call(request: Any, context: Any) -> Any:
-            with self._one_more() as servicer:
+            with self._one_more(request) as servicer:
                 return await getattr(servicer, name)(request, context)
 
         return call
 
     @contextmanager
-    def _one_more(self) -> Iterator[Any]:
-        calls, task = self._calls, asyncio.current_task()
+    def _one_more(self, request: Any) -> Iterator[Any]:
+        bundle, task = getattr(request, "bundle", ""), asyncio.current_task()
         assert task is not None  # noqa: S101 - a call is one
-        calls.add(task)
+        answering = self._of.get(bundle, self._current)
+        if bundle in self._of:
+            answering.named = time.monotonic()
+        answering.calls.add(task)
         try:
-            yield self._servicer
+            yield answering.servicer
         finally:
-            calls.discard(task)
+            answering.calls.discard(task)
 
 
 class Server:

@@ -61,7 +61,7 @@ def run(tmp_path: Path, clock: Clock, encoders: tuple[TextEncoder, ImageEncoder]
             view = CatalogueView(items, encoding.digests, indexes)
             catalogue = Catalogue(view, encoding)
             add = pb_grpc.add_EmbeddingServiceServicer_to_server
-            server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1"), add)], "127.0.0.1:0")
+            server = Server([Service(NAME, EmbeddingServicer(catalogue, "v1", ["v1"]), add)], "127.0.0.1:0")
             await server.start()
             await server.set_ready(NAME)
             target = f"127.0.0.1:{server.port}"

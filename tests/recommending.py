@@ -14,10 +14,10 @@ from grpc_status import rpc_status
 from vitrine.catalog.v1 import event_pb2, filter_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
-from services.generation import EMBEDDING, GATEWAY, RANKING
+from services.generation import ALL, EMBEDDING, GATEWAY, RANKING
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
-from services.wiring import ALL, App
+from services.wiring import App
 from tests.processes import serving
 from tests.shops import UNTIL
 

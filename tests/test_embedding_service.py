@@ -287,9 +287,10 @@ def test_a_change_to_come_is_waited_for_no_longer_than_the_deadline(run: Run) ->
 def test_a_follower_has_the_same_table_and_vectors(run: Run) -> None:
     async def body(stub: Any, catalogue: Catalogue, port: int) -> None:
         await upsert(stub, item("a", "red", price=2.5), item("b", image=item_pb2.Image(data=picture("blue"))))
-        follower = Follower(stub.WatchItems, ItemTable())
+        ready = asyncio.Event()
+        follower = Follower(stub.WatchItems, ItemTable(), "v1", ready)
         task = asyncio.ensure_future(follower.run())
-        await asyncio.wait_for(follower.ready.wait(), 20)
+        await asyncio.wait_for(ready.wait(), 20)
         outcome = (await upsert(stub, item("c", "green")))[0]
         await follower.wait_for(outcome.sequence)
         deleted = await stub.DeleteItems(pb.DeleteItemsRequest(item_ids=["a"]))

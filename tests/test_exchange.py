@@ -16,9 +16,9 @@ from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as gateway_pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as gateway_grpc
 
-from services.generation import Generation
+from services.generation import ALL, Generation
 from services.server import CHANNEL_OPTIONS
-from services.wiring import ALL, App
+from services.wiring import App
 from tests.catalogues import item, nearest, picture, prepared, served, upsert
 from tests.shops import UNTIL, make_bundle
 
@@ -64,6 +64,10 @@ class Traffic:
         answer = await self._gateway.WriteEvents(gateway_pb.WriteEventsRequest(events=[event]))
         assert answer.outcomes[0].code == event_pb2.EVENT_OUTCOME_CODE_RECORDED
 
+    def went_on(self, since: list[int]) -> bool:
+        """Whether all have asked some more."""
+        return all(now > then + 5 for now, then in zip(self.rounds, since, strict=True))
+
     async def until(self, reached: Callable[[], bool]) -> None:
         while not reached():
             for task in self._tasks:
@@ -92,7 +96,7 @@ async def exchanged_under(traffic: Traffic, app: App, stub: Any, root: Path, see
         while await feed.read() is not grpc.aio.EOF:
             pass
     assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
-    await traffic.until(lambda: all(now > then + 5 for now, then in zip(traffic.rounds, rounds, strict=True)))
+    await traffic.until(lambda: traffic.went_on(rounds))
     return held
 
 
@@ -121,7 +125,7 @@ def test_a_bundle_is_exchanged_beside_live_calls_and_so_is_the_next(tmp_path: Pa
             await stream.done_writing()
             assert await stream.read() is grpc.aio.EOF
         await traffic.stop()
-        while len(app._alive) > 1:
+        while len(app.exchange.alive) > 1:
             await asyncio.sleep(0.02)
         gc.collect()
         assert first() is None  # nothing of the first bundle is kept

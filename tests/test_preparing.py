@@ -45,7 +45,7 @@ def test_a_start_on_a_bundle_that_was_prepared_encodes_nothing(root: Path) -> No
         assert await nearest(stub, "zebra 5") == "own-5"
         assert await nearest(stub, "walrus") == "later"
 
-    served(root, before, look_every=0.02)
+    served(root, before, look_every=0.02, exchange=False)
     served(root, after, look_every=0.02)
 
 
@@ -72,5 +72,5 @@ def test_an_interrupted_preparation_goes_on_and_a_broken_bundle_changes_nothing(
             await asyncio.sleep(0.05)
         assert await nearest(stub, "zebra 7") == "own-7"
 
-    served(root, interrupted, look_every=0.02)
-    served(root, goes_on, look_every=0.02)
+    served(root, interrupted, look_every=0.02, exchange=False)
+    served(root, goes_on, look_every=0.02, exchange=False)

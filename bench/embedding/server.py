@@ -46,7 +46,7 @@ async def _serve(options: argparse.Namespace) -> None:
     view = CatalogueView(items, encoding.digests, indexes)
     catalogue = Catalogue(view, encoding)
     add = pb_grpc.add_EmbeddingServiceServicer_to_server
-    server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench"), add)], "127.0.0.1:0")
+    server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench", ["bench"]), add)], "127.0.0.1:0")
     await server.start()
     print(server.port, flush=True)  # noqa: T201 - the answer
     await until_told_to_stop()

@@ -46,10 +46,10 @@ class _Chunk:
 
 
 class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
-    """The service over one catalogue, answering for one bundle."""
+    """The service over one catalogue, answering for one bundle; `bundles` are those that calls may name."""
 
-    def __init__(self, catalogue: Catalogue, bundle: str) -> None:
-        self._catalogue, self._view, self._bundle = catalogue, catalogue.view, bundle
+    def __init__(self, catalogue: Catalogue, bundle: str, bundles: Sequence[str]) -> None:
+        self._catalogue, self._view, self._bundle, self._bundles = catalogue, catalogue.view, bundle, bundles
 
     async def EmbedTexts(self, request: pb.EmbedTextsRequest, context: Any) -> pb.EmbedTextsResponse:
         """Encode texts; one that is too long has an error in its row."""
@@ -182,6 +182,10 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         feed = self._view.changes(request.after_sequence, until_current=request.until_current)
         async for records, vectors, sequence in feed:
             yield _changes(records, vectors, sequence)
+
+    async def ListBundles(self, request: pb.ListBundlesRequest, context: Any) -> pb.ListBundlesResponse:
+        """The bundles that calls may name."""
+        return pb.ListBundlesResponse(bundles=self._bundles)
 
     def _check_bundle(self, bundle: str) -> None:
         if bundle and bundle != self._bundle:

@@ -15,7 +15,6 @@ from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
 
 from services import deadline, status
 from services.errors import VitrineError
-from services.server import CHANNEL_OPTIONS
 
 
 class Embedding(Protocol):
@@ -136,10 +135,10 @@ class LocalRanking:
 
 
 class RemoteEmbedding:
-    """An embedding service at `address`, host:port."""
+    """An embedding service at the other end of a connection."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = embedding_grpc.EmbeddingServiceStub(channel(address))
+    def __init__(self, connection: grpc.aio.Channel) -> None:
+        self._stub = embedding_grpc.EmbeddingServiceStub(connection)
 
     async def search(self, request: embedding_pb.SearchRequest) -> embedding_pb.SearchResponse:
         """See `Embedding`."""
@@ -168,10 +167,10 @@ class RemoteEmbedding:
 
 
 class RemoteRanking:
-    """A ranking service at `address`, host:port."""
+    """A ranking service at the other end of a connection."""
 
-    def __init__(self, address: str) -> None:
-        self._stub = ranking_grpc.RankingServiceStub(channel(address))
+    def __init__(self, connection: grpc.aio.Channel) -> None:
+        self._stub = ranking_grpc.RankingServiceStub(connection)
 
     async def write(self, request: ranking_pb.WriteEventsRequest) -> ranking_pb.WriteEventsResponse:
         """See `Ranking`."""
@@ -212,14 +211,9 @@ class RemoteRanking:
         return await _sent(self._stub.Predict, request)
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A connection to a neighbour, made on first use and made again when it breaks."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-
-
-def watch(address: str) -> Any:
-    """The change feed of the embedding service at `address`; its errors are the domain's."""
-    stub = embedding_grpc.EmbeddingServiceStub(channel(address))
+def watch(connection: grpc.aio.Channel) -> Any:
+    """The change feed of an embedding service; its errors are the domain's."""
+    stub = embedding_grpc.EmbeddingServiceStub(connection)
 
     async def follow(
         request: embedding_pb.WatchItemsRequest,

@@ -1,6 +1,7 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,10 @@ _NAMES = {number: name for name, number in _SOURCES.items()}
 
 
 class RankingServicer(pb_grpc.RankingServiceServicer):
-    """The service over one bundle."""
+    """The service over one bundle; `bundles` are those that calls may name."""
 
-    def __init__(self, ranking: Ranking, bundle: str) -> None:
-        self._ranking, self._bundle = ranking, bundle
+    def __init__(self, ranking: Ranking, bundle: str, bundles: Sequence[str]) -> None:
+        self._ranking, self._bundle, self._bundles = ranking, bundle, bundles
         weights = ranking.profile.event_types
         self._strongest = max(weights, key=lambda name: weights[name])
 
@@ -231,6 +232,10 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             shown_counts=retrieved.shown[1].tolist() if retrieved.shown else (),
             explorable=explorable_to(retrieved.explorable) if retrieved.explorable else None,
         )
+
+    async def ListBundles(self, request: pb.ListBundlesRequest, context: Any) -> pb.ListBundlesResponse:
+        """The bundles that calls may name."""
+        return pb.ListBundlesResponse(bundles=self._bundles)
 
     def _person(self, message: pb.Person, path: str = "person") -> Person:
         for field in ("user_id", "visitor_id"):

@@ -70,6 +70,11 @@ class EmbeddingServiceStub:
                 request_serializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsRequest.SerializeToString,
                 response_deserializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsResponse.FromString,
                 _registered_method=True)
+        self.ListBundles = channel.unary_unary(
+                '/vitrine.embedding.v1.EmbeddingService/ListBundles',
+                request_serializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesRequest.SerializeToString,
+                response_deserializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesResponse.FromString,
+                _registered_method=True)
 
 
 class EmbeddingServiceServicer:
@@ -127,6 +132,14 @@ class EmbeddingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBundles(self, request, context):
+        """Tells which bundles calls may name. One that calls do name, this call among them, is
+        served on beside newer ones until a minute has passed without such a call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EmbeddingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -164,6 +177,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.WatchItems,
                     request_deserializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsRequest.FromString,
                     response_serializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsResponse.SerializeToString,
+            ),
+            'ListBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBundles,
+                    request_deserializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesRequest.FromString,
+                    response_serializer=vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -356,6 +374,33 @@ class EmbeddingService:
             '/vitrine.embedding.v1.EmbeddingService/WatchItems',
             vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsRequest.SerializeToString,
             vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.WatchItemsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.embedding.v1.EmbeddingService/ListBundles',
+            vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesRequest.SerializeToString,
+            vitrine_dot_embedding_dot_v1_dot_embedding__service__pb2.ListBundlesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class EmbeddingServiceStub:
     """Sends every change after a position, then follows. OUT_OF_RANGE when the
     position is older than what is kept: start again from 0.
     """
+    ListBundles: _grpc.UnaryUnaryMultiCallable[_embedding_service_pb2.ListBundlesRequest, _embedding_service_pb2.ListBundlesResponse]
+    """Tells which bundles calls may name. One that calls do name, this call among them, is
+    served on beside newer ones until a minute has passed without such a call.
+    """
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
@@ -74,6 +78,10 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     WatchItems: _aio.UnaryStreamMultiCallable[_embedding_service_pb2.WatchItemsRequest, _embedding_service_pb2.WatchItemsResponse]  # type: ignore[assignment]
     """Sends every change after a position, then follows. OUT_OF_RANGE when the
     position is older than what is kept: start again from 0.
+    """
+    ListBundles: _aio.UnaryUnaryMultiCallable[_embedding_service_pb2.ListBundlesRequest, _embedding_service_pb2.ListBundlesResponse]  # type: ignore[assignment]
+    """Tells which bundles calls may name. One that calls do name, this call among them, is
+    served on beside newer ones until a minute has passed without such a call.
     """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -137,6 +145,16 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_embedding_service_pb2.WatchItemsResponse], _abc.AsyncIterator[_embedding_service_pb2.WatchItemsResponse]]:
         """Sends every change after a position, then follows. OUT_OF_RANGE when the
         position is older than what is kept: start again from 0.
+        """
+
+    @_abc_1.abstractmethod
+    def ListBundles(
+        self,
+        request: _embedding_service_pb2.ListBundlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_embedding_service_pb2.ListBundlesResponse, _abc.Awaitable[_embedding_service_pb2.ListBundlesResponse]]:
+        """Tells which bundles calls may name. One that calls do name, this call among them, is
+        served on beside newer ones until a minute has passed without such a call.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -80,6 +80,11 @@ class RankingServiceStub:
                 request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.SerializeToString,
                 response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.FromString,
                 _registered_method=True)
+        self.ListBundles = channel.unary_unary(
+                '/vitrine.ranking.v1.RankingService/ListBundles',
+                request_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesRequest.SerializeToString,
+                response_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesResponse.FromString,
+                _registered_method=True)
 
 
 class RankingServiceServicer:
@@ -152,6 +157,14 @@ class RankingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBundles(self, request, context):
+        """Tells which bundles calls may name. One that calls do name, this call among them, is
+        served on beside newer ones until a minute has passed without such a call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RankingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -199,6 +212,11 @@ def add_RankingServiceServicer_to_server(servicer, server):
                     servicer.Predict,
                     request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.FromString,
                     response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.SerializeToString,
+            ),
+            'ListBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBundles,
+                    request_deserializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesRequest.FromString,
+                    response_serializer=vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -445,6 +463,33 @@ class RankingService:
             '/vitrine.ranking.v1.RankingService/Predict',
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictRequest.SerializeToString,
             vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.PredictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrine.ranking.v1.RankingService/ListBundles',
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesRequest.SerializeToString,
+            vitrine_dot_ranking_dot_v1_dot_ranking__service__pb2.ListBundlesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,10 @@ class RankingServiceStub:
     """Tells what candidates' scores rest on."""
     Predict: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.PredictRequest, _ranking_service_pb2.PredictResponse]
     """What people are likely to do: with items, and at all. Each has their own outcome."""
+    ListBundles: _grpc.UnaryUnaryMultiCallable[_ranking_service_pb2.ListBundlesRequest, _ranking_service_pb2.ListBundlesResponse]
+    """Tells which bundles calls may name. One that calls do name, this call among them, is
+    served on beside newer ones until a minute has passed without such a call.
+    """
 
 @_typing.type_check_only
 class RankingServiceAsyncStub(RankingServiceStub):
@@ -85,6 +89,10 @@ class RankingServiceAsyncStub(RankingServiceStub):
     """Tells what candidates' scores rest on."""
     Predict: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.PredictRequest, _ranking_service_pb2.PredictResponse]  # type: ignore[assignment]
     """What people are likely to do: with items, and at all. Each has their own outcome."""
+    ListBundles: _aio.UnaryUnaryMultiCallable[_ranking_service_pb2.ListBundlesRequest, _ranking_service_pb2.ListBundlesResponse]  # type: ignore[assignment]
+    """Tells which bundles calls may name. One that calls do name, this call among them, is
+    served on beside newer ones until a minute has passed without such a call.
+    """
 
 class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
     """The truth about behaviour."""
@@ -165,5 +173,15 @@ class RankingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ranking_service_pb2.PredictResponse, _abc.Awaitable[_ranking_service_pb2.PredictResponse]]:
         """What people are likely to do: with items, and at all. Each has their own outcome."""
+
+    @_abc_1.abstractmethod
+    def ListBundles(
+        self,
+        request: _ranking_service_pb2.ListBundlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ranking_service_pb2.ListBundlesResponse, _abc.Awaitable[_ranking_service_pb2.ListBundlesResponse]]:
+        """Tells which bundles calls may name. One that calls do name, this call among them, is
+        served on beside newer ones until a minute has passed without such a call.
+        """
 
 def add_RankingServiceServicer_to_server(servicer: RankingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
