@@ -79,7 +79,7 @@ def measured(data: Path, shop_file: Path | None, bundle_path: Path, limit: int) 
             state=Path(folder) / "state",
             address="127.0.0.1:0",
             clock=day + _NOON,
-            graph_rows=0,
+            exact=True,
             served_days=0,
             scenarios=scenarios,
         )

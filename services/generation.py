@@ -168,11 +168,15 @@ class Generation:
         from services.embedding import builder, on_device, segmented
 
         on_gpu, folder = settings.device != "cpu", settings.state / "index"
-        build = on_device.DeviceBuilder(settings.device) if on_gpu else builder.Builder(settings.storage)
+        build: on_device.DeviceBuilder | builder.Builder
+        if on_gpu:
+            large, build = on_device.LARGE_ROWS, on_device.DeviceBuilder(settings.device)
+        else:
+            large, build = builder.LARGE_ROWS, builder.Builder(settings.storage, settings.graph_rows)
         return {
             space: segmented.SegmentedIndex(
                 dimension,
-                settings.graph_rows,
+                0 if settings.exact else large,
                 build,
                 None if on_gpu else segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
                 partial(items.vectors, space=space, digest=work.digests[space]),

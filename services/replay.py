@@ -101,7 +101,7 @@ def evaluate(
             state=Path(folder),
             address="127.0.0.1:0",
             clock=day + _NOON,
-            graph_rows=0,  # exact, and the same in every process
+            exact=True,  # the same in every process
             served_days=0,
         )
         import_events(settings, bundle, shop)
@@ -328,7 +328,7 @@ async def _spawn(
     command = [sys.executable, "-m", "services.cli", "serve", service, f"--address={address}"]
     clock = settings.clock.isoformat() if settings.clock else ""
     command += [f"--bundle={settings.bundle}", f"--state={settings.state}", f"--clock={clock}"]
-    command += [f"--graph-rows={settings.graph_rows}", "--served-days=0", *flags]
+    command += [f"--exact={settings.exact}", "--served-days=0", *flags]
     processes.append(subprocess.Popen(command))  # noqa: S603 - our own command
     await _serving(address)
     return address

@@ -78,7 +78,7 @@ class Current:
         self._of = {bundle: self._current}
 
     def exchange(self, bundle: str, servicer: Any) -> None:
-        """Let calls that name no other bundle go to another servicer from now on, maybe to one that is here."""
+        """Let calls that name no other bundle go to another servicer from now on; it may be here already."""
         self._current = self._of.setdefault(bundle, _Answering(servicer))
 
     def named(self, bundle: str) -> float:

@@ -45,7 +45,10 @@ class Settings(BaseSettings):
         (), description="bundles served beside, for experiments whose arms name them: DIR,DIR"
     )
     graph_rows: int = Field(
-        20_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
+        200_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
+    )
+    exact: bool = Field(
+        False, description="every vector is compared in each search, which takes longer, as evaluation does"
     )
     storage: Literal["fp16", "sq8", "fp32", "pq"] = Field(
         "fp16",

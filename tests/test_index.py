@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.embedding import segmented
+from services.embedding import segmented, segments
 from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import Places, Selection
+from services.embedding.numbered import Numbered
 from services.embedding.segmented import SegmentedIndex
 from services.embedding.segments import Segment, load, save, scanned
 
@@ -32,7 +33,7 @@ def _segment(known: dict[int, np.ndarray]) -> Segment:
 def _select(allowed: set[int], known: Sequence[int], places: Places) -> Selection:
     """Of a table whose rows are all numbers that were ever known, in the order they came."""
     numbers = np.array(known, np.int64)
-    return Selection(numbers, np.isin(numbers, list(allowed)), places)
+    return Selection(numbers, np.isin(numbers, list(allowed)), Numbered(numbers).rows, places)
 
 
 def _brute(known: dict[int, np.ndarray], query: np.ndarray, limit: int) -> list[int]:
@@ -175,25 +176,30 @@ def clustered() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return random.permutation(30_000) + 5, unit[:30_000], unit[30_000:]
 
 
-@pytest.fixture(scope="module", params=["fp16", "pq"])
-def graph(request: pytest.FixtureRequest, clustered: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Segment:
+@pytest.fixture(scope="module", params=["fp16", "fp16 graph", "pq", "pq graph"])
+def large(request: pytest.FixtureRequest, clustered: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Segment:
     numbers, vectors, _ = clustered
-    segment = Builder(request.param)(numbers, vectors)
-    assert (segment.has_graph, segment.storage) == (True, request.param)
+    storage, _, graph = request.param.partition(" ")
+    segment = Builder(storage, len(numbers) if graph else 0)(numbers, vectors)
+    assert (segment.large, segment.has_graph, segment.storage) == (True, bool(graph), storage)
     np.testing.assert_array_equal(segment.vectors(np.arange(99)), vectors[:99])
     return segment
 
 
 @pytest.mark.parametrize("share", [1, 0.5, 0.1, 0.01, 0.001])
-def test_a_graph_finds_what_a_scan_finds_however_few_qualify(
-    graph: Segment, clustered: tuple[np.ndarray, np.ndarray, np.ndarray], share: float
+def test_a_large_segment_finds_what_a_scan_finds_however_few_qualify(
+    large: Segment,
+    clustered: tuple[np.ndarray, np.ndarray, np.ndarray],
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(segments, "_CODES_PER_NODE", 5)  # or no graph of so few rows would be walked
     numbers, vectors, queries = clustered
     index, exact = SegmentedIndex(32), SegmentedIndex(32)
-    index.replace_all(graph)
+    index.replace_all(large)
     exact.replace_all(scanned(numbers, vectors))
     mask = np.random.default_rng(1).random(len(numbers)) < share
-    selection = Selection(np.sort(numbers), mask, Places())
+    selection = Selection(np.sort(numbers), mask, Numbered(np.sort(numbers)).rows, Places())
     permitted = set(np.sort(numbers)[mask].tolist())
     found, wanted = (i.search(queries, 20, selection) for i in (index, exact))
     recall = [np.isin(w.numbers, f.numbers).mean() for f, w in zip(found, wanted, strict=True)]
@@ -204,45 +210,46 @@ def test_a_graph_finds_what_a_scan_finds_however_few_qualify(
         assert (np.diff(near.scores) <= 1e-6).all()
 
 
-def test_tombstones_of_a_graph_are_not_found(graph: Segment) -> None:
+def test_tombstones_of_a_large_segment_are_not_found(large: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segments, "_CODES_PER_NODE", 5)
     index = SegmentedIndex(32)
-    gone = graph.numbers[: len(graph) // 3]
-    index.replace_all(graph, gone=gone)
-    _, vectors = index.vectors([*graph.numbers[-5:], *gone[:5]])
+    gone = large.numbers[: len(large) // 3]
+    index.replace_all(large, gone=gone)
+    _, vectors = index.vectors([*large.numbers[-5:], *gone[:5]])
     assert len(vectors) == 5
     assert not any(
-        np.isin(near.numbers, gone).any() for near in index.search(graph.vectors(np.arange(9)), 50)
+        np.isin(near.numbers, gone).any() for near in index.search(large.vectors(np.arange(9)), 50)
     )
 
 
-def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(graph: Segment, tmp_path: Path) -> None:
-    assert load(tmp_path, "store", 32, graph.storage) is None
-    query = graph.vectors(np.array([3]))
+def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(large: Segment, tmp_path: Path) -> None:
+    assert load(tmp_path, "store", 32, large.storage) is None
+    query = large.vectors(np.array([3]))
     for sequence in (7, 9):
-        save(graph, "store", sequence, tmp_path)
-        found = load(tmp_path, "store", 32, graph.storage)
+        save(large, "store", sequence, tmp_path)
+        found = load(tmp_path, "store", 32, large.storage)
         assert found is not None
         segment, until = found
-        assert (until, segment.has_graph) == (sequence, True)
-        np.testing.assert_array_equal(segment.numbers, graph.numbers)
-        np.testing.assert_array_equal(segment.search(query, 9, None)[1], graph.search(query, 9, None)[1])
-    assert load(tmp_path, "store", 31, graph.storage) is None
-    assert load(tmp_path, "another store", 32, graph.storage) is None
+        assert (until, segment.has_graph) == (sequence, large.has_graph)
+        np.testing.assert_array_equal(segment.numbers, large.numbers)
+        np.testing.assert_array_equal(segment.search(query, 9, None)[1], large.search(query, 9, None)[1])
+    assert load(tmp_path, "store", 31, large.storage) is None
+    assert load(tmp_path, "another store", 32, large.storage) is None
     assert load(tmp_path, "store", 32, "sq8") is None
     for kept in (path for path in tmp_path.iterdir() if path.name != "segment.json"):
         whole = kept.read_bytes()
         for damaged in (b"", whole[:1000]):
             kept.write_bytes(damaged)
-            assert load(tmp_path, "store", 32, graph.storage) is None
+            assert load(tmp_path, "store", 32, large.storage) is None
         kept.write_bytes(whole)
-    assert load(tmp_path, "store", 32, graph.storage) is not None
-    savers = [threading.Thread(target=save, args=(graph, "store", n, tmp_path)) for n in range(4)]
+    assert load(tmp_path, "store", 32, large.storage) is not None
+    savers = [threading.Thread(target=save, args=(large, "store", n, tmp_path)) for n in range(4)]
     for saver in savers:
         saver.start()
     for saver in savers:
         saver.join()
-    assert load(tmp_path, "store", 32, graph.storage) is not None
-    assert len(list(tmp_path.iterdir())) == (4 if graph.storage == "pq" else 3)
+    assert load(tmp_path, "store", 32, large.storage) is not None
+    assert len(list(tmp_path.iterdir())) == (5 if large.storage == "pq" else 4)
 
 
 @pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])

@@ -19,6 +19,7 @@ from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from services.embedding import milvus
 from services.embedding.index import Places, Selection, VectorIndex
 from services.embedding.milvus import MilvusIndex, connect
+from services.embedding.numbered import Numbered
 from services.embedding.on_device import DeviceBuilder
 from services.embedding.segmented import Keep, SegmentedIndex
 from services.errors import Unavailable
@@ -61,7 +62,7 @@ def vector(seed: int) -> np.ndarray:
 def select(allowed: set[int], known: Sequence[int], places: Places) -> Selection:
     """Of a table whose rows are all numbers that were ever known, in the order they came."""
     numbers = np.array(known, np.int64)
-    return Selection(numbers, np.isin(numbers, list(allowed)), places)
+    return Selection(numbers, np.isin(numbers, list(allowed)), Numbered(numbers).rows, places)
 
 
 def brute(known: dict[int, np.ndarray], query: np.ndarray, limit: int) -> list[int]:
@@ -146,7 +147,7 @@ def test_the_nearest_are_found_however_few_qualify(
     opened(index, dict(zip(numbers.tolist(), unit, strict=True)), dict.fromkeys(numbers.tolist(), 1), 1)
     index.tidy(1)
     mask = random.random(6000) < share
-    found = index.search(queries, 30, Selection(numbers, mask, Places()))
+    found = index.search(queries, 30, Selection(numbers, mask, Numbered(numbers).rows, Places()))
     recall = []
     for near, query in zip(found, queries, strict=True):
         exact = numbers[mask][np.argsort(-(unit[mask] @ query), kind="stable")[:30]]

@@ -1,14 +1,15 @@
 """Search by Vitrine's index against the bare FAISS call, hnswlib and usearch, in one run.
 
     python -m bench.index --rows 10000,100000 [--storages fp16,fp32,sq8] [--churn 100000] [--json FILE]
+    python -m bench.index --rows 100000 --vectors BUNDLE/catalogue/text.npy --graphs --churn 0
     python -m bench.index --rows 1000000 --storages fp16,pq --alone --churn 0
     python -m bench.index --rows 10000000 --storages pq --alone --churn 0        # 20 GB of disk, an hour
 
-Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of texts
-too vary in few directions, and kept as float16, in a file where they are many. Recall is of the 100 nearest,
-against brute force. Everything searches
-one query at a time on one thread; the others' graphs have the same links and building width, and the least
-search width that reaches Vitrine's recall.
+Every size is searched as it is served, by codes or by a graph (`graph_rows`), and with --graphs by the other
+way too. Vectors are drawn: 384 components made of 32 factors around 2,000 centres, and noise, for vectors of
+texts too vary in few directions, and kept as float16, in a file where they are many. Recall is of the 100
+nearest, against brute force. With --vectors they are some of a file's, others of which ask. Everything searches one query at a time on one thread; the others' graphs have
+the same links and building width, and the least search width that reaches Vitrine's recall.
 """
 
 import argparse
@@ -28,10 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from usearch.index import Index
 
-from services.embedding.builder import Builder
+from services.embedding.builder import LARGE_ROWS, Builder
 from services.embedding.index import Places, Selection
+from services.embedding.numbered import Numbered
 from services.embedding.segmented import SegmentedIndex
-from services.embedding.segments import Segment, scanned
+from services.embedding.segments import Segment
+from services.settings import Settings
 
 _DIMENSION = 384
 _CENTRES = 2000
@@ -39,7 +42,8 @@ _FACTORS = 32
 _SPREAD, _NOISE = 0.5, 0.02
 _QUERIES = 200
 _LIMIT = 100
-_GRAPH_ROWS = 20_000
+_GRAPH_ROWS = int(Settings.model_fields["graph_rows"].default)
+_LARGE_ROWS = 20_000  # what others build a graph of
 _PAGE, _MAPPED = 100_000, 2_000_000
 _WIDTHS = (100, 120, 150, 200, 250, 300, 400, 600, 800, 1200, 1600)
 _SHARES = (0.5, 0.1, 0.01, 0.001)
@@ -55,14 +59,19 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="10000,100000")
     parser.add_argument("--storages", default="fp16,fp32,sq8,pq")
+    parser.add_argument(
+        "--graphs", action="store_true", help="graphs where codes are served, and the reverse"
+    )
     parser.add_argument("--alone", action="store_true", help="without hnswlib and usearch")
+    parser.add_argument("--vectors", type=Path, help="an .npy of unit vectors to take in place of drawn ones")
     parser.add_argument("--churn", type=int, default=100_000, help="items, of which a fifth is replaced")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     faiss.omp_set_num_threads(1)
     found = []
     for rows in map(int, options.rows.split(",")):
-        found += _measured(rows, options.storages.split(","), alone=options.alone)
+        given = _drawn(rows) if options.vectors is None else _sampled(options.vectors, rows)
+        found += _measured(*given, options.storages.split(","), alone=options.alone, graphs=options.graphs)
     _show(found)
     _show_growth(found)
     found += _churned(options.churn) if options.churn else []
@@ -70,19 +79,20 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _measured(count: int, storages: list[str], *, alone: bool) -> list[dict[str, Any]]:
-    vectors, queries = _drawn(count)
+def _measured(
+    vectors: np.ndarray, queries: np.ndarray, storages: list[str], *, alone: bool, graphs: bool
+) -> list[dict[str, Any]]:
+    count, dimension = vectors.shape
     exact = _brute(vectors, queries)
     numbers = np.random.default_rng(1).permutation(count).astype(np.int64)
     found = []
-    for storage in storages:
+    served = count >= _GRAPH_ROWS
+    ways = [(storage, with_graph) for storage in storages for with_graph in (served, not served)]
+    for storage, with_graph in ways if graphs else ways[::2]:
         began = time.perf_counter()
-        if storage == "pq" and count < _GRAPH_ROWS:
-            continue  # a graph's alone
-        build = Builder(storage) if count >= _GRAPH_ROWS else lambda n, v, s=storage: scanned(n, v, s)
-        segment = build(numbers, vectors)
+        segment = Builder(storage, int(with_graph))(numbers, vectors)
         seconds = time.perf_counter() - began
-        index = SegmentedIndex(_DIMENSION)
+        index = SegmentedIndex(dimension)
         index.replace_all(segment)
         row_of = np.argsort(numbers)
 
@@ -90,23 +100,23 @@ def _measured(count: int, storages: list[str], *, alone: bool) -> list[dict[str,
             rows: np.ndarray = row_of[index.search(query, _LIMIT)[0].numbers]
             return rows
 
-        bare = _bare(segment)
         # In turns, so that what else the machine does falls on both.
-        mine, faiss_alone = _timed([ours, bare], queries)
+        mine, faiss_alone, *flat = _timed([ours, *_bare(segment)], queries)
         row: dict[str, Any] = {
             "rows": count,
-            "what": f"vitrine {storage}",
+            "what": f"vitrine {storage}, {'graph' if with_graph else 'codes'}",
             "build_s": seconds,
             "bytes": _bytes(segment),
         }
         row |= _figures(mine, exact)
         row["to_bare"] = mine[0].mean() / faiss_alone[0].mean()
         found.append(row)
+        found.append({"rows": count, "what": "the FAISS call alone"} | _figures(faiss_alone, exact))
+        found += [{"rows": count, "what": "FAISS, every vector"} | _figures(one, exact) for one in flat]
         if storage == storages[0]:
-            found.append({"rows": count, "what": f"faiss alone {storage}"} | _figures(faiss_alone, exact))
             found += _filtered(index, vectors, numbers, queries)
-            if count >= _GRAPH_ROWS and not alone:
-                found += _others(vectors, queries, exact, row["recall"])
+        if storage == storages[0] and with_graph == served and count >= _LARGE_ROWS and not alone:
+            found += _others(vectors, queries, exact, row["recall"])
     return found
 
 
@@ -128,10 +138,19 @@ def _drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
     return rows[:count], rows[count:].astype(np.float32)
 
 
+def _sampled(path: Path, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same of a file's vectors."""
+    vectors = np.load(path, mmap_mode="r")
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(vectors.any(axis=1)))[: count + _QUERIES]
+    if len(rows) < count + _QUERIES:
+        raise SystemExit(f"{path} has {len(rows)} vectors, {count + _QUERIES} are needed")
+    return vectors[rows[_QUERIES:]].astype(np.float16), vectors[rows[:_QUERIES]].astype(np.float32)
+
+
 def _brute(vectors: np.ndarray, queries: np.ndarray, limit: int = _LIMIT) -> np.ndarray:
     heap = faiss.ResultHeap(len(queries), limit, keep_max=True)
     for start in range(0, len(vectors), _PAGE):
-        index = faiss.IndexFlatIP(_DIMENSION)
+        index = faiss.IndexFlatIP(vectors.shape[1])
         index.add(np.ascontiguousarray(vectors[start : start + _PAGE], np.float32))
         scores, rows = index.search(queries, limit)
         heap.add_result(scores, np.where(rows < 0, rows, rows + start))
@@ -140,12 +159,17 @@ def _brute(vectors: np.ndarray, queries: np.ndarray, limit: int = _LIMIT) -> np.
     return found
 
 
-def _bare(segment: Segment) -> Search:
-    """The FAISS call that a search comes down to, and nothing around it."""
-    parameters = None
+def _bare(segment: Segment) -> list[Search]:
+    """The FAISS call that a search comes down to, and where that is no graph's its scan of every vector."""
     if segment.has_graph:
         parameters = faiss.SearchParametersHNSW(efSearch=400)  # type: ignore[attr-defined]
-    return lambda query: segment.index.search(query, _LIMIT, params=parameters)[1][0]
+        return [lambda query: segment.index.search(query, _LIMIT, params=parameters)[1][0]]
+    refined = faiss.IndexRefine(segment.codes, segment.index)
+    deeper = faiss.IndexRefineSearchParameters(k_factor=4)  # type: ignore[call-arg]
+    return [
+        lambda query: refined.search(query, _LIMIT, params=deeper)[1][0],
+        lambda query: segment.index.search(query, _LIMIT)[1][0],
+    ]
 
 
 def _timed(searches: list[Search], queries: np.ndarray) -> list[tuple[np.ndarray, list[np.ndarray]]]:
@@ -175,11 +199,13 @@ def _figures(timed: tuple[np.ndarray, list[np.ndarray]], exact: np.ndarray) -> d
 
 
 def _bytes(segment: Segment) -> float:
-    """Of the index, per row, as FAISS writes it: within a few bytes of what it holds in memory."""
+    """Of what is in memory, per row, as FAISS writes it: within a few bytes of what it holds."""
     path = Path(f"/tmp/vitrine-bench-{os.getpid()}")  # noqa: S108 - its own name
-    faiss.write_index(segment.index, str(path))
-    size = path.stat().st_size
-    path.unlink()
+    size = 0
+    for index in filter(None, (segment.index, segment.codes)):
+        faiss.write_index(index, str(path))
+        size += path.stat().st_size
+        path.unlink()
     return size / len(segment)
 
 
@@ -193,7 +219,7 @@ def _filtered(
         if not mask.any():
             continue
         exact = numbers[mask][_brute(vectors[mask], queries, min(_LIMIT, int(mask.sum())))]
-        selection = Selection(numbers, mask, places)
+        selection = Selection(numbers, mask, Numbered(numbers).rows, places)
 
         def search(query: np.ndarray, selection: Selection = selection) -> np.ndarray:
             return index.search(query, _LIMIT, selection)[0].numbers
@@ -207,13 +233,13 @@ def _others(
     vectors: np.ndarray, queries: np.ndarray, exact: np.ndarray, recall: float
 ) -> list[dict[str, Any]]:
     began = time.perf_counter()
-    theirs = hnswlib.Index("ip", _DIMENSION)
+    theirs = hnswlib.Index("ip", vectors.shape[1])
     theirs.init_index(len(vectors), ef_construction=80, M=32)
     theirs.add_items(vectors, num_threads=1)
     built = [("hnswlib", time.perf_counter() - began)]
     theirs.set_num_threads(1)
     began = time.perf_counter()
-    usearch: Any = Index(ndim=_DIMENSION, metric="ip", dtype="f16", connectivity=32, expansion_add=80)
+    usearch: Any = Index(ndim=vectors.shape[1], metric="ip", dtype="f16", connectivity=32, expansion_add=80)
     usearch.add(np.arange(len(vectors)), vectors, threads=1)
     built.append(("usearch", time.perf_counter() - began))
 
@@ -247,7 +273,7 @@ def _churned(count: int) -> list[dict[str, Any]]:
     """
     vectors, queries = _drawn(count + count // 5)
     vectors, coming = vectors[:count].copy(), vectors[count:]
-    index = SegmentedIndex(_DIMENSION, _GRAPH_ROWS, Builder())
+    index = SegmentedIndex(_DIMENSION, LARGE_ROWS, Builder(graph_rows=_GRAPH_ROWS))
     numbers = np.arange(count, dtype=np.int64)
     index.open()
     index.hold(np.empty(0, np.int64), numbers, vectors, 0)
@@ -337,7 +363,7 @@ def _text(value: object) -> str:
 
 def _show_growth(found: list[dict[str, Any]]) -> None:
     """The exponent of the time of a search, from the smallest size to the largest."""
-    mine = [row for row in found if row["what"] == "vitrine fp16"]
+    mine = [row for row in found if row["what"].startswith("vitrine fp16, ")]
     if len(mine) > 1:
         (first, last) = mine[0], mine[-1]
         exponent = np.log(last["p50_ms"] / first["p50_ms"]) / np.log(last["rows"] / first["rows"])

@@ -1,4 +1,4 @@
-"""Builds large segments in a process of low priority, since that takes a core for minutes."""
+"""Builds large segments in a process of low priority, since that may take a core for minutes."""
 
 import argparse
 import os
@@ -11,8 +11,20 @@ from tempfile import TemporaryDirectory
 import faiss
 import numpy as np
 
-from services.embedding.segments import CODES, STORAGES, CodedSegment, Segment, append, filled
+from services.embedding.segments import (
+    CODES,
+    STORAGES,
+    MappedSegment,
+    Segment,
+    append,
+    coded,
+    filled,
+    parts,
+    sampled,
+)
 
+LARGE_ROWS = 5000
+"""From how many rows on codes are worth their making."""
 _LINKS = 32
 _COMPONENTS_PER_BYTE = 4
 _TRAINED_ON = 65_536
@@ -23,10 +35,13 @@ class BuilderStopped(Exception):
 
 
 class Builder:
-    """Builds segments with a graph, one at a time, each in a process of low priority; `stop` ends that."""
+    """Builds segments, one at a time, each in a process of low priority; `stop` ends that.
 
-    def __init__(self, storage: str = "fp16") -> None:
-        self.storage = storage
+    Each has codes; one of `graph_rows` items and more has a graph too, where that is not 0.
+    """
+
+    def __init__(self, storage: str = "fp16", graph_rows: int = 1) -> None:
+        self.storage, self._graph_rows = storage, graph_rows
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
@@ -39,22 +54,25 @@ class Builder:
             RuntimeError: the process failed; the message holds what it said.
         """
         with TemporaryDirectory(prefix="vitrine-index-") as folder:
-            given, made = Path(folder) / "vectors.npy", Path(folder) / "index.faiss"
+            given, made, codes = (
+                Path(folder) / name for name in ("vectors.npy", "index.faiss", "codes.faiss")
+            )
             np.save(given, vectors.astype(np.float16, copy=False))
-            process = self._start(given, made)
+            process = self._start(given, made, codes, graph=0 < self._graph_rows <= len(numbers))
             _, said = process.communicate()
             if self._stopped:
                 raise BuilderStopped
             if process.returncode:
                 raise RuntimeError(f"no index was built: {said.strip()[-1000:]}")
-            index = faiss.read_index(str(made))
+            both = faiss.read_index(str(made)), faiss.read_index(str(codes))
             if self.storage == "pq":
                 # Mapped, so it stays when its name goes.
-                return CodedSegment(numbers, index, np.load(given, mmap_mode="r"))
-            return Segment(numbers, index)
+                return MappedSegment(numbers, *both, exact=np.load(given, mmap_mode="r"))
+            return Segment(numbers, *both)
 
-    def _start(self, given: Path, made: Path) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "services.embedding.builder", str(given), str(made), self.storage]
+    def _start(self, *paths: Path, graph: bool) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "services.embedding.builder", *map(str, paths), self.storage]
+        command += ["--graph"] if graph else []
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
         with self._lock:
             if self._stopped:
@@ -73,30 +91,37 @@ class Builder:
 
 
 def main() -> None:
-    """Build a graph over a file of vectors; what `Builder` starts."""
+    """Build an index and codes of a file of vectors; what `Builder` starts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("vectors", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("index", type=Path)
+    parser.add_argument("codes", type=Path)
     parser.add_argument("storage", choices=STORAGES)
+    parser.add_argument("--graph", action="store_true")
     options = parser.parse_args()
     os.nice(10)
     vectors = np.load(options.vectors, mmap_mode="r")
-    index = filled(vectors, f"HNSW{_LINKS},{CODES.get(options.storage, CODES['fp16'])}")
-    if options.storage == "pq":
-        index = _coded(index, vectors)
-    faiss.write_index(index, str(options.out))
+    faiss.write_index(coded(vectors), str(options.codes))
+    stored = CODES.get(options.storage, CODES["fp16"])
+    if options.graph:
+        index = filled(vectors, f"HNSW{_LINKS},{stored}")
+        index = _over_codes(index, _bytes(vectors)) if options.storage == "pq" else index
+    else:
+        index = _bytes(vectors) if options.storage == "pq" else filled(vectors, stored)
+    faiss.write_index(index, str(options.index))
 
 
-def _coded(graph: faiss.Index, vectors: np.ndarray) -> faiss.Index:
-    """The same graph over codes of a byte for four components: it was laid through the vectors themselves."""
-    most = max(graph.d // _COMPONENTS_PER_BYTE, 1)
-    codes = next(count for count in range(most, 0, -1) if graph.d % count == 0)
-    coder = faiss.IndexPQ(graph.d, codes, 8, faiss.METRIC_INNER_PRODUCT)
-    sample = np.random.default_rng(0).permutation(len(vectors))[:_TRAINED_ON]
-    # Of fewer rows than centroids some are taken again: codes then hold each of them.
-    sample = np.resize(sample, max(len(sample), coder.pq.ksub))
-    coder.train(np.ascontiguousarray(vectors[np.sort(sample)], np.float32))
-    append(coder, vectors)
+def _bytes(vectors: np.ndarray) -> faiss.IndexPQ:
+    """Codes of a byte for each four components."""
+    dimension = vectors.shape[1]
+    index = faiss.IndexPQ(dimension, parts(dimension, _COMPONENTS_PER_BYTE), 8, faiss.METRIC_INNER_PRODUCT)
+    index.train(sampled(vectors, _TRAINED_ON))
+    append(index, vectors)
+    return index
+
+
+def _over_codes(graph: faiss.Index, coder: faiss.IndexPQ) -> faiss.Index:
+    """The same graph over codes: it was laid through the vectors themselves."""
     coded = faiss.IndexHNSWPQ()  # type: ignore[call-arg] # of its overloads
     for name in ("d", "ntotal", "is_trained", "metric_type", "hnsw"):
         setattr(coded, name, getattr(graph, name))

@@ -3,7 +3,7 @@
 `segmented.py` does it within the process, `milvus.py` by an engine of its own. Knows items by number alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from weakref import WeakKeyDictionary
@@ -25,36 +25,53 @@ class Neighbours:
     scores: np.ndarray
 
 
-Places = WeakKeyDictionary[Numbered, tuple[np.ndarray, int]]
-"""Where the items of some rows stand in a table, -1 for nowhere, and among how many it looked."""
+@dataclass(frozen=True)
+class Found:
+    """Where the items of some rows stand in a table: `places` int64 (N,) below `end`, -1 for nowhere."""
+
+    places: np.ndarray
+    end: int
+    whole: bool
+
+
+Places = WeakKeyDictionary[Numbered, Found]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The items that may be found: where `mask`, bool (M,), is set among `numbers`, int64 (M,).
+    """The items that may be found: where `mask`, bool (M,), is set among the first rows of a table.
 
-    Of several selections the one with more numbers begins with those of the other, as the
-    rows of an item table do; they share `kept`, where an index's rows were found.
+    `numbers` int64 (M,) are those rows' items; `rows_of` gives the rows of items, -1 for unknown ones.
+    Selections of one table share `kept`, where the rows of indexes were found.
     """
 
     numbers: np.ndarray
     mask: np.ndarray
+    rows_of: Callable[[np.ndarray], np.ndarray]
     kept: Places
 
-    def of(self, rows: Numbered) -> np.ndarray:
-        """Which of some rows may be found, bool (N,)."""
-        places, looked_among = self.kept.get(rows, (None, 0))
-        if places is None or (len(self.numbers) > looked_among and places.min(initial=0) < 0):
-            places = Numbered(self.numbers).rows(rows.numbers)
-            self.kept[rows] = places, len(self.numbers)
-        # Those of no item known here are the last of the mask, which is unset.
-        mask = np.append(self.mask, np.zeros(max(looked_among - len(self.mask), 0) + 1, bool))
-        allowed: np.ndarray = mask[places]
+    def of(self, rows: Numbered, count: int | None = None) -> np.ndarray:
+        """Which of some rows may be found, bool (N,); of the first `count` where rows are still appended."""
+        numbers = rows.numbers[:count]
+        found = self.kept.get(rows)
+        if found is None or not found.whole or len(found.places) < len(numbers):
+            found = self.kept[rows] = self._look_up(numbers, found)
+        # Those of no item that is known here are the last of the mask, which is unset.
+        mask = np.append(self.mask, np.zeros(max(found.end - len(self.mask), 0) + 1, bool))
+        allowed: np.ndarray = mask[found.places[: len(numbers)]]
         return allowed
 
-    def among(self, numbers: np.ndarray) -> np.ndarray:
-        """Which of a few numbers may be found, bool."""
-        return np.isin(numbers, self.numbers[self.mask])
+    def permits(self, numbers: np.ndarray) -> np.ndarray:
+        """Which of a few items may be found, bool."""
+        return self.of(Numbered(numbers))
+
+    def _look_up(self, numbers: np.ndarray, before: Found | None) -> Found:
+        known = np.empty(0, np.int64) if before is None else before.places
+        places = np.concatenate([known, self.rows_of(numbers[len(known) :])])[: len(numbers)]
+        if before is not None and not before.whole:
+            missing = np.flatnonzero(places < 0)
+            places[missing] = self.rows_of(numbers[missing])
+        return Found(places, int(places.max(initial=-1)) + 1, bool(places.min(initial=0) >= 0))
 
 
 @dataclass(frozen=True, eq=False)

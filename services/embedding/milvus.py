@@ -7,7 +7,7 @@ that a start sends only what changed since. Milvus keeps what it acknowledged; S
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial, wraps
+from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
@@ -167,11 +167,14 @@ class MilvusIndex:
             return [best([found], limit) for found in self._found(queries, limit + TIES)]
         permitted = selection.numbers[selection.mask]
         if len(permitted) > _NAMED:
-            among = partial(np.isin, test_elements=np.sort(permitted))
             count = (limit + TIES) * len(selection.numbers) // len(permitted)
             while (count := 2 * count) <= _MOST_FOUND:
                 found = self._found(queries, count)
-                kept = [(numbers[ok], scores[ok]) for numbers, scores in found for ok in [among(numbers)]]
+                kept = [
+                    (numbers[ok], scores[ok])
+                    for numbers, scores in found
+                    for ok in [selection.permits(numbers)]
+                ]
                 # Enough, or all there are.
                 if all(
                     len(mine) >= limit + TIES or len(all_) < count

@@ -12,6 +12,8 @@ import torch
 from services.embedding.devices import sent
 from services.embedding.numbered import Numbered
 
+LARGE_ROWS = 20_000
+"""From how many rows on a GPU is asked, which takes a way there and back."""
 _MORE = 64
 _NUMBERS_AT_ONCE = 1 << 29  # some gigabytes of them
 _BLOCK = 64

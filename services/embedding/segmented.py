@@ -2,7 +2,7 @@
 
 A fresh matrix is only appended to, and tombstones name rows. A reader takes one snapshot and needs
 no lock; a published snapshot never changes. Compaction makes one segment of all while readers and writers
-go on; one with a graph is kept from one start to the next.
+go on; a large one is kept from one start to the next.
 """
 
 import logging
@@ -17,6 +17,7 @@ import numpy as np
 
 from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import TIES, Held, Neighbours, Selection, best
+from services.embedding.numbered import Numbered
 from services.embedding.on_device import DeviceSegment
 from services.embedding.segments import Segment, load, save, scanned
 
@@ -62,13 +63,17 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What readers see: `parts`, and rows [0, length) of the fresh matrix that are not `dead`."""
+    """What readers see: `parts`, and rows [0, length) of `fresh`, vectors of `items`, that are not `dead`."""
 
     parts: tuple[_Part, ...]
     fresh: np.ndarray
-    numbers: np.ndarray
+    items: Numbered
     dead: np.ndarray
     length: int
+
+    @property
+    def numbers(self) -> np.ndarray:
+        return self.items.numbers
 
     def fresh_rows(self) -> np.ndarray:
         return np.flatnonzero(~self.dead[: self.length])
@@ -77,20 +82,21 @@ class _Snapshot:
 class SegmentedIndex:
     """A `VectorIndex`, kept as float16 where `build` does not store otherwise.
 
-    From `graph_rows` items on a compacted segment is one that `build` makes, and goes where `keep` says; 0
-    means never. Made again from a segment that lost something, it is made of `originals`, vectors by number.
+    From `large_rows` items on a compacted segment is one that `build` makes, and goes where `keep` says; 0
+    means never: every vector is compared. Made again from a segment that lost something, it is made of
+    `originals`, vectors by number.
     """
 
     def __init__(
         self,
         dimension: int,
-        graph_rows: int = 0,
+        large_rows: int = 0,
         build: Build = scanned,
         keep: Keep | None = None,
         originals: Originals | None = None,
     ) -> None:
         self.dimension, self._build, self._keep, self._originals = dimension, build, keep, originals
-        self._graph_rows = graph_rows or sys.maxsize
+        self._large_rows = large_rows or sys.maxsize
         self._changes, self._compacting = threading.Lock(), threading.Lock()
         self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
         self._snapshot = self._empty(())
@@ -113,7 +119,7 @@ class SegmentedIndex:
         self.replace_all(kept.segment, [scanned(numbers, vectors)] if len(numbers) else [], gone)
 
     def close(self) -> None:
-        """Stop the building of graphs."""
+        """Stop the building of segments."""
         if isinstance(self._build, Builder):
             self._build.stop()
 
@@ -167,10 +173,12 @@ class SegmentedIndex:
             scores, rows = part.segment.search(queries, limit + TIES, live)
             for mine, score, row in zip(found, scores, rows, strict=True):
                 mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
-        rows = snapshot.fresh_rows()
+        live = ~snapshot.dead[: snapshot.length]
         if selection is not None:
-            rows = rows[selection.among(snapshot.numbers[rows])]
-        for mine, score in zip(found, queries @ snapshot.fresh[rows].T, strict=True):
+            live &= selection.of(snapshot.items, snapshot.length)
+        rows = np.flatnonzero(live)
+        fresh = queries @ snapshot.fresh[: snapshot.length].T  # to copy some of its rows costs more
+        for mine, score in zip(found, fresh[:, rows], strict=True):
             mine.append((snapshot.numbers[rows], score))
         return [best(mine, limit) for mine in found]
 
@@ -179,7 +187,7 @@ class SegmentedIndex:
         """Whether compaction is worth its cost: much is dead, or outside of the first segment, or scanned."""
         parts = self._snapshot.parts
         total, alive = sum(len(p.segment) for p in parts), sum(p.alive for p in parts)
-        if total < self._graph_rows:
+        if total < self._large_rows:
             return len(parts) > _MOST_SEGMENTS or alive < total // 2
         first = parts[0].segment
         return not first.large or alive < total * 3 // 4 or len(first) < total * 7 // 8
@@ -191,7 +199,7 @@ class SegmentedIndex:
         began, name = time.monotonic(), self._keep.directory.name if self._keep else "unkept"
         try:
             segment = self.compact()
-            if self._keep and isinstance(segment, Segment) and segment.has_graph:
+            if self._keep and isinstance(segment, Segment) and segment.large:
                 save(segment, self._keep.store, sequence, self._keep.directory)
         except BuilderStopped:
             return
@@ -217,7 +225,7 @@ class SegmentedIndex:
                     page = mine[start : start + _READ_AT_ONCE]
                     vectors[at : at + len(page)] = self._exact(part.segment, page)
                     at += len(page)
-            build = self._build if len(numbers) >= self._graph_rows else scanned
+            build = self._build if len(numbers) >= self._large_rows else scanned
             made = build(numbers, vectors)
             with self._changes:
                 snapshot = self._snapshot
@@ -240,7 +248,8 @@ class SegmentedIndex:
 
     def _empty(self, parts: tuple[_Part, ...]) -> _Snapshot:
         fresh = np.zeros((_FRESH_ROWS, self.dimension), np.float32)
-        return _Snapshot(parts, fresh, np.zeros(_FRESH_ROWS, np.int64), np.zeros(_FRESH_ROWS, bool), 0)
+        items = Numbered(np.zeros(_FRESH_ROWS, np.int64))
+        return _Snapshot(parts, fresh, items, np.zeros(_FRESH_ROWS, bool), 0)
 
     def _buried(self, snapshot: _Snapshot, numbers: list[int]) -> _Snapshot:
         """A snapshot without these items."""

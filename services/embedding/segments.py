@@ -1,6 +1,9 @@
 """Rows of an index that never change: item numbers and a FAISS index over their vectors.
 
-A small segment is scanned, a large one has a graph over the same rows (HNSW, Malkov and Yashunin, 2016).
+Of a small segment all vectors are compared. A large one has codes of two bits a component (product
+quantisation, Jégou et al., 2011, looked up in registers as by André et al., 2015): all are read, and the best
+compared by their vectors. A very large one has a graph over the same rows as well (HNSW, Malkov and Yashunin,
+2016).
 Knows nothing of changes, and of filters no more than which rows may be found.
 """
 
@@ -9,7 +12,7 @@ import logging
 import os
 import threading
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,14 +22,20 @@ import numpy as np
 from services.embedding.numbered import Numbered
 
 _LEAST_WIDTH = 400
-# On 105,542 texts of H&M x 384 a row scanned took a twentieth of a node visited.
-_ROWS_PER_NODE = 20
+# A row's code took a three-hundredth of a node visited.
+_CODES_PER_NODE = 300
+# Of what is found by codes so many times more than asked for is compared by vectors, which lie far apart:
+# a row that is read with its neighbours took a seventh of that.
+_LED, _FEW = 4, 7
+_COMPONENTS_PER_CODE, _CODE_BITS = 2, 4
+_TRAINED_ON = 16_384
+_CENTROIDS = 256  # a byte's
 CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 STORAGES = (*CODES, "pq")
 """How a graph keeps components; fp16 is how SQL keeps them, so nothing is lost by it."""
-# Of what is found by codes so many times more than asked for is compared by vectors.
+# The same of a graph over codes.
 _DEEPER = 3
-_COMPARED_AT_ONCE, _FILLED_AT_ONCE = 1 << 14, 1 << 18
+_FILLED_AT_ONCE = 1 << 18
 _BUILD_WIDTH = 80
 _KEEPING = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -34,9 +43,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Segment(Numbered):
-    """`numbers` int64 (N,), all different, are the items of the rows of `index`."""
+    """`numbers` int64 (N,), all different, are the items of the rows of `index`, and of `codes` if any."""
 
     index: faiss.Index
+    codes: faiss.Index | None = None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
@@ -60,17 +70,26 @@ class Segment(Numbered):
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
-        if self._graph is None or many <= _ROWS_PER_NODE * width:
+        if self.codes is None or many <= _FEW * _LED * count:
             return self._scan(queries, count, live, selector)
-        parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
-        return self._walk(self._graph, queries, count, parameters)
+        width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
+        if self._graph is not None and len(self) > _CODES_PER_NODE * width:
+            parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
+            return self._walk(self._graph, queries, count, parameters)
+        return self._led(queries, count, faiss.SearchParametersIVF(sel=selector, nprobe=1))  # type: ignore[call-arg]
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
     ) -> tuple[np.ndarray, np.ndarray]:
         parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         return self._stored.search(queries, count, params=parameters)
+
+    def _led(
+        self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best by their vectors of the best by their codes."""
+        deeper = faiss.IndexRefineSearchParameters(k_factor=_LED, base_index_params=parameters)  # type: ignore[call-arg]
+        return self._refined.search(queries, count, params=deeper)
 
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
@@ -86,12 +105,12 @@ class Segment(Numbered):
 
     @property
     def large(self) -> bool:
-        """Whether many rows are searched without looking at each."""
-        return self.has_graph
+        """Whether it is searched without reading every vector."""
+        return self.codes is not None
 
     @property
     def has_graph(self) -> bool:
-        """Whether it is searched by a graph, and not scanned."""
+        """Whether it is searched by a graph where many rows may be found."""
         return self._graph is not None
 
     @cached_property
@@ -102,16 +121,20 @@ class Segment(Numbered):
     def _stored(self) -> faiss.Index:
         return self.index if self._graph is None else faiss.downcast_index(self._graph.storage)
 
+    @cached_property
+    def _refined(self) -> faiss.IndexRefine:
+        return faiss.IndexRefine(self.codes, self._stored)
+
 
 @dataclass(frozen=True, eq=False)
-class CodedSegment(Segment):
-    """A graph over codes of product quantisation (Jégou et al., 2011): those lead to what vectors then order.
+class MappedSegment(Segment):
+    """`exact` float16 (N, D) are the vectors, mapped from a file, as in DiskANN (Subramanya et al., 2019).
 
-    `exact` float16 (N, D) are the vectors, mapped from a file, as in DiskANN (Subramanya et al., 2019): of
-    memory only the pages that searches read.
+    Of memory they take the pages that searches read. What stands for them in `index` are codes of two bits a
+    component.
     """
 
-    exact: np.ndarray
+    exact: np.ndarray = field(kw_only=True)
 
     storage = "pq"
 
@@ -124,21 +147,26 @@ class CodedSegment(Segment):
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
     ) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(len(self)) if live is None else np.flatnonzero(live)
-        return self._compared(queries, count, np.broadcast_to(rows, (len(queries), len(rows))))
+        scores = queries @ self.vectors(rows).T
+        best = np.argsort(-scores, axis=1)[:, :count]
+        return np.take_along_axis(scores, best, 1), rows[best]
 
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> tuple[np.ndarray, np.ndarray]:
         _, rows = graph.search(queries, min(_DEEPER * count, len(self)), params=parameters)
-        return self._compared(queries, count, rows)
+        return self._ordered(queries, count, rows)
 
-    def _compared(self, queries: np.ndarray, count: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _led(
+        self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert self.codes is not None  # noqa: S101 - whoever is led has them
+        _, rows = self.codes.search(queries, min(_LED * count, len(self)), params=parameters)
+        return self._ordered(queries, count, rows)
+
+    def _ordered(self, queries: np.ndarray, count: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each query's `rows`, int64 (Q, R), -1 for none, the best by their vectors."""
-        scores = np.empty(rows.shape, np.float32)
-        for query, mine, here in zip(queries, rows, scores, strict=True):
-            for start in range(0, len(mine), _COMPARED_AT_ONCE):
-                some = slice(start, start + _COMPARED_AT_ONCE)
-                here[some] = self.vectors(mine[some]) @ query
+        scores = np.stack([self.vectors(mine) @ query for query, mine in zip(queries, rows, strict=True)])
         scores[rows < 0] = -np.inf
         best = np.argsort(-scores, axis=1)[:, :count]
         return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
@@ -160,6 +188,35 @@ def filled(vectors: np.ndarray, description: str) -> faiss.Index:
     return index
 
 
+def coded(vectors: np.ndarray) -> faiss.IndexIVFPQFastScan:
+    """Codes of vectors, float (N, D): four bits for two components, in one list: that honours selections."""
+    dimension = vectors.shape[1]
+    index = faiss.IndexIVFPQFastScan(
+        faiss.IndexFlatIP(dimension),
+        dimension,
+        1,
+        parts(dimension, _COMPONENTS_PER_CODE),
+        _CODE_BITS,
+        faiss.METRIC_INNER_PRODUCT,
+    )
+    index.by_residual = False
+    index.train(sampled(vectors, _TRAINED_ON))
+    append(index, vectors)
+    return index
+
+
+def parts(dimension: int, least: int) -> int:
+    """Into how many equal parts of at least so many components a vector can be cut."""
+    most = max(dimension // least, 1)
+    return next(count for count in range(most, 0, -1) if dimension % count == 0)
+
+
+def sampled(vectors: np.ndarray, most: int) -> np.ndarray:
+    """Some of the vectors, float32 (M, D), some of them twice where they are few."""
+    sample = np.random.default_rng(0).permutation(len(vectors))[:most]
+    return np.ascontiguousarray(vectors[np.sort(np.resize(sample, max(len(sample), _CENTROIDS)))], np.float32)
+
+
 def append(index: faiss.Index, vectors: np.ndarray) -> None:
     """Add vectors, float (N, D), some at a time: they may be mapped from a file that memory does not hold."""
     for start in range(0, len(vectors), _FILLED_AT_ONCE):
@@ -174,13 +231,16 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
-    arrays = {"numbers": segment.numbers}
-    if isinstance(segment, CodedSegment):
+    arrays, indexes = {"numbers": segment.numbers}, {"index": segment.index}
+    if segment.codes is not None:
+        indexes["codes"] = segment.codes
+    if isinstance(segment, MappedSegment):
         arrays["vectors"] = segment.exact
     with _KEEPING:
         name = uuid.uuid4().hex
-        files = {kind: directory / f"{name}.{kind}" for kind in ("index", *arrays)}
-        faiss.write_index(segment.index, str(files["index"]))
+        files = {kind: directory / f"{name}.{kind}" for kind in (*indexes, *arrays)}
+        for kind, index in indexes.items():
+            faiss.write_index(index, str(files[kind]))
         for kind, values in arrays.items():
             with files[kind].open("wb") as file:
                 np.save(file, values)
@@ -203,13 +263,14 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
         with _KEEPING:
             written = json.loads((directory / "segment.json").read_text())
             numbers = np.load(directory / written["numbers"])
-            index = faiss.read_index(str(directory / written["index"]))
-            whole = len(numbers) == index.ntotal == written["rows"] and index.d == dimension
-            segment = Segment(numbers, index)
+            index, codes = (faiss.read_index(str(directory / written[kind])) for kind in ("index", "codes"))
+            shape, whole = (len(numbers), dimension), len(numbers) == written["rows"]
+            whole = whole and all((one.ntotal, one.d) == shape for one in (index, codes))
+            segment = Segment(numbers, index, codes)
             if "vectors" in written:
                 exact = np.load(directory / written["vectors"], mmap_mode="r")
-                whole = whole and exact.shape == (len(numbers), dimension)
-                segment = CodedSegment(numbers, index, exact)
+                whole = whole and exact.shape == shape
+                segment = MappedSegment(numbers, index, codes, exact=exact)
         if whole and written["store"] == store and segment.storage == storage:
             return segment, int(written["sequence"])
         reason = "is of another store, encoder or storage"

@@ -103,7 +103,7 @@ class CatalogueView:
             numbers = self.table.item_numbers[: len(mask)]
             # Even of a mask that is set everywhere: the index may know items by now that it does not.
             every = condition is None and as_of is None and few
-            selection = None if every else Selection(numbers, mask, self._places)
+            selection = None if every else Selection(numbers, mask, self.table.rows, self._places)
             found = index.search(queries, limit + few * len(excluded), selection)
             return [_without(near, excluded, limit) for near in found]
 
