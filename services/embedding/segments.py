@@ -26,15 +26,13 @@ _LEAST_WIDTH = 400
 _CODES_PER_NODE = 300
 # Of what is found by codes so many times more than asked for is compared by vectors, which lie far apart:
 # a row that is read with its neighbours took a seventh of that.
-_LED, _FEW = 4, 7
+_LED, _FEW = 3, 7
 _COMPONENTS_PER_CODE, _CODE_BITS = 2, 4
 _TRAINED_ON = 16_384
 _CENTROIDS = 256  # a byte's
 CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 STORAGES = (*CODES, "pq")
 """How a graph keeps components; fp16 is how SQL keeps them, so nothing is lost by it."""
-# The same of a graph over codes.
-_DEEPER = 3
 _FILLED_AT_ONCE = 1 << 18
 _BUILD_WIDTH = 80
 _KEEPING = threading.Lock()
@@ -154,7 +152,7 @@ class MappedSegment(Segment):
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> tuple[np.ndarray, np.ndarray]:
-        _, rows = graph.search(queries, min(_DEEPER * count, len(self)), params=parameters)
+        _, rows = graph.search(queries, min(_LED * count, len(self)), params=parameters)
         return self._ordered(queries, count, rows)
 
     def _led(
