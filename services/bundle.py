@@ -161,9 +161,18 @@ def newest(directory: Path) -> Path:
     return published(directory)[-1]
 
 
+def manifest_of(directory: Path) -> Mapping[str, Any]:
+    """What a bundle says of itself, without a look at its files; nothing if it cannot be read."""
+    try:
+        read = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
 def version_of(directory: Path) -> str:
-    """The version of the bundle in a directory, without a look at its files."""
-    return str(json.loads((directory / MANIFEST).read_text())["version"])
+    """The version of the bundle in a directory; "" if it cannot be read."""
+    return str(manifest_of(directory).get("version", ""))
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ newest that they serve. With `wiring.py` and `generation.py` the composition roo
 
 import asyncio
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
@@ -13,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services.bundle import Bundle, published, version_of
+from services.bundle import Bundle, manifest_of, published, version_of
 from services.companions import led
-from services.errors import FailedPrecondition
+from services.errors import FailedPrecondition, Unavailable
 from services.generation import EMBEDDING, Generation, Shared, blocks_of, encoders_of
 from services.neighbours import Neighbours
 from services.server import Current
+from services.settings import Settings
 
 if TYPE_CHECKING:
     from services.embedding.encoding import Encoding
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 KEEP = 60.0
 """Seconds for which a bundle is served after a call named it last."""
 ASK_EVERY = 5.0
+_SERVED = "served-bundle"
 _PAUSE, _LONGEST_PAUSE, _PATIENCE = 5.0, 600.0, 1.0
 _log = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ class Exchange:
         self._held = [first]  # calls may name their bundles; the current one last
         self._draining: list[Generation] = []  # with calls that go on
         self._coming: Encoding | None = None  # what is written has vectors by it already
+        self._next = ""  # the version of what is being made
         self._upkeep: dict[Generation, list[Task]] = {}
         self._work: list[Task] = []
         self._leading: list[Task] = []
@@ -64,13 +68,14 @@ class Exchange:
 
     def begin(self) -> None:
         """Keep up what is served from the start."""
+        self._remember()
         self._upkeep[self.now] = _running([*self.now.upkeep, self._first_ready])
         self._work = _running(self.now.background)
 
     def look(self, say: Say) -> None:
         """Look out for newer bundles from now on."""
         self._looking = _running([self._ask])
-        if self._settings.look_every and (EMBEDDING in self._shared.hosted or self._settings.exchange):
+        if self._settings.look_every:
             self._looking += _running([partial(self._look_for_the_next, say)])
 
     async def stop(self) -> None:
@@ -93,14 +98,25 @@ class Exchange:
     async def _ask(self) -> None:
         """Tell neighbours which bundles are served here, so that they serve them on, without end."""
         while True:
-            await self._shared.neighbours.ask([held.bundle.version for held in self._held])
+            await self._ask_once()
             await asyncio.sleep(ASK_EVERY)
 
-    def _next(self) -> Path:
-        """The newest bundle, of those that the neighbours serve; the one that is served if there is none."""
+    async def _ask_once(self) -> None:
+        coming = [self._next] if self._next else []
+        await self._shared.neighbours.ask([*(held.bundle.version for held in self._held), *coming])
+
+    def _newest(self) -> Path | None:
+        """The bundle to serve: the newest, of those that all neighbours serve; None if that is not known.
+
+        A process that was told not to exchange stays with its own while its neighbours have that.
+        """
         neighbours, found = self._shared.neighbours, published(self._settings.bundle)
         if not neighbours.names:
             return found[-1]
+        if neighbours.silent:
+            return None
+        if not self._settings.exchange and not neighbours.lack(self.now.bundle.version):
+            return self.now.bundle.directory
         both = [one for one in found if neighbours.serve(version_of(one))]
         return both[-1] if both else self.now.bundle.directory
 
@@ -111,8 +127,10 @@ class Exchange:
             while True:
                 await asyncio.sleep(self._settings.look_every)
                 try:
-                    directory = await asyncio.to_thread(self._next)
-                except (FailedPrecondition, OSError, ValueError, KeyError):  # they are being moved
+                    directory = await asyncio.to_thread(self._newest)
+                except (FailedPrecondition, OSError):  # they are being moved
+                    continue
+                if directory is None:
                     continue
                 name, served = directory.name, self.now.bundle.directory.name
                 same = name == seen and name != served
@@ -138,11 +156,10 @@ class Exchange:
         work: Encoding | None = None
         try:
             bundle = await asyncio.to_thread(Bundle, directory)
-            before = next((held for held in self._held if held.bundle.version == bundle.version), None)
-            if before is not None:  # a way back, while others still serve by it
-                self._exchange(before)
+            if bundle.version == self.now.bundle.version:  # by another name
                 await say(True)
                 return
+            self._next = bundle.version
             exchangeable, done = self._exchangeable(bundle), 0
             if EMBEDDING in self._shared.hosted:
                 work = await self._encoders(bundle)
@@ -159,6 +176,7 @@ class Exchange:
             _log.exception("the bundle in %s cannot be prepared", directory)
             await say(False)
         finally:
+            self._next = ""
             if work is not None:
                 if self._coming is work:
                     self._coming = None
@@ -192,7 +210,7 @@ class Exchange:
 
     def _exchangeable(self, bundle: Bundle) -> bool:
         """Whether a bundle can be served without a start; other types of events want another store."""
-        if not self._settings.exchange or self._settings.beside:
+        if self._settings.beside or not (self._settings.exchange or self._shared.neighbours.names):
             return False
         events = self._shared.events
         same = events is None or events.types == set(bundle.profile.event_types)
@@ -207,18 +225,25 @@ class Exchange:
         try:
             if work is not None:
                 await self._encoded_for_both(work, done)
+                self._remember(bundle.version)
             making = asyncio.ensure_future(asyncio.to_thread(Generation, self._shared, bundle, work))
             new = await asyncio.shield(making)
             if work is not None:
                 await new.tidy()
+                await self._foresee(bundle)
                 await asyncio.to_thread(new.load_items)
             else:
                 self._upkeep[new] = _running(new.upkeep)
                 await new.ready.wait()
+            if self._shared.neighbours.names:
+                await self._ask_once()
+                if not self._shared.neighbours.serve(bundle.version):
+                    raise Unavailable(f"bundle {bundle.version} is not served by all neighbours any more")
             await new.catch_up(old)
-            if work is not None and any(work not in of.catalogue.beside for of in self.alive):
+            if work is not None and work.missed:
                 raise RuntimeError("its encoders failed beside the served ones")
         except BaseException:
+            self._remember()
             if making is not None:  # a thread cannot be cancelled
                 await asyncio.shield(self._kept(self._closed(making)))
                 if work is not None:
@@ -236,23 +261,55 @@ class Exchange:
         await self.now.view.follow()
         await self.preparation.once(done)
 
+    async def _foresee(self, bundle: Bundle) -> None:
+        """Let what a bundle brings be found by older ones, of whose encoders it has no vectors."""
+        from services.embedding import preparing
+
+        if not await self.now.view.read(partial(self.now.view.items.imported, bundle.version)):
+            brought = await asyncio.to_thread(bundle.catalogue)
+            for held in self._held:
+                by = preparing.Preparation(held.view, held.catalogue.encoding, held.bundle.version)
+                await by.foresee(brought.items)
+
     def _exchange(self, new: Generation) -> None:
         """Let calls go to another generation from now on; each ends on the one that it began on."""
         old, work = self.now, self._work
+        # On a way back there may be one of the same bundle, which others still serve by.
+        same = [held for held in self._held if held.bundle.version == new.bundle.version]
+        left = [current.release(new.bundle.version) for current in self.currents.values()] if same else []
         for name, current in self.currents.items():
             current.exchange(new.bundle.version, new.servicers[name])
         if new.catalogue is not None:
             new.succeed(old)
         self.now, self._coming, self.preparation = new, None, None
         self.ready.set()
-        self._held = [*(held for held in self._held if held is not new), new]
+        self._held = [*(held for held in self._held if held not in same), new]
+        self._draining += same
         self._join()
         self._work = _running(new.background)
         if new not in self._upkeep:
             self._upkeep[new] = _running(new.upkeep)
         _log.info("bundle %s is served", new.bundle.version)
         self._kept(ended(work))
+        for one in same:
+            self._kept(self._close(one, left))
         self._kept(self._retire(old))
+        self._remember()
+
+    def _remember(self, coming: str = "") -> None:
+        """Let a start begin with the bundle that is served, for which every item is encoded.
+
+        `coming` is made beside it, which takes twice the memory: who dies of that begins with the newest.
+        """
+        if EMBEDDING not in self._shared.hosted:
+            return
+        try:
+            self._settings.state.mkdir(parents=True, exist_ok=True)
+            written = self._settings.state / f"{_SERVED}.new"
+            written.write_text(json.dumps({"served": self.now.bundle.version, "coming": coming}) + "\n")
+            written.replace(self._settings.state / _SERVED)
+        except OSError:
+            _log.exception("what is served is not noted: a start begins with another bundle")
 
     def _join(self) -> None:
         """Let writes, wherever they began, be encoded for and seen by all bundles that calls may name."""
@@ -277,16 +334,21 @@ class Exchange:
     async def _retire(self, old: Generation) -> None:
         """Close a generation once no call names its bundle any more, and none is on it."""
         version = old.bundle.version
-        while (left := self._named(version) + KEEP - time.monotonic()) > 0 and not self._stopping.is_set():
+        while old in self._held:
+            left = self._named(version) + KEEP - time.monotonic()
+            if left <= 0 or self._stopping.is_set():
+                drained = [current.release(version) for current in self.currents.values()]
+                self._held.remove(old)
+                self._draining.append(old)
+                self._join()
+                await self._close(old, drained)
+                return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
                     await self._stopping.wait()
-        if old is self.now or old not in self._held:  # it came back
-            return
-        drained = [current.release(version) for current in self.currents.values()]
-        self._held.remove(old)
-        self._draining.append(old)
-        self._join()
+
+    async def _close(self, old: Generation, drained: Sequence[Awaitable[None]]) -> None:
+        """Close a generation that no call goes to when none is on it."""
         if old.view is not None:
             old.view.end_feeds()
             try:
@@ -298,7 +360,7 @@ class Exchange:
         self._draining.remove(old)
         await ended(self._upkeep.pop(old))
         await asyncio.to_thread(old.close)
-        _log.info("bundle %s is served no more", version)
+        _log.info("bundle %s is closed", old.bundle.version)
 
     def _named(self, version: str) -> float:
         return max(current.named(version) for current in self.currents.values())
@@ -323,12 +385,33 @@ class Exchange:
             _log.exception("bundle %s is not served, and did not close", made.bundle.version)
 
 
-async def first(directory: Path, neighbours: Neighbours) -> Path:
-    """The bundle to begin with: the newest of those that the neighbours serve, where they say so."""
-    await neighbours.ask()
-    found = published(directory)
-    served = [one for one in found if not neighbours.lack(version_of(one))]
-    return (served or found)[-1]
+async def first(settings: Settings, neighbours: Neighbours) -> Path:
+    """The bundle to begin with: the newest of those that the neighbours serve, where they say so.
+
+    Without neighbours it is the one that was served last, if it can be exchanged for the newest meanwhile:
+    what that one lacks is then encoded beside calls, and not before them.
+    """
+    found = published(settings.bundle)
+    if neighbours.names:
+        await neighbours.ask()
+        served = [one for one in found if not neighbours.lack(version_of(one))]
+        return (served or found)[-1]
+    if settings.exchange and settings.look_every and not settings.beside:
+        return _before(settings.state / _SERVED, found) or found[-1]
+    return found[-1]
+
+
+def _before(noted: Path, found: Sequence[Path]) -> Path | None:
+    """The bundle that was served last, if it can be served now and exchanged for the newest."""
+    try:
+        told = json.loads(noted.read_text())
+        if told["coming"]:
+            return None
+        [last] = [one for one in found if version_of(one) == told["served"]]
+        types = [manifest_of(one)["profile"]["event_types"] for one in (last, found[-1])]
+        return Bundle(last).directory if types[0] == types[1] else None
+    except (OSError, ValueError, KeyError, TypeError, FailedPrecondition):
+        return None
 
 
 async def kept_up(run: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -29,18 +29,20 @@ class Follower:
 
     def __init__(self, watch: Watch, table: ItemTable, bundle: str, ready: asyncio.Event) -> None:
         self._watch, self.table, self._bundle, self._ready = watch, table, bundle, ready
+        self.position = 0
+        """The feed's last change that was applied."""
         self._moved = asyncio.Event()
 
     async def run(self) -> None:
         """Follow; a lost feed is taken up where it ended, a position too old starts from 0."""
-        position, pause = 0, _FIRST_PAUSE
+        pause = _FIRST_PAUSE
         seen: set[int] | None = set()
         while True:
             try:
-                asked = pb.WatchItemsRequest(after_sequence=position, bundle=self._bundle)
+                asked = pb.WatchItemsRequest(after_sequence=self.position, bundle=self._bundle)
                 async for message in self._watch(asked):
-                    position, pause = message.sequence, _FIRST_PAUSE
                     self._apply(message)
+                    self.position, pause = message.sequence, _FIRST_PAUSE
                     if seen is not None:
                         seen.update(record.number for record in message.items)
                     if message.caught_up:
@@ -49,7 +51,7 @@ class Follower:
                             seen = None
                         self._ready.set()
             except OutOfRange:
-                position, seen = 0, set()
+                self.position, seen = 0, set()
                 continue
             except VitrineError as error:
                 _log.warning("the change feed broke off: %s", error)

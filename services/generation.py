@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from services.bundle import Bundle, Catalogue, created
+from services.errors import Unavailable
 from services.follower import Follower
 from services.item_table import ItemTable
 from services.neighbours import Neighbours
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from services.ranking.behaviour import BehaviourStore
 
 ALL = EMBEDDING, RANKING, GATEWAY = "embedding", "ranking", "gateway"
-_MOST_ROUNDS = 100
+_MOST_ROUNDS, _BETWEEN_ROUNDS = 100, 0.05
 
 
 @dataclass
@@ -111,20 +112,25 @@ class Generation:
         """Follow what is written until nothing is missing that another generation of this process knows.
 
         On return nothing else has run since that was so, unless so much is written that it never is.
+
+        Raises:
+            Unavailable: where the items are another process's, for that or because it does not tell of them.
         """
         for _ in range(_MOST_ROUNDS):
             if self.view is not None:
                 await self.view.follow()
-            else:
-                await self._mirror.wait_for(other._mirror.table.sequence)
             if self.ranking is not None:
                 await asyncio.to_thread(self.ranking.advance)
             if all(mine >= theirs for mine, theirs in zip(self._known(), other._known(), strict=True)):
                 return
+            if self.view is None:  # its follower is on the way
+                await asyncio.sleep(_BETWEEN_ROUNDS)
+        if self.view is None:
+            raise Unavailable("the items cannot be followed")
 
     def _known(self) -> tuple[int, int]:
         """The last changes of items and of events that it reflects."""
-        items = self.view.sequence if self.view is not None else self._mirror.table.sequence
+        items = self.view.sequence if self.view is not None else self._mirror.position
         return items, self.ranking.state.sequence if self.ranking is not None else 0
 
     def succeed(self, other: "Generation") -> None:

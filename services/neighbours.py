@@ -58,6 +58,11 @@ class Neighbours:
         """Learn which bundles they serve, and let them serve on the ones that are served by here."""
         await asyncio.gather(*(self._ask(name, serving) for name in self._asked))
 
+    @property
+    def silent(self) -> bool:
+        """Whether one of them did not answer when they were last asked."""
+        return None in self._bundles.values()
+
     def serve(self, bundle: str) -> bool:
         """Whether all of them said, when they were last asked, that they serve a bundle of this version."""
         return all(there is not None and bundle in there for there in self._bundles.values())

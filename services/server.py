@@ -78,8 +78,8 @@ class Current:
         self._of = {bundle: self._current}
 
     def exchange(self, bundle: str, servicer: Any) -> None:
-        """Let calls that name no other bundle go to another servicer from now on; it may be here already."""
-        self._current = self._of.setdefault(bundle, _Answering(servicer))
+        """Let calls that name no other bundle go to another servicer from now on."""
+        self._current = self._of[bundle] = _Answering(servicer)
 
     def named(self, bundle: str) -> float:
         """When a call named a bundle last, by `time.monotonic`; minus infinity for never."""

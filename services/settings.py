@@ -34,12 +34,12 @@ class Settings(BaseSettings):
         Field((), description="private networks that photographs may be fetched from: 10.1.0.0/16,fd00::/8")
     )
     look_every: float = Field(
-        10.0, ge=0, description="seconds between looks for a newer bundle to encode for; 0 means never"
+        10.0, ge=0, description="seconds between looks for a newer bundle to make ready; 0 means never"
     )
     exchange: bool = Field(
         True,
-        description="serve a newer bundle once it is prepared, where one process has all services "
-        "and no other bundle is served beside",
+        description="serve a newer bundle once it is ready, and those of this process' neighbours serve it, "
+        "which takes twice the memory for a minute; not where other bundles are served beside",
     )
     beside: Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)] = Field(
         (), description="bundles served beside, for experiments whose arms name them: DIR,DIR"

@@ -202,10 +202,10 @@ class App:
 
 
 async def first_bundle(settings: Settings, hosted: Collection[str]) -> Path:
-    """The bundle that an `App` had best begin with: one that its neighbours serve."""
+    """The bundle that an `App` had best begin with; see `exchange.first`."""
     neighbours = _neighbours(settings, hosted)
     try:
-        return await exchange.first(settings.bundle, neighbours)
+        return await exchange.first(settings, neighbours)
     finally:
         await neighbours.close()
 

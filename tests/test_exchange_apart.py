@@ -20,10 +20,12 @@ from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
 
 from services import exchange
 from services.bundle import version_of
+from services.catalog import Item
 from services.generation import EMBEDDING, GATEWAY, RANKING
 from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
 from services.wiring import App, first_bundle
+from tests import shops
 from tests.catalogues import item, nearest, upsert
 from tests.processes import free_port, serving
 from tests.shops import UNTIL, make_bundle
@@ -183,10 +185,10 @@ def test_a_service_begins_with_what_its_neighbours_serve_and_goes_over_with_them
             assert version_of(await first_bundle(settings, (GATEWAY,))) == before
             nobody = three.settings(embedding=f"127.0.0.1:{free_port()}", ranking=f"127.0.0.1:{free_port()}")
             assert version_of(await first_bundle(nobody, (GATEWAY,))) == after
-            assert version_of(await first_bundle(settings, (EMBEDDING,))) == after
             # One that began with another all the same finds the one that they serve.
             three.apps.pop(RANKING)
-            newer = await three.start(RANKING, stack, tmp_path / "bundles" / after, state=tmp_path / "other")
+            other = tmp_path / "bundles" / after, tmp_path / "other"
+            newer = await three.start(RANKING, stack, other[0], state=other[1], exchange=False)
             assert newer.bundle.version == after
             await serving(newer.port, RANKING)
             assert newer.bundle.version == before
@@ -196,19 +198,64 @@ def test_a_service_begins_with_what_its_neighbours_serve_and_goes_over_with_them
     run(body)
 
 
-def test_what_is_taken_away_is_left_for_the_bundle_before(tmp_path: Path) -> None:
-    before = publish(tmp_path, 0)
+def test_what_is_taken_away_is_left_for_the_bundle_before_which_lacks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, known = publish(tmp_path, 0), shops.items()
+
+    async def fails(*_: Any) -> Any:
+        raise OSError("not now")
 
     async def body() -> None:
         async with apart(tmp_path) as three:
+            embedding, brought = three.stubs[EMBEDDING], Item(id="brought", title="quokka")
+            monkeypatch.setattr(shops, "items", lambda: [*known, brought])
             after = publish(tmp_path, 1)
             await until(lambda: three.served == [after] * 3)
+            held, _ = three.apps[EMBEDDING].exchange.alive
+            by_the_first = pb.SearchRequest(
+                text="quokka", limit=1, view=item_pb2.VIEW_READABLE, bundle=before
+            )
+            assert (await embedding.Search(by_the_first)).results[0].hits[0].item_id == "brought"
+            with monkeypatch.context() as patch:
+                patch.setattr(held.catalogue.encoding, "texts", fails)
+                await upsert(embedding, item("own", "zebra"))
+            assert await nearest(embedding, "zebra") == "own"
             (tmp_path / "bundles" / after).rename(tmp_path / "taken")
             await until(lambda: three.served == [before] * 3)
-            await upsert(three.stubs[EMBEDDING], item("own", "zebra"))
-            assert await nearest(three.stubs[EMBEDDING], "zebra") == "own"
+            for words, found in (("zebra", "own"), ("quokka", "brought")):
+                assert await nearest(embedding, words) == found
+            await upsert(embedding, item("later", "heron"))
+            assert await nearest(embedding, "heron") == "later"
+            await until(lambda: all(len(app.exchange.alive) == 1 for app in three.apps.values()))
             page = await three.stubs[GATEWAY].Recommend(gateway_pb.RecommendRequest(page_size=10))
             assert page.versions.bundle == before
             assert not page.degraded
+
+    run(body)
+
+
+def test_a_start_begins_with_what_was_served_and_encodes_for_the_newest_beside(tmp_path: Path) -> None:
+    before = publish(tmp_path, 0)
+    settings = Settings(bundle=tmp_path / "bundles", state=tmp_path / "state", look_every=0.05)
+
+    async def body() -> None:
+        async with apart(tmp_path, (EMBEDDING,)) as one:
+            await upsert(one.stubs[EMBEDDING], item("own", "zebra"))
+        after = publish(tmp_path, 1)
+        told = {"exchange": False}, {"state": tmp_path / "other"}, {"look_every": 0}
+        for other in told:
+            assert version_of(await first_bundle(settings.model_copy(update=other), (EMBEDDING,))) == after
+        found = await first_bundle(settings, (EMBEDDING,))
+        assert version_of(found) == before
+        async with AsyncExitStack() as stack:
+            again = Apart(tmp_path, {}, {})
+            app = await again.start(EMBEDDING, stack, found)
+            assert app.now.catalogue.encoding.totals == {}  # nothing had to be encoded
+            await until(lambda: app.bundle.version == after)
+            assert await nearest(again.stubs[EMBEDDING], "zebra") == "own"
+        assert version_of(await first_bundle(settings, (EMBEDDING,))) == after
+        later = make_bundle(tmp_path, seed=2, until=UNTIL + timedelta(days=2), event_types={"purchase": 1.0})
+        assert await first_bundle(settings, (EMBEDDING,)) == later  # it can only be served from a start
 
     run(body)

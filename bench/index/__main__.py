@@ -371,7 +371,7 @@ def _text(value: object) -> str:
 def _show_growth(found: list[dict[str, Any]]) -> None:
     """The exponent of the time of a search, from the smallest size to the largest."""
     mine = [row for row in found if row["what"].startswith("vitrine fp16, ")]
-    if len(mine) > 1:
+    if len({row["rows"] for row in mine}) > 1:
         (first, last) = mine[0], mine[-1]
         exponent = np.log(last["p50_ms"] / first["p50_ms"]) / np.log(last["rows"] / first["rows"])
         Console().print(f"a search grows as rows^{exponent:.2f} from {first['rows']} to {last['rows']}")

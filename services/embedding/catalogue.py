@@ -204,9 +204,9 @@ class Catalogue:
                 except Exception:
                     if encoding is self.encoding:
                         raise
-                    if encoding in self.beside:  # nobody is served by it yet: it must not spoil a write
+                    if not encoding.missed:  # said once; another bundle must not spoil a write
                         _log.exception("the encoders of another bundle fail")
-                        self.beside = tuple(e for e in self.beside if e is not encoding)
+                    encoding.missed, done[encoding] = True, (_Made({}), _Made({}))
         return done
 
     async def _texts_of(self, encoding: Encoding, drafts: Sequence[_Draft], lane: Lane | None) -> _Made:

@@ -46,6 +46,8 @@ class Encoding:
         self, text: TextEncoder, image: ImageEncoder | None, beside: "Encoding | None" = None
     ) -> None:
         self.text, self._owner = text, beside is None
+        self.missed = False
+        """Whether something was written beside another bundle and is not encoded by these."""
         number = next(_NUMBERS)  # another bundle may have the same encoder
         self._names = {kind: f"{kind} {number}" for kind in (_TEXT, _PICTURE, _CAPTION)}
         encoders: dict[str, TextEncoder | ImageEncoder] = {"text": text}

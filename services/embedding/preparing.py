@@ -43,6 +43,17 @@ class Preparation:
                 found = {hashes_of(items[row])[block.space]: block.values[row] for row in some}
                 await asyncio.wrap_future(self._view.items.keep_vectors(block.space, block.digest, found))
 
+    async def foresee(self, items: Sequence[Item]) -> None:
+        """Encode the texts of items that may not be here yet, so that they are found from the first."""
+        digest, store = self._encoding.digests["text"], self._view.items
+        for start in range(0, len(items), _PAGE["text"]):
+            page = [(hashes_of(item)["text"], item) for item in items[start : start + _PAGE["text"]]]
+            contents = {content: item for content, item in page if content}
+            known = await self._view.read(partial(store.known, contents, "text", digest))
+            if missing := [(content, item) for content, item in contents.items() if content not in known]:
+                made = await self._texts(missing)
+                await asyncio.wrap_future(store.keep_vectors("text", digest, made))
+
     async def run(self, since: int = 0) -> int:
         """Encode what items that changed since a position lack; the position up to which all is done.
 
