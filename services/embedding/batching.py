@@ -153,12 +153,14 @@ class _Queue:
         return None
 
     def _fill(self, batch: Batch, lengths: Sequence[int], padded: int, now: float) -> Batch:
-        padding = 0
+        padding, living = 0, dict[_Call, bool]()
         for length in lengths:
             rows = self._by_length[length]
             while rows and padded * (len(batch) + 1) <= self.model.budget:
                 call, row = rows[0]
-                if not call.taken[row] and call.alive(now):
+                if call not in living:
+                    living[call] = call.alive(now)
+                if not call.taken[row] and living[call]:
                     padding += padded - length
                     if padding > self.model.budget // _PADDING:
                         return batch
