@@ -174,6 +174,7 @@ class Generation:
         from services.embedding import builder, on_device, segmented
 
         on_gpu, folder = settings.device != "cpu", settings.state / "index"
+        exact = settings.exact and not on_gpu  # a GPU compares every vector
         build: on_device.DeviceBuilder | builder.Builder
         if on_gpu:
             large, build = on_device.LARGE_ROWS, on_device.DeviceBuilder(settings.device)
@@ -182,9 +183,11 @@ class Generation:
         return {
             space: segmented.SegmentedIndex(
                 dimension,
-                0 if settings.exact else large,
+                0 if exact else large,
                 build,
-                None if on_gpu else segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
+                None
+                if on_gpu or exact
+                else segmented.Keep(folder / f"{space}-{work.digests[space]}", items.name),
                 partial(items.vectors, space=space, digest=work.digests[space]),
             )
             for space, dimension in work.dimensions.items()

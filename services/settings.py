@@ -45,15 +45,17 @@ class Settings(BaseSettings):
         (), description="bundles served beside, for experiments whose arms name them: DIR,DIR"
     )
     graph_rows: int = Field(
-        200_000, ge=0, description="from how many items on a space is searched by a graph; 0 means never"
+        200_000,
+        ge=0,
+        description="from how many items on a space has a graph, walked where codes cost more; 0 means never",
     )
     exact: bool = Field(
-        False, description="every vector is compared in each search, which takes longer, as evaluation does"
+        False, description="FAISS compares every vector in each search, which takes longer, as in evaluation"
     )
     storage: Literal["fp16", "sq8", "fp32", "pq"] = Field(
         "fp16",
-        description="how graphs keep components: fp16 loses nothing, sq8 is half of it, fp32 twice, "
-        "pq an eighth, with the vectors in a file beside",
+        description="how 20,000 items and more keep components: fp16 loses nothing, sq8 is half of it, fp32 "
+        "twice, pq an eighth, with the vectors in a file beside",
     )
     milvus: str = Field(
         "", description="http://HOST:PORT of a Milvus that searches; empty means FAISS in this process"

@@ -249,7 +249,7 @@ def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(large: Segment, tm
     for saver in savers:
         saver.join()
     assert load(tmp_path, "store", 32, large.storage) is not None
-    assert len(list(tmp_path.iterdir())) == (5 if large.storage == "pq" else 4)
+    assert len(list(tmp_path.iterdir())) == (5 if large.storage == "pq" and large.has_graph else 4)
 
 
 @pytest.mark.parametrize(("storage", "least"), [("fp32", 0.999), ("fp16", 0.999), ("sq8", 0.95)])
@@ -260,6 +260,71 @@ def test_storages_keep_the_neighbours(
     exact = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :50]
     _, rows = scanned(numbers, vectors, storage).search(queries, 50, None)
     assert np.mean([np.isin(e, r).mean() for e, r in zip(exact, rows, strict=True)]) >= least
+
+
+@pytest.mark.parametrize("storage", ["fp16", "pq"])
+def test_of_many_items_that_are_nearly_one_the_nearest_are_found(storage: str) -> None:
+    random = np.random.default_rng(2)
+    centres = random.standard_normal((40, 64))
+    many = np.repeat(centres, 500, axis=0) + 0.1 * random.standard_normal((20_000, 64))
+    unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+    index, queries = SegmentedIndex(64), unit[::1000]
+    index.replace_all(Builder(storage, 0)(np.arange(20_000), unit))
+    exact = np.argsort(-(queries @ unit.T), axis=1, kind="stable")[:, :20]
+    found = [near.numbers for near in index.search(queries, 20)]
+    assert all(mine[0] == at for mine, at in zip(found, range(0, 20_000, 1000), strict=True))
+    assert np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]) >= 0.99
+
+
+def test_a_query_of_nothing_finds_as_many_as_any(large: Segment) -> None:
+    queries = np.zeros((2, 32), np.float32)
+    queries[1, 0] = 1
+    for live in (None, np.arange(len(large)) % 2 == 0):
+        scores, rows = large.search(queries, 9, live)
+        assert (rows >= 0).all()
+        assert (scores[0] == 0).all()
+        assert len(set(rows[0].tolist())) == 9
+        assert live is None or live[rows].all()
+    assert large.search(queries[:0], 9, None)[1].shape == (0, 9)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 31, 33, 97])
+def test_codes_lead_in_any_dimension(dimension: int) -> None:
+    random = np.random.default_rng(dimension)
+    many = random.standard_normal((9000, dimension))
+    unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+    segment = Segment(np.arange(9000), segments.filled(unit, "SQfp16"), segments.coded(unit))
+    scores, _ = segment.search(unit[:20], 10, None)
+    exact = -np.sort(-(unit[:20] @ unit.T), axis=1)[:, :10]
+    np.testing.assert_allclose(scores, exact, atol=0.02)
+
+
+def test_a_kept_segment_is_made_again_where_a_graph_is_wanted_or_not(large: Segment) -> None:
+    for rows, laid in ((0, False), (len(large), True), (len(large) + 1, False)):
+        index = SegmentedIndex(32, 100, Builder(large.storage, rows))
+        index.replace_all(large)
+        assert index.worn == (laid != large.has_graph)
+
+
+def test_an_item_that_no_table_knows_yet_is_found_once_one_does() -> None:
+    table, kept, asked = np.arange(100), Places(), list[int]()
+
+    def rows_of(numbers: np.ndarray) -> np.ndarray:
+        asked.append(len(numbers))
+        return np.where(numbers < known, numbers, -1)
+
+    rows, known = Numbered(np.arange(90, 110)), 100
+    for _ in range(2):
+        chosen = Selection(table, np.ones(100, bool), rows_of, kept).of(rows)
+        assert chosen.tolist() == [True] * 10 + [False] * 10
+    assert asked == [20]
+    known = 104  # the last row is counted, and not yet looked up
+    chosen = Selection(np.arange(105), np.ones(105, bool), rows_of, kept).of(rows)
+    assert chosen.tolist() == [True] * 15 + [False] * 5
+    assert asked == [20, 10]
+    shorter = Selection(table[:95], np.ones(95, bool), rows_of, kept).of(rows, 12)
+    assert shorter.tolist() == [True] * 5 + [False] * 7
+    assert asked == [20, 10]
 
 
 def test_what_lost_components_is_made_again_of_the_originals() -> None:

@@ -19,9 +19,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
+from unittest.mock import patch
 
 import faiss
 import hnswlib
@@ -30,11 +32,12 @@ from rich.console import Console
 from rich.table import Table
 from usearch.index import Index
 
+from services.embedding import segments
 from services.embedding.builder import LARGE_ROWS, Builder
 from services.embedding.index import Places, Selection
 from services.embedding.numbered import Numbered
 from services.embedding.segmented import SegmentedIndex
-from services.embedding.segments import Segment
+from services.embedding.segments import MappedSegment, Segment, scanned
 from services.settings import Settings
 
 _DIMENSION = 384
@@ -89,9 +92,13 @@ def _measured(
     found = []
     served = count >= _GRAPH_ROWS
     ways = [(storage, with_graph) for storage in storages for with_graph in (served, not served)]
+    graphs = graphs and count >= LARGE_ROWS
     for storage, with_graph in ways if graphs else ways[::2]:
         began = time.perf_counter()
-        segment = Builder(storage, int(with_graph))(numbers, vectors)
+        large = count >= LARGE_ROWS or storage == "pq"
+        segment = (Builder(storage, int(with_graph)) if large else partial(scanned, storage=storage))(
+            numbers, vectors
+        )
         seconds = time.perf_counter() - began
         index = SegmentedIndex(dimension)
         index.replace_all(segment)
@@ -101,13 +108,17 @@ def _measured(
             rows: np.ndarray = row_of[index.search(query, _LIMIT)[0].numbers]
             return rows
 
-        # In turns, so that what else the machine does falls on both.
-        mine, faiss_alone = _timed([ours, _bare(segment)], queries)
+        # A graph that is asked for is walked, though codes may be cheaper.
+        with patch.object(
+            segments, "_CODES_PER_NODE", 0 if with_graph != served else segments._CODES_PER_NODE
+        ):
+            # In turns, so that what else the machine does falls on both.
+            mine, faiss_alone = _timed([ours, _bare(segment)], queries)
         # Not in turns: it brings every vector into the caches, and takes what others had there.
         [every] = _timed([_every(segment)], queries)
         row: dict[str, Any] = {
             "rows": count,
-            "what": f"vitrine {storage}, {'graph' if with_graph else 'codes'}",
+            "what": f"vitrine {storage}, {_way(segment)}",
             "build_s": seconds,
             "bytes": _bytes(segment),
         }
@@ -163,18 +174,26 @@ def _brute(vectors: np.ndarray, queries: np.ndarray, limit: int = _LIMIT) -> np.
     return found
 
 
+def _way(segment: Segment) -> str:
+    return "graph" if segment.has_graph else "codes" if segment.large else "every vector"
+
+
 def _bare(segment: Segment) -> Search:
     """The FAISS call that a search comes down to, and nothing around it."""
     if segment.has_graph:
         wide = faiss.SearchParametersHNSW(efSearch=400)  # type: ignore[attr-defined]
         return lambda query: segment.index.search(query, _LIMIT, params=wide)[1][0]
+    if not segment.large:
+        return _every(segment)
+    if isinstance(segment, MappedSegment):  # FAISS has the codes alone
+        return lambda query: segment.codes.search(query, 1000)[1][0]  # type: ignore[union-attr]
     refined = faiss.IndexRefine(segment.codes, segment.index)
-    deeper = faiss.IndexRefineSearchParameters(k_factor=3)  # type: ignore[call-arg]
+    deeper = faiss.IndexRefineSearchParameters(k_factor=10)  # type: ignore[call-arg]
     return lambda query: refined.search(query, _LIMIT, params=deeper)[1][0]
 
 
 def _every(segment: Segment) -> Search:
-    """FAISS' scan of the vectors as they are stored."""
+    """FAISS' scan of all that it has: the vectors as they are stored, or codes for them."""
     stored = faiss.downcast_index(segment.index.storage) if segment.has_graph else segment.index  # type: ignore[attr-defined]
     return lambda query: stored.search(query, _LIMIT)[1][0]
 
@@ -209,7 +228,7 @@ def _bytes(segment: Segment) -> float:
     """Of what is in memory, per row, as FAISS writes it: within a few bytes of what it holds."""
     path = Path(f"/tmp/vitrine-bench-{os.getpid()}")  # noqa: S108 - its own name
     size = 0
-    for index in filter(None, (segment.index, segment.codes)):
+    for index in {segment.index, segment.codes or segment.index}:
         faiss.write_index(index, str(path))
         size += path.stat().st_size
         path.unlink()
@@ -317,7 +336,7 @@ def _churned(count: int) -> list[dict[str, Any]]:
         table.add_row(*(_text(row.get(column)) for column in columns))
     Console().print(table)
     Console().print(
-        f"at most {grown:.2f} times the vectors' size more memory meanwhile, graph's process apart"
+        f"at most {grown:.2f} times the vectors' size more memory meanwhile, that of making codes apart"
     )
     return [{"rows": count, "what": "churn", "grown": grown, "phases": told}]
 

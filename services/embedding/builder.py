@@ -23,7 +23,7 @@ from services.embedding.segments import (
     sampled,
 )
 
-LARGE_ROWS = 5000
+LARGE_ROWS = 20_000
 """From how many rows on codes are worth their making."""
 _LINKS = 32
 _COMPONENTS_PER_BYTE = 4
@@ -31,7 +31,7 @@ _TRAINED_ON = 65_536
 
 
 class BuilderStopped(Exception):
-    """No more graphs are built."""
+    """No more segments are built."""
 
 
 class Builder:
@@ -46,6 +46,10 @@ class Builder:
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False
 
+    def lays_graph(self, count: int) -> bool:
+        """Whether a segment of so many rows has a graph."""
+        return 0 < self._graph_rows <= count
+
     def __call__(self, numbers: np.ndarray, vectors: np.ndarray) -> Segment:
         """A segment of `numbers` int64 (N,) and `vectors` float (N, D) of unit length.
 
@@ -58,13 +62,14 @@ class Builder:
                 Path(folder) / name for name in ("vectors.npy", "index.faiss", "codes.faiss")
             )
             np.save(given, vectors.astype(np.float16, copy=False))
-            process = self._start(given, made, codes, graph=0 < self._graph_rows <= len(numbers))
+            process = self._start(given, made, codes, graph=self.lays_graph(len(numbers)))
             _, said = process.communicate()
             if self._stopped:
                 raise BuilderStopped
             if process.returncode:
                 raise RuntimeError(f"no index was built: {said.strip()[-1000:]}")
-            both = faiss.read_index(str(made)), faiss.read_index(str(codes))
+            read = faiss.read_index(str(codes))
+            both = (faiss.read_index(str(made)) if made.exists() else read), read
             if self.storage == "pq":
                 # Mapped, so it stays when its name goes.
                 return MappedSegment(numbers, *both, exact=np.load(given, mmap_mode="r"))
@@ -103,12 +108,12 @@ def main() -> None:
     vectors = np.load(options.vectors, mmap_mode="r")
     faiss.write_index(coded(vectors), str(options.codes))
     stored = CODES.get(options.storage, CODES["fp16"])
-    if options.graph:
-        index = filled(vectors, f"HNSW{_LINKS},{stored}")
-        index = _over_codes(index, _bytes(vectors)) if options.storage == "pq" else index
-    else:
-        index = _bytes(vectors) if options.storage == "pq" else filled(vectors, stored)
-    faiss.write_index(index, str(options.index))
+    if options.storage != "pq":
+        laid = f"HNSW{_LINKS}," if options.graph else ""
+        faiss.write_index(filled(vectors, laid + stored), str(options.index))
+    elif options.graph:
+        graph = filled(vectors, f"HNSW{_LINKS},{stored}")
+        faiss.write_index(_over_codes(graph, _bytes(vectors)), str(options.index))
 
 
 def _bytes(vectors: np.ndarray) -> faiss.IndexPQ:

@@ -3,6 +3,7 @@
 `segmented.py` does it within the process, `milvus.py` by an engine of its own. Knows items by number alone.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,7 @@ import numpy as np
 
 from services.embedding.numbered import Numbered
 
+_ONE_BY_ONE = 10_000
 TIES = 64
 """Engines cut equal items off by where they stand, which differs from one process to the next: so many
 more are asked of them, and the cut is by number."""
@@ -27,14 +29,23 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Found:
-    """Where the items of some rows stand in a table: `places` int64 (N,) below `end`, -1 for nowhere."""
+    """Where the items of some rows stand in a table: `places` int64 (N,) below `end`, -1 for nowhere.
+
+    `missed` are the rows of those, int64, when the table had `among` rows.
+    """
 
     places: np.ndarray
     end: int
-    whole: bool
+    missed: np.ndarray
+    among: int
 
 
-Places = WeakKeyDictionary[Numbered, Found]
+class Places(WeakKeyDictionary[Numbered, Found]):
+    """Where the rows of indexes were found in one table; one thread looks, and others wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looking = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Selection:
     """The items that may be found: where `mask`, bool (M,), is set among the first rows of a table.
 
     `numbers` int64 (M,) are those rows' items; `rows_of` gives the rows of items, -1 for unknown ones.
-    Selections of one table share `kept`, where the rows of indexes were found.
+    Selections of one table share `kept`.
     """
 
     numbers: np.ndarray
@@ -53,9 +64,12 @@ class Selection:
     def of(self, rows: Numbered, count: int | None = None) -> np.ndarray:
         """Which of some rows may be found, bool (N,); of the first `count` where rows are still appended."""
         numbers = rows.numbers[:count]
-        found = self.kept.get(rows)
-        if found is None or not found.whole or len(found.places) < len(numbers):
-            found = self.kept[rows] = self._look_up(numbers, found)
+        with self.kept.looking:
+            found = self.kept.get(rows)
+            if found is None or len(found.places) < len(numbers):
+                found = self.kept[rows] = self._look_up(numbers, found)
+            elif len(found.missed) and found.among < len(self.numbers):
+                found = self.kept[rows] = self._look_up(rows.numbers[: len(found.places)], found)
         # Those of no item that is known here are the last of the mask, which is unset.
         mask = np.append(self.mask, np.zeros(max(found.end - len(self.mask), 0) + 1, bool))
         allowed: np.ndarray = mask[found.places[: len(numbers)]]
@@ -66,12 +80,16 @@ class Selection:
         return self.of(Numbered(numbers))
 
     def _look_up(self, numbers: np.ndarray, before: Found | None) -> Found:
-        known = np.empty(0, np.int64) if before is None else before.places
-        places = np.concatenate([known, self.rows_of(numbers[len(known) :])])[: len(numbers)]
-        if before is not None and not before.whole:
-            missing = np.flatnonzero(places < 0)
-            places[missing] = self.rows_of(numbers[missing])
-        return Found(places, int(places.max(initial=-1)) + 1, bool(places.min(initial=0) >= 0))
+        places = np.full(len(numbers), -1, np.int64)
+        if before is not None:
+            places[: len(before.places)] = before.places
+        unknown = np.flatnonzero(places < 0)
+        many = len(unknown) > _ONE_BY_ONE
+        places[unknown] = (Numbered(self.numbers).rows if many else self.rows_of)(numbers[unknown])
+        if len(self.numbers):  # its row may have been counted before it can be looked up
+            places[numbers == self.numbers[-1]] = len(self.numbers) - 1
+        missed = np.flatnonzero(places < 0)
+        return Found(places, int(places.max(initial=-1)) + 1, missed, len(self.numbers))
 
 
 @dataclass(frozen=True, eq=False)

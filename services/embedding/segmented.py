@@ -190,7 +190,12 @@ class SegmentedIndex:
         if total < self._large_rows:
             return len(parts) > _MOST_SEGMENTS or alive < total // 2
         first = parts[0].segment
-        return not first.large or alive < total * 3 // 4 or len(first) < total * 7 // 8
+        if isinstance(self._build, Builder) and isinstance(first, Segment):
+            # It may be kept from a start with another setting.
+            other = first.has_graph != self._build.lays_graph(len(first))
+        else:
+            other = False
+        return other or not first.large or alive < total * 3 // 4 or len(first) < total * 7 // 8
 
     def tidy(self, sequence: int) -> None:
         """Compact when that is worth its cost, and keep what came of it."""

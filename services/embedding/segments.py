@@ -24,16 +24,18 @@ from services.embedding.numbered import Numbered
 _LEAST_WIDTH = 400
 # A row's code took a three-hundredth of a node visited.
 _CODES_PER_NODE = 300
-# Of what is found by codes so many times more than asked for is compared by vectors, which lie far apart:
-# a row that is read with its neighbours took a seventh of that.
-_LED, _FEW = 3, 7
+# Of what is found by codes so many times more than asked for is compared by vectors, and at least so many:
+# items that are nearly one have nearly one code.
+_LED, _LEAST_LED = 3, 1000
+# What codes lead to lies far apart: a row that is read with its neighbours took a seventh of that.
+_FEW = 7
 _COMPONENTS_PER_CODE, _CODE_BITS = 2, 4
 _TRAINED_ON = 16_384
 _CENTROIDS = 256  # a byte's
 CODES = {"fp32": "Flat", "fp16": "SQfp16", "sq8": "SQ8"}
 STORAGES = (*CODES, "pq")
-"""How a graph keeps components; fp16 is how SQL keeps them, so nothing is lost by it."""
-_FILLED_AT_ONCE = 1 << 18
+"""How large segments keep components; fp16 is how SQL keeps them, so nothing is lost by it."""
+_COMPARED_AT_ONCE, _FILLED_AT_ONCE = 1 << 14, 1 << 18
 _BUILD_WIDTH = 80
 _KEEPING = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class Segment(Numbered):
 
     index: faiss.Index
     codes: faiss.Index | None = None
+
+    _few = _FEW
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
@@ -68,13 +72,18 @@ class Segment(Numbered):
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        if self.codes is None or many <= _FEW * _LED * count:
+        if self.codes is None or many <= self._few * _led(count):
             return self._scan(queries, count, live, selector)
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
             parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
             return self._walk(self._graph, queries, count, parameters)
-        return self._led(queries, count, faiss.SearchParametersIVF(sel=selector, nprobe=1))  # type: ignore[call-arg]
+        by_codes = faiss.SearchParametersIVF(sel=selector, nprobe=1)  # type: ignore[call-arg]
+        scores, rows = self._by_codes(queries, count, by_codes)
+        lost = rows[:, -1] < 0  # codes tell a query of zeros nothing
+        if lost.any():
+            scores[lost], rows[lost] = self._scan(queries[lost], count, live, selector)
+        return scores, rows
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
@@ -82,11 +91,12 @@ class Segment(Numbered):
         parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
         return self._stored.search(queries, count, params=parameters)
 
-    def _led(
+    def _by_codes(
         self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best by their vectors of the best by their codes."""
-        deeper = faiss.IndexRefineSearchParameters(k_factor=_LED, base_index_params=parameters)  # type: ignore[call-arg]
+        times = _led(count) / count
+        deeper = faiss.IndexRefineSearchParameters(k_factor=times, base_index_params=parameters)  # type: ignore[call-arg]
         return self._refined.search(queries, count, params=deeper)
 
     def _walk(
@@ -128,13 +138,14 @@ class Segment(Numbered):
 class MappedSegment(Segment):
     """`exact` float16 (N, D) are the vectors, mapped from a file, as in DiskANN (Subramanya et al., 2019).
 
-    Of memory they take the pages that searches read. What stands for them in `index` are codes of two bits a
-    component.
+    Of memory they take the pages that searches read. What stands for them in a graph are other codes, of two
+    bits a component too; without a graph `index` is `codes`.
     """
 
     exact: np.ndarray = field(kw_only=True)
 
     storage = "pq"
+    _few = 1  # each may be a page of a disk
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows."""
@@ -145,29 +156,39 @@ class MappedSegment(Segment):
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
     ) -> tuple[np.ndarray, np.ndarray]:
         rows = np.arange(len(self)) if live is None else np.flatnonzero(live)
-        scores = queries @ self.vectors(rows).T
+        scores = np.empty((len(queries), len(rows)), np.float32)
+        for start in range(0, len(rows), _COMPARED_AT_ONCE):
+            some = slice(start, start + _COMPARED_AT_ONCE)
+            scores[:, some] = queries @ self.vectors(rows[some]).T
         best = np.argsort(-scores, axis=1)[:, :count]
         return np.take_along_axis(scores, best, 1), rows[best]
 
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> tuple[np.ndarray, np.ndarray]:
-        _, rows = graph.search(queries, min(_LED * count, len(self)), params=parameters)
+        _, rows = graph.search(queries, min(_led(count), len(self)), params=parameters)
         return self._ordered(queries, count, rows)
 
-    def _led(
+    def _by_codes(
         self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> tuple[np.ndarray, np.ndarray]:
-        assert self.codes is not None  # noqa: S101 - whoever is led has them
-        _, rows = self.codes.search(queries, min(_LED * count, len(self)), params=parameters)
+        assert self.codes is not None  # noqa: S101 - who is asked has them
+        _, rows = self.codes.search(queries, min(_led(count), len(self)), params=parameters)
         return self._ordered(queries, count, rows)
 
     def _ordered(self, queries: np.ndarray, count: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each query's `rows`, int64 (Q, R), -1 for none, the best by their vectors."""
-        scores = np.stack([self.vectors(mine) @ query for query, mine in zip(queries, rows, strict=True)])
+        scores = np.empty(rows.shape, np.float32)
+        for query, mine, here in zip(queries, rows, scores, strict=True):
+            here[:] = self.vectors(mine) @ query
         scores[rows < 0] = -np.inf
         best = np.argsort(-scores, axis=1)[:, :count]
         return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+
+
+def _led(count: int) -> int:
+    """How many rows are compared by their vectors where so many are asked for."""
+    return max(_LED * count, _LEAST_LED)
 
 
 def scanned(numbers: np.ndarray, vectors: np.ndarray, storage: str = "fp16") -> Segment:
@@ -203,10 +224,9 @@ def coded(vectors: np.ndarray) -> faiss.IndexIVFPQFastScan:
     return index
 
 
-def parts(dimension: int, least: int) -> int:
-    """Into how many equal parts of at least so many components a vector can be cut."""
-    most = max(dimension // least, 1)
-    return next(count for count in range(most, 0, -1) if dimension % count == 0)
+def parts(dimension: int, most: int) -> int:
+    """Into how many equal parts of at most so many components a vector can be cut."""
+    return dimension // next(size for size in range(most, 0, -1) if dimension % size == 0)
 
 
 def sampled(vectors: np.ndarray, most: int) -> np.ndarray:
@@ -231,7 +251,9 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
     arrays, indexes = {"numbers": segment.numbers}, {"index": segment.index}
     if segment.codes is not None:
-        indexes["codes"] = segment.codes
+        indexes |= {"codes": segment.codes}
+    if segment.index is segment.codes:
+        del indexes["index"]
     if isinstance(segment, MappedSegment):
         arrays["vectors"] = segment.exact
     with _KEEPING:
@@ -261,7 +283,10 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
         with _KEEPING:
             written = json.loads((directory / "segment.json").read_text())
             numbers = np.load(directory / written["numbers"])
-            index, codes = (faiss.read_index(str(directory / written[kind])) for kind in ("index", "codes"))
+            if "codes" not in written:
+                raise ValueError("an earlier build made it")
+            codes = faiss.read_index(str(directory / written["codes"]))
+            index = faiss.read_index(str(directory / written["index"])) if "index" in written else codes
             shape, whole = (len(numbers), dimension), len(numbers) == written["rows"]
             whole = whole and all((one.ntotal, one.d) == shape for one in (index, codes))
             segment = Segment(numbers, index, codes)
