@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from services import exchange, store
+from services import next_bundle, store
 from services.bundle import Bundle
 from services.companions import Companions
 from services.errors import FailedPrecondition
 from services.exchange import Exchange, ended, kept_up
 from services.generation import ALL, EMBEDDING, GATEWAY, RANKING, Generation, Shared
 from services.neighbours import Neighbours
+from services.next_bundle import NextBundle
 from services.server import Server, Service
 from services.settings import Settings
 from services.telemetry import Reading, Telemetry
@@ -69,6 +70,7 @@ class App:
         try:
             self._open_stores(first)
             self.exchange = Exchange(self._shared, Generation(self._shared, first))
+            self._next = NextBundle(self._shared, self.exchange)
         except BaseException:
             self._close()
             raise
@@ -107,7 +109,7 @@ class App:
         self._server = Server(services, self.settings.address, called=self.telemetry.called)
         await self._server.start()
         self.port = self._server.port
-        self.exchange.look(partial(self._server.say, NEXT_BUNDLE))
+        self._next.look(partial(self._server.say, NEXT_BUNDLE))
         for name in self._shared.hosted:
             if name == RANKING:  # it is nothing without items, of which another process may have to tell
                 self._tasks.append(asyncio.ensure_future(self._announce(name)))
@@ -121,6 +123,7 @@ class App:
         await ended([self._logging] if self._logging else [])
         if self._shared.served is not None:
             await self._shared.served.close()
+        await self._next.stop()
         await self.exchange.stop()  # whose calls have ended
         await ended(self._tasks)
         await self._companions.close()
@@ -176,7 +179,7 @@ class App:
             return {"searchable": self.now.view.sequence} if self.now.view else {}
 
         def preparation() -> Mapping[str, float]:
-            return {"done": at.done, "left": at.left} if (at := self.exchange.preparation) else {}
+            return {"done": at.done, "left": at.left} if (at := self._next.preparation) else {}
 
         def pages() -> Mapping[str, float]:
             return self._shared.served.counts if self._shared.served else {}
@@ -202,10 +205,10 @@ class App:
 
 
 async def first_bundle(settings: Settings, hosted: Collection[str]) -> Path:
-    """The bundle that an `App` had best begin with; see `exchange.first`."""
+    """The bundle that an `App` had best begin with; see `next_bundle.first`."""
     neighbours = _neighbours(settings, hosted)
     try:
-        return await exchange.first(settings, neighbours)
+        return await next_bundle.first(settings, neighbours)
     finally:
         await neighbours.close()
 

@@ -18,7 +18,7 @@ from vitrine.gateway.v1 import recommendation_service_pb2_grpc as gateway_grpc
 from vitrine.ranking.v1 import ranking_service_pb2 as ranking_pb
 from vitrine.ranking.v1 import ranking_service_pb2_grpc as ranking_grpc
 
-from services import exchange
+from services import exchange, next_bundle
 from services.bundle import version_of
 from services.catalog import Item
 from services.generation import EMBEDDING, GATEWAY, RANKING
@@ -38,7 +38,7 @@ KEPT = 1.0
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes a minute takes a second."""
     monkeypatch.setattr(exchange, "KEEP", KEPT)
-    monkeypatch.setattr(exchange, "ASK_EVERY", 0.05)
+    monkeypatch.setattr(next_bundle, "ASK_EVERY", 0.05)
 
 
 def publish(root: Path, day: int) -> str:
