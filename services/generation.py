@@ -208,7 +208,7 @@ class Generation:
         days = min(self._settings.served_days, self._settings.retention_days or sys.maxsize)
         self.background.append(partial(self.ranking.keeping.keep_pages_for, days, self._shared.clock))
         self.servicers[RANKING] = servicer.RankingServicer(
-            self.ranking, self.bundle.version, self._shared.bundles
+            self.ranking, self.bundle.version, self._shared.bundles, self.ready
         )
 
     def _gateway(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import timestamp_pb2
 from vitrine.catalog.v1 import item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.embedding.v1 import embedding_service_pb2_grpc as embedding_grpc
@@ -257,5 +258,26 @@ def test_a_start_begins_with_what_was_served_and_encodes_for_the_newest_beside(t
         assert version_of(await first_bundle(settings, (EMBEDDING,))) == after
         later = make_bundle(tmp_path, seed=2, until=UNTIL + timedelta(days=2), event_types={"purchase": 1.0})
         assert await first_bundle(settings, (EMBEDDING,)) == later  # it can only be served from a start
+
+    run(body)
+
+
+def test_a_ranking_service_that_knows_no_items_yet_says_so(tmp_path: Path) -> None:
+    publish(tmp_path, 0)
+
+    async def body() -> None:
+        three = Apart(tmp_path, {}, {})
+        async with AsyncExitStack() as stack:
+            await three.start(RANKING, stack, embedding=f"127.0.0.1:{free_port()}")
+            stub, now = three.stubs[RANKING], timestamp_pb2.Timestamp(seconds=1_800_000_000)
+            person = ranking_pb.Person(user_id="ann")
+            for call in (
+                stub.Retrieve(ranking_pb.RetrieveRequest(person=person, limit=9, as_of=now)),
+                stub.Rank(ranking_pb.RankRequest(person=person, item_ids=["garden-03"], as_of=now)),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call
+                assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert not (await stub.ListBundles(ranking_pb.ListBundlesRequest())).bundles
 
     run(body)

@@ -1,5 +1,6 @@
 """`RankingService` over behaviour: decodes, calls, encodes. Raises the domain's errors."""
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -52,10 +53,10 @@ _NAMES = {number: name for name, number in _SOURCES.items()}
 
 
 class RankingServicer(pb_grpc.RankingServiceServicer):
-    """The service over one bundle; `bundles` are those that calls may name."""
+    """The service over one bundle; calls may name one of `bundles`, `ready` is set once items are known."""
 
-    def __init__(self, ranking: Ranking, bundle: str, bundles: Sequence[str]) -> None:
-        self._ranking, self._bundle, self._bundles = ranking, bundle, bundles
+    def __init__(self, ranking: Ranking, bundle: str, bundles: Sequence[str], ready: asyncio.Event) -> None:
+        self._ranking, self._bundle, self._bundles, self._ready = ranking, bundle, bundles, ready
         weights = ranking.profile.event_types
         self._strongest = max(weights, key=lambda name: weights[name])
 
@@ -254,6 +255,8 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
     def _check_bundle(self, bundle: str) -> None:
         if bundle and bundle != self._bundle:
             raise FailedPrecondition(f"bundle {bundle!r} is not loaded; this server has {self._bundle!r}")
+        if not self._ready.is_set():
+            raise FailedPrecondition("the items are not known yet: the embedding service has to tell of them")
 
 
 def _export_token(token: str, person: str) -> tuple[bool, int]:
