@@ -257,12 +257,18 @@ async def first(settings: Settings, neighbours: Neighbours) -> Path:
 
 def _before(noted: Path, found: Sequence[Path]) -> Path | None:
     """The bundle that was served last, if it can be served now and exchanged for the newest."""
+    if not noted.is_file():  # nothing was served here yet
+        return None
     try:
         told = json.loads(noted.read_text())
         if told["coming"]:
+            _log.warning("this process ended while bundle %s was made beside: it begins anew", told["coming"])
             return None
-        [last] = [one for one in found if version_of(one) == told["served"]]
+        if not (before := [one for one in found if version_of(one) == told["served"]]):
+            return None
+        last = before[-1]
         types = [manifest_of(one)["profile"]["event_types"] for one in (last, found[-1])]
         return Bundle(last).directory if types[0] == types[1] else None
-    except (OSError, ValueError, KeyError, TypeError, FailedPrecondition):
+    except (OSError, ValueError, KeyError, TypeError, FailedPrecondition) as error:
+        _log.warning("what was served last cannot be served, the newest bundle is: %s", error)
         return None

@@ -47,7 +47,6 @@ _SPREAD, _NOISE = 0.5, 0.02
 _QUERIES = 200
 _LIMIT = 100
 _GRAPH_ROWS = int(Settings.model_fields["graph_rows"].default)
-_LARGE_ROWS = 20_000  # what others build a graph of
 _PAGE, _MAPPED = 100_000, 2_000_000
 _WIDTHS = (100, 120, 150, 200, 250, 300, 400, 600, 800, 1200, 1600)
 _SHARES = (0.5, 0.1, 0.01, 0.001)
@@ -130,7 +129,7 @@ def _measured(
         found.append({"rows": count, "what": "FAISS' scan of every vector"} | _figures(every, exact))
         if storage == storages[0]:
             found += _filtered(index, vectors, numbers, queries)
-        if storage == storages[0] and with_graph == served and count >= _LARGE_ROWS and not alone:
+        if storage == storages[0] and with_graph == served and count >= LARGE_ROWS and not alone:
             found += _others(vectors, queries, exact, row["recall"])
     return found
 
