@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from services.embedding import segmented, segments
 from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import Places, Selection
+from services.embedding.keeping import load, save
 from services.embedding.numbered import Numbered
 from services.embedding.segmented import SegmentedIndex
-from services.embedding.segments import Segment, load, save, scanned
+from services.embedding.segments import Segment, scanned
 
 D = 8
 
@@ -98,8 +100,10 @@ def test_what_changes_while_it_is_compacted_is_not_lost(monkeypatch: pytest.Monk
     known = {n: _vector(n) for n in range(50)}
     index = SegmentedIndex(D, 10, build)
     index.replace_all(_segment(known))
-    compacting = threading.Thread(target=index.compact)
-    compacting.start()
+    written = {n: _vector(n) for n in range(50, 62)}
+    index.change(written)
+    known |= written
+    compacting = ThreadPoolExecutor(1).submit(index.compact)
     building.wait(10)
     changed = {n: _vector(n + 1000) for n in range(10, 70, 3)}
     index.change(changed, [0, 1, 2])
@@ -107,11 +111,14 @@ def test_what_changes_while_it_is_compacted_is_not_lost(monkeypatch: pytest.Monk
     for finished in (False, True):
         if finished:
             goes_on.set()
-            compacting.join()
+            compacting.result(10)
         for query in range(20):
             [found] = index.search(_vector(query)[None], 12)
             assert found.numbers.tolist() == _brute(known, _vector(query), 12)
     assert len(index) == len(known)
+    for n in range(100, 180):
+        index.change({n: _vector(n)})
+    assert len(index._snapshot.parts) <= 6
 
 
 def test_searches_beside_changes_and_compactions_never_miss_what_stays(
@@ -258,7 +265,7 @@ def test_storages_keep_the_neighbours(
 ) -> None:
     numbers, vectors, queries = clustered
     exact = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :50]
-    _, rows = scanned(numbers, vectors, storage).search(queries, 50, None)
+    rows = scanned(numbers, vectors, storage).search(queries, 50, None).rows
     assert np.mean([np.isin(e, r).mean() for e, r in zip(exact, rows, strict=True)]) >= least
 
 
@@ -276,16 +283,74 @@ def test_of_many_items_that_are_nearly_one_the_nearest_are_found(storage: str) -
     assert np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]) >= 0.99
 
 
+def _like(random: np.random.Generator, centres: np.ndarray, count: int) -> np.ndarray:
+    many = centres[random.integers(0, len(centres), count)]
+    many += 0.6 * random.standard_normal(many.shape).astype(np.float32)
+    unit: np.ndarray = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16)
+    return unit.astype(np.float32)
+
+
+@pytest.mark.parametrize("storage", ["fp16", "fp32", "sq8", "pq"])
+@pytest.mark.parametrize("share", [1, 0.2])
+def test_what_is_written_beside_codes_is_found_as_by_a_scan(storage: str, share: float) -> None:
+    """Of 24,000 items a fifth is replaced, some are dropped, and new ones come that are nearly one."""
+    random = np.random.default_rng(5)
+    centres = random.standard_normal((200, 32)).astype(np.float32)
+    first = _like(random, centres, 24_000)
+    index = SegmentedIndex(32, 20_000, Builder(storage, 0))
+    index.replace_all(Builder(storage, 0)(np.arange(24_000), first))
+    known = dict(enumerate(first))
+    coming = _like(random, centres, 8000)
+    alike = first[7] + 0.05 * random.standard_normal((1200, 32)).astype(np.float32)
+    coming[3000:4200] = alike / np.linalg.norm(alike, axis=1, keepdims=True)
+    coming = coming.astype(np.float16).astype(np.float32)
+    for start in range(0, len(coming), 400):
+        changed = {20_000 + n if n % 3 else 30_000 + n: coming[n] for n in range(start, start + 400)}
+        gone = range(start, start + 40)
+        index.change(changed, gone)
+        known = {n: vector for n, vector in (known | changed).items() if n not in gone}
+    parts = index._snapshot.parts
+    assert len(index) == len(known)
+    assert len(parts) <= 5
+    assert sum(part.segment.large for part in parts) >= 2
+    numbers = np.array(sorted(known))
+    mask = random.random(len(numbers)) < share
+    selection = None if share == 1 else Selection(numbers, mask, Numbered(numbers).rows, Places())
+    permitted = numbers[mask]
+    vectors = np.stack([known[number] for number in permitted.tolist()])
+    queries = np.concatenate([_like(random, centres, 40), first[7:8], coming[3000:3010]])
+    found = index.search(queries, 30, selection)
+    exact = permitted[np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :30]]
+    assert all(np.isin(near.numbers, permitted).all() for near in found)
+    recall = [np.isin(e, near.numbers).mean() for e, near in zip(exact, found, strict=True)]
+    assert np.mean(recall) >= (0.95 if storage == "sq8" else 0.99)
+    if storage != "sq8":
+        for near, query in zip(found, queries, strict=True):
+            scores = [known[number] @ query for number in near.numbers.tolist()]
+            np.testing.assert_allclose(near.scores, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "fp16", "sq8"])
+def test_vectors_are_what_is_stored(
+    clustered: tuple[np.ndarray, np.ndarray, np.ndarray], storage: str
+) -> None:
+    numbers, vectors, _ = clustered
+    segment = scanned(numbers[:500], vectors[:500], storage)
+    rows = np.array([3, 499, 3, 0])
+    np.testing.assert_allclose(segment.vectors(rows), segment.index.reconstruct_n(0, 500)[rows], rtol=1e-6)
+    assert segment.vectors(rows[:0]).shape == (0, 32)
+
+
 def test_a_query_of_nothing_finds_as_many_as_any(large: Segment) -> None:
     queries = np.zeros((2, 32), np.float32)
     queries[1, 0] = 1
     for live in (None, np.arange(len(large)) % 2 == 0):
-        scores, rows = large.search(queries, 9, live)
+        scores, rows, _ = large.search(queries, 9, live)
         assert (rows >= 0).all()
         assert (scores[0] == 0).all()
         assert len(set(rows[0].tolist())) == 9
         assert live is None or live[rows].all()
-    assert large.search(queries[:0], 9, None)[1].shape == (0, 9)
+    assert not len(large.search(queries[:0], 9, None).rows)
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 31, 33, 97])
@@ -294,7 +359,9 @@ def test_codes_lead_in_any_dimension(dimension: int) -> None:
     many = random.standard_normal((9000, dimension))
     unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
     segment = Segment(np.arange(9000), segments.filled(unit, "SQfp16"), segments.coded(unit))
-    scores, _ = segment.search(unit[:20], 10, None)
+    index = SegmentedIndex(dimension)
+    index.replace_all(segment)
+    scores = [near.scores for near in index.search(unit[:20], 10)]
     exact = -np.sort(-(unit[:20] @ unit.T), axis=1)[:, :10]
     np.testing.assert_allclose(scores, exact, atol=0.02)
 

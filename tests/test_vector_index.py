@@ -255,7 +255,7 @@ def test_a_device_finds_what_brute_force_does_whatever_share_qualifies(count: in
         live = random.random(count) < share
         live[0] = True
         exact = np.where(live, queries @ vectors.astype(np.float32).T, -np.inf)
-        scores, rows = segment.search(queries, 100, live)
+        scores, rows, _ = segment.search(queries, 100, live)
         many = min(100, int(live.sum()))
         assert rows.shape == scores.shape == (len(queries), many)
         assert live[rows].all()

@@ -11,6 +11,7 @@ import torch
 
 from services.embedding.devices import sent
 from services.embedding.numbered import Numbered
+from services.embedding.segments import Nearest
 
 LARGE_ROWS = 20_000
 """From how many rows on a GPU is asked, which takes a way there and back."""
@@ -38,9 +39,14 @@ class DeviceSegment(Numbered):
 
     @torch.inference_mode()
     def search(
-        self, queries: np.ndarray, count: int, live: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 and rows int64 (Q, K), best first: of `live`, bool (N,), or of all.
+        self,
+        queries: np.ndarray,
+        count: int,
+        live: np.ndarray | None,
+        *,
+        alone: bool = True,
+    ) -> Nearest:
+        """The `count` nearest rows of each query, float32 (Q, D): of `live`, bool (N,), or of all.
 
         Compared in half precision, then the best and some more in float32.
         """
@@ -48,7 +54,7 @@ class DeviceSegment(Numbered):
         scores = np.empty((len(queries), min(count, many)), np.float32)
         rows = np.empty(scores.shape, np.int64)
         if not rows.size:
-            return scores, rows
+            return Nearest(scores, rows)
         device, values, gathered, mask = self.values.device, self.values, None, None
         deep = min(count + _MORE, many)
         with self._turn:  # who comes second would only make both slower, and need twice the memory
@@ -68,7 +74,7 @@ class DeviceSegment(Numbered):
                 at = _best(near, deep)
                 at = at if gathered is None else gathered[at]
                 scores[some], rows[some] = self._ordered(asked, at, rows.shape[1])
-        return scores, rows
+        return Nearest(scores, rows)
 
     def _ordered(self, asked: torch.Tensor, at: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The best of rows `at` (Q, M) by float32 products."""

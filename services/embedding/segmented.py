@@ -17,11 +17,12 @@ import numpy as np
 
 from services.embedding.builder import Builder, BuilderStopped
 from services.embedding.index import TIES, Held, Neighbours, Selection, best
+from services.embedding.keeping import load, save
 from services.embedding.numbered import Numbered
 from services.embedding.on_device import DeviceSegment
-from services.embedding.segments import Segment, load, save, scanned
+from services.embedding.segments import Nearest, Segment, compared, scanned
 
-_FRESH_ROWS = 4096
+_FRESH_ROWS, _MERGED_ROWS = 1024, 8192
 _MOST_SEGMENTS = 12
 _READ_AT_ONCE = 2000
 _log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class SegmentedIndex:
         self._large_rows = large_rows or sys.maxsize
         self._changes, self._compacting = threading.Lock(), threading.Lock()
         self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
+        self._settled = 1  # so many first parts are not merged
         self._snapshot = self._empty(())
 
     def __len__(self) -> int:
@@ -116,7 +118,8 @@ class SegmentedIndex:
     def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
         """See `VectorIndex`."""
         [kept] = self._snapshot.parts
-        self.replace_all(kept.segment, [scanned(numbers, vectors)] if len(numbers) else [], gone)
+        changed = [_beside(kept.segment, numbers, vectors)] if len(numbers) else []
+        self.replace_all(kept.segment, changed, gone)
 
     def close(self) -> None:
         """Stop the building of segments."""
@@ -165,22 +168,38 @@ class SegmentedIndex:
         """The `limit` nearest items of each query, float32 (Q, D), among those of `selection`."""
         snapshot, queries = self._snapshot, np.ascontiguousarray(queries, np.float32)
         found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
+        estimated: list[tuple[Segment, Nearest]] = []
+        alone = sum(part.segment.large for part in snapshot.parts) == 1
         for part in snapshot.parts:
             live = None if part.alive == len(part.segment) else ~part.dead
             if selection is not None:
                 allowed = selection.of(part.segment)
                 live = allowed if live is None else live & allowed
-            scores, rows = part.segment.search(queries, limit + TIES, live)
-            for mine, score, row in zip(found, scores, rows, strict=True):
+            near = part.segment.search(queries, limit + TIES, live, alone=alone)
+            if near.estimated and isinstance(part.segment, Segment):
+                estimated.append((part.segment, near))
+                continue
+            for mine, score, row in zip(found, near.scores, near.rows, strict=True):
                 mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
+        if estimated:
+            for mine, ordered in zip(found, compared(estimated, queries, limit + TIES), strict=True):
+                mine.append(ordered)
+        if snapshot.length:
+            numbers, fresh = self._fresh(snapshot, queries, selection)
+            for mine, score in zip(found, fresh, strict=True):
+                mine.append((numbers, score))
+        return [best(mine, limit) for mine in found]
+
+    def _fresh(
+        self, snapshot: _Snapshot, queries: np.ndarray, selection: Selection | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers (N,) of the fresh rows that may be found, and their scores (Q, N)."""
         live = ~snapshot.dead[: snapshot.length]
         if selection is not None:
             live &= selection.of(snapshot.items, snapshot.length)
         rows = np.flatnonzero(live)
-        fresh = queries @ snapshot.fresh[: snapshot.length].T  # to copy some of its rows costs more
-        for mine, score in zip(found, fresh[:, rows], strict=True):
-            mine.append((snapshot.numbers[rows], score))
-        return [best(mine, limit) for mine in found]
+        scores = queries @ snapshot.fresh[: snapshot.length].T  # to copy some of its rows costs more
+        return snapshot.numbers[rows], scores[:, rows]
 
     @property
     def worn(self) -> bool:
@@ -219,28 +238,35 @@ class SegmentedIndex:
             with self._changes:
                 sealed = self._sealed(self._snapshot)
                 before = tuple(part for part in sealed.parts if part.alive)
-                self._snapshot = replace(sealed, parts=before)
-            rows = [part.living() for part in before]
-            living = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
-            numbers = np.concatenate([np.empty(0, np.int64), *living])
-            # Page by page into half precision: a copy of everything as float32 would be twice the index.
-            vectors, at = np.empty((len(numbers), self.dimension), np.float16), 0
-            for part, mine in zip(before, rows, strict=True):
-                for start in range(0, len(mine), _READ_AT_ONCE):
-                    page = mine[start : start + _READ_AT_ONCE]
-                    vectors[at : at + len(page)] = self._exact(part.segment, page)
-                    at += len(page)
-            build = self._build if len(numbers) >= self._large_rows else scanned
-            made = build(numbers, vectors)
-            with self._changes:
-                snapshot = self._snapshot
-                now = snapshot.parts[: len(before)]
-                died = [
-                    part.segment.numbers[part.dead & ~old.dead] for part, old in zip(now, before, strict=True)
-                ]
-                first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
-                self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
-            return made
+                self._snapshot, self._settled = replace(sealed, parts=before), len(before)
+            try:
+                return self._compacted(before)
+            finally:
+                self._settled = 1
+
+    def _compacted(self, before: tuple[_Part, ...]) -> AnySegment:
+        """Put one segment in the place of the first parts, which were `before`."""
+        rows = [part.living() for part in before]
+        living = [part.segment.numbers[mine] for part, mine in zip(before, rows, strict=True)]
+        numbers = np.concatenate([np.empty(0, np.int64), *living])
+        # Page by page into half precision: a copy of everything as float32 would be twice the index.
+        vectors, at = np.empty((len(numbers), self.dimension), np.float16), 0
+        for part, mine in zip(before, rows, strict=True):
+            for start in range(0, len(mine), _READ_AT_ONCE):
+                page = mine[start : start + _READ_AT_ONCE]
+                vectors[at : at + len(page)] = self._exact(part.segment, page)
+                at += len(page)
+        build = self._build if len(numbers) >= self._large_rows else scanned
+        made = build(numbers, vectors)
+        with self._changes:
+            snapshot = self._snapshot
+            now = snapshot.parts[: len(before)]
+            died = [
+                part.segment.numbers[part.dead & ~old.dead] for part, old in zip(now, before, strict=True)
+            ]
+            first = _part(made).without(np.concatenate([np.empty(0, np.int64), *died]))
+            self._snapshot = replace(snapshot, parts=(first, *snapshot.parts[len(before) :]))
+        return made
 
     def _exact(self, segment: AnySegment, rows: np.ndarray) -> np.ndarray:
         """The vectors of rows; of items that changed meanwhile, whose rows are dead by then, any."""
@@ -277,9 +303,26 @@ class SegmentedIndex:
     def _sealed(self, snapshot: _Snapshot) -> _Snapshot:
         """A snapshot whose fresh rows are a segment, with a matrix that is empty."""
         rows = snapshot.fresh_rows()
-        sealed = (_part(scanned(snapshot.numbers[rows], snapshot.fresh[rows])),) if len(rows) else ()
         self._row_of.clear()
-        return self._empty((*snapshot.parts, *sealed))
+        if not len(rows):
+            return self._empty(snapshot.parts)
+        parts, numbers, vectors = list(snapshot.parts), [snapshot.numbers[rows]], [snapshot.fresh[rows]]
+        count, first = len(rows), parts[0].segment if parts else None
+        # With those before it that are not much larger: few are searched, and a row is copied a few times
+        # (the log-structured merge tree of O'Neil et al., 1996).
+        while len(parts) > self._settled and parts[-1].alive <= min(2 * count, _MERGED_ROWS - count):
+            merged = parts.pop()
+            rows = merged.living()
+            numbers.append(merged.segment.numbers[rows])
+            vectors.append(merged.segment.vectors(rows))
+            count += len(rows)
+        sealed = _beside(first, np.concatenate(numbers), np.concatenate(vectors))
+        return self._empty((*parts, _part(sealed)))
+
+
+def _beside(first: AnySegment | None, numbers: np.ndarray, vectors: np.ndarray) -> Segment:
+    """A segment that is searched as the first one is, where it can be made at once."""
+    return (first.beside if isinstance(first, Segment) else scanned)(numbers, vectors)
 
 
 def _part(segment: AnySegment) -> _Part:

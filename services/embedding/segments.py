@@ -7,14 +7,10 @@ compared by their vectors. A very large one has a graph over the same rows as we
 Knows nothing of changes, and of filters no more than which rows may be found.
 """
 
-import json
-import logging
-import os
-import threading
-import uuid
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple, cast
 
 import faiss
 import numpy as np
@@ -28,8 +24,9 @@ _CODES_PER_NODE = 300
 # Of what is found by codes so many times more than asked for is compared by vectors, and at least so many:
 # items that are nearly one have nearly one code.
 _LED, _LEAST_LED = 3, 1000
-# What codes lead to lies far apart: a row that is read with its neighbours took a seventh of that.
-_FEW = 7
+# A row compared took as long as forty codes; what codes lead to, which lies far apart, as three thousand rows
+# beside each other; and to read codes at all as long as the least number of rows that have some.
+_CODES_PER_ROW, _LED_AS_ROWS, _LEAST_CODED = 40, 3000, 1500
 _COMPONENTS_PER_CODE, _CODE_BITS = 2, 4
 _TRAINED_ON = 16_384
 _CENTROIDS = 256  # a byte's
@@ -38,8 +35,17 @@ STORAGES = (*CODES, "pq")
 """How large segments keep components; fp16 is how SQL keeps them, so nothing is lost by it."""
 _COMPARED_AT_ONCE, _FILLED_AT_ONCE = 1 << 14, 1 << 18
 _BUILD_WIDTH = 80
-_KEEPING = threading.Lock()
-_log = logging.getLogger(__name__)
+
+
+class Nearest(NamedTuple):
+    """Scores float32 and rows int64 (Q, K), best first, -1 where there are no more.
+
+    Where they are `estimated`, by codes, they are more than were asked for, to be ordered by their vectors.
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+    estimated: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,61 +55,77 @@ class Segment(Numbered):
     index: faiss.Index
     codes: faiss.Index | None = None
 
-    _few = _FEW
-
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
         if not len(rows):
             return np.empty((0, self.index.d), np.float32)
-        found: np.ndarray = self._stored.reconstruct_batch(rows)
+        # A quarter of the time that FAISS takes for each row by itself.
+        kept = self._kept.take(rows, 0)
+        if self.storage == "fp16":
+            return widened(kept.view(np.float16))
+        found: np.ndarray = self._stored.sa_decode(kept)
         return found
 
     def search(
-        self, queries: np.ndarray, count: int, live: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores float32 and rows int64 (Q, K), best first, -1 where there are no more.
+        self, queries: np.ndarray, count: int, live: np.ndarray | None, *, alone: bool = True
+    ) -> Nearest:
+        """The `count` nearest rows of each query, float32 (Q, D).
 
-        Only rows of `live`, bool (N,), are found; none means all. Few are all compared.
+        Only rows of `live`, bool (N,), are found; none means all. Few are all compared. Where others are
+        searched as well, so that it is not `alone`, what codes lead to may be left to be compared with
+        theirs.
         """
         many = len(self) if live is None else int(np.count_nonzero(live))
         count = min(count, many)
         if not count:
-            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+            return Nearest(np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64))
         # faiss's type stubs do not know what its Python layer adds to these constructors.
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        if self.codes is None or many <= self._few * _led(count):
+        if self.codes is None or many <= self._few(alone=alone):
             return self._scan(queries, count, live, selector)
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
-            parameters = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
-            return self._walk(self._graph, queries, count, parameters)
-        by_codes = faiss.SearchParametersIVF(sel=selector, nprobe=1)  # type: ignore[call-arg]
-        scores, rows = self._by_codes(queries, count, by_codes)
-        lost = rows[:, -1] < 0  # codes tell a query of zeros nothing
-        if lost.any():
-            scores[lost], rows[lost] = self._scan(queries[lost], count, live, selector)
-        return scores, rows
+            wide = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
+            return self._walk(self._graph, queries, count, wide)
+        near = self._by_codes(self.codes, queries, count, min(led(count), many), selector, alone=alone)
+        # Codes tell a query of zeros nothing.
+        return self._scan(queries, count, live, selector) if (near.rows[:, -1] < 0).any() else near
+
+    def _by_codes(
+        self,
+        codes: faiss.Index,
+        queries: np.ndarray,
+        count: int,
+        deep: int,
+        selector: faiss.IDSelector | None,
+        *,
+        alone: bool,
+    ) -> Nearest:
+        if not alone:
+            return Nearest(*codes.search(queries, deep, params=_every_code(selector)), estimated=True)
+        return Nearest(*self._refined.search(queries, count, params=_led_to(deep / count, selector)))
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        parameters = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
-        return self._stored.search(queries, count, params=parameters)
-
-    def _by_codes(
-        self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The best by their vectors of the best by their codes."""
-        times = _led(count) / count
-        deeper = faiss.IndexRefineSearchParameters(k_factor=times, base_index_params=parameters)  # type: ignore[call-arg]
-        return self._refined.search(queries, count, params=deeper)
+    ) -> Nearest:
+        chosen = None if selector is None else faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]
+        return Nearest(*self._stored.search(queries, count, params=chosen))
 
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return graph.search(queries, count, params=parameters)
+    ) -> Nearest:
+        return Nearest(*graph.search(queries, count, params=parameters))
+
+    def beside(self, numbers: np.ndarray, vectors: np.ndarray) -> "Segment":
+        """A segment of other rows, with codes like this one's where that is worth it."""
+        made = scanned(numbers, vectors)
+        if self.codes is None or len(numbers) < _LEAST_CODED:
+            return made
+        codes = faiss.clone_index(self._no_codes)
+        append(codes, vectors)
+        return replace(made, codes=codes)
 
     @property
     def storage(self) -> str:
@@ -122,17 +144,36 @@ class Segment(Numbered):
         """Whether it is searched by a graph where many rows may be found."""
         return self._graph is not None
 
+    def _few(self, *, alone: bool) -> int:
+        """How many rows are compared in the time that codes take, with what they lead to."""
+        return len(self) // _CODES_PER_ROW + (_LED_AS_ROWS if alone else _LEAST_CODED)
+
     @cached_property
     def _graph(self) -> faiss.IndexHNSW | None:
         return self.index if isinstance(self.index, faiss.IndexHNSW) else None
 
     @cached_property
-    def _stored(self) -> faiss.Index:
-        return self.index if self._graph is None else faiss.downcast_index(self._graph.storage)
+    def _stored(self) -> faiss.IndexFlatCodes:
+        stored = self.index if self._graph is None else faiss.downcast_index(self._graph.storage)
+        return cast(faiss.IndexFlatCodes, stored)
 
     @cached_property
     def _refined(self) -> faiss.IndexRefine:
         return faiss.IndexRefine(self.codes, self._stored)
+
+    @cached_property
+    def _kept(self) -> np.ndarray:
+        """The memory of the vectors, uint8 (N, B): FAISS' own, so it lasts as long as `index` does."""
+        codes = self._stored.codes
+        kept: np.ndarray = faiss.rev_swig_ptr(codes.data(), codes.size())
+        return kept.reshape(len(self), self._stored.code_size)
+
+    @cached_property
+    def _no_codes(self) -> faiss.Index:
+        """Codes as these are made, of no rows."""
+        emptied = faiss.clone_index(cast(faiss.Index, self.codes))
+        emptied.reset()
+        return faiss.clone_index(emptied)  # without the room that was taken
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,50 +187,102 @@ class MappedSegment(Segment):
     exact: np.ndarray = field(kw_only=True)
 
     storage = "pq"
-    _few = 1  # each may be a page of a disk
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows."""
-        found: np.ndarray = torch.from_numpy(self.exact[rows]).float().numpy()  # a quarter of NumPy's time
-        return found
+        return widened(self.exact[rows])
+
+    def _few(self, *, alone: bool) -> int:
+        return _LEAST_LED  # each may be a page of a disk
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Nearest:
         rows = np.arange(len(self)) if live is None else np.flatnonzero(live)
         scores = np.empty((len(queries), len(rows)), np.float32)
         for start in range(0, len(rows), _COMPARED_AT_ONCE):
             some = slice(start, start + _COMPARED_AT_ONCE)
             scores[:, some] = queries @ self.vectors(rows[some]).T
         best = np.argsort(-scores, axis=1)[:, :count]
-        return np.take_along_axis(scores, best, 1), rows[best]
+        return Nearest(np.take_along_axis(scores, best, 1), rows[best])
 
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
-    ) -> tuple[np.ndarray, np.ndarray]:
-        _, rows = graph.search(queries, min(_led(count), len(self)), params=parameters)
-        return self._ordered(queries, count, rows)
+    ) -> Nearest:
+        return Nearest(*graph.search(queries, min(led(count), len(self)), params=parameters), estimated=True)
 
     def _by_codes(
-        self, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
-    ) -> tuple[np.ndarray, np.ndarray]:
-        assert self.codes is not None  # noqa: S101 - who is asked has them
-        _, rows = self.codes.search(queries, min(_led(count), len(self)), params=parameters)
-        return self._ordered(queries, count, rows)
-
-    def _ordered(self, queries: np.ndarray, count: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each query's `rows`, int64 (Q, R), -1 for none, the best by their vectors."""
-        scores = np.empty(rows.shape, np.float32)
-        for query, mine, here in zip(queries, rows, scores, strict=True):
-            here[:] = self.vectors(mine) @ query
-        scores[rows < 0] = -np.inf
-        best = np.argsort(-scores, axis=1)[:, :count]
-        return np.take_along_axis(scores, best, 1), np.take_along_axis(rows, best, 1)
+        self,
+        codes: faiss.Index,
+        queries: np.ndarray,
+        count: int,
+        deep: int,
+        selector: faiss.IDSelector | None,
+        *,
+        alone: bool,  # FAISS has no vectors to compare
+    ) -> Nearest:
+        return super()._by_codes(codes, queries, count, deep, selector, alone=False)
 
 
-def _led(count: int) -> int:
-    """How many rows are compared by their vectors where so many are asked for."""
+# To make and drop these takes as long as to compare a hundred vectors, so those of no selection are kept.
+def _every_code(selector: faiss.IDSelector | None) -> faiss.SearchParametersIVF:
+    if selector is None:
+        return _ALL_CODES
+    return faiss.SearchParametersIVF(sel=selector, nprobe=1)  # type: ignore[call-arg]
+
+
+def _led_to(times: float, selector: faiss.IDSelector | None) -> faiss.IndexRefineSearchParameters:
+    return _led_everywhere(times) if selector is None else _refining(times, _every_code(selector))
+
+
+@lru_cache(8)
+def _led_everywhere(times: float) -> faiss.IndexRefineSearchParameters:
+    return _refining(times, _ALL_CODES)
+
+
+def _refining(times: float, codes: faiss.SearchParametersIVF) -> faiss.IndexRefineSearchParameters:
+    return faiss.IndexRefineSearchParameters(k_factor=times, base_index_params=codes)  # type: ignore[call-arg]
+
+
+_ALL_CODES = faiss.SearchParametersIVF(nprobe=1)  # type: ignore[call-arg]
+
+
+def led(count: int) -> int:
+    """To how many rows codes lead where so many are asked for."""
     return max(_LED * count, _LEAST_LED)
+
+
+def compared(
+    found: Sequence[tuple[Segment, Nearest]], queries: np.ndarray, count: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Item numbers int64 and scores float32 (K,) of each query, float32 (Q, D): the best `count`, unordered.
+
+    Of all that was estimated the best `led(count)` are compared by their vectors. Estimates of several
+    segments are of the same products, so that they can be told from each other, whoever coded them.
+    """
+    estimates, most = np.concatenate([near.scores for _, near in found], axis=1), led(count)
+    least = np.full(len(queries), -np.inf)
+    if estimates.shape[1] > most:
+        least = np.partition(estimates, -most)[:, -most]
+    both = []
+    for at, query in enumerate(queries):
+        mine = [
+            (segment, near.rows[at, (near.scores[at] >= least[at]) & (near.rows[at] >= 0)])
+            for segment, near in found
+        ]
+        numbers = np.concatenate([segment.numbers[rows] for segment, rows in mine])
+        scores = np.concatenate([segment.vectors(rows) @ query for segment, rows in mine])
+        if len(scores) > count:
+            best = np.argpartition(-scores, count)[:count]
+            numbers, scores = numbers[best], scores[best]
+        both.append((numbers, scores))
+    return both
+
+
+def widened(values: np.ndarray) -> np.ndarray:
+    """Values float16 as float32."""
+    found: np.ndarray = torch.from_numpy(values).float().numpy()  # a quarter of NumPy's time
+    return found
 
 
 def scanned(numbers: np.ndarray, vectors: np.ndarray, storage: str = "fp16") -> Segment:
@@ -240,65 +333,3 @@ def append(index: faiss.Index, vectors: np.ndarray) -> None:
     """Add vectors, float (N, D), some at a time: they may be mapped from a file that memory does not hold."""
     for start in range(0, len(vectors), _FILLED_AT_ONCE):
         index.add(np.ascontiguousarray(vectors[start : start + _FILLED_AT_ONCE], np.float32))
-
-
-def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
-    """Keep a segment that holds everything of a store up to a sequence number; replaces what was kept.
-
-    Its files have names of their own, and one that is renamed last names them: nothing is there until all
-    of it is. One process saves and loads one segment at a time.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
-    arrays, indexes = {"numbers": segment.numbers}, {"index": segment.index}
-    if segment.codes is not None:
-        indexes |= {"codes": segment.codes}
-    if segment.index is segment.codes:
-        del indexes["index"]
-    if isinstance(segment, MappedSegment):
-        arrays["vectors"] = segment.exact
-    with _KEEPING:
-        name = uuid.uuid4().hex
-        files = {kind: directory / f"{name}.{kind}" for kind in (*indexes, *arrays)}
-        for kind, index in indexes.items():
-            faiss.write_index(index, str(files[kind]))
-        for kind, values in arrays.items():
-            with files[kind].open("wb") as file:
-                np.save(file, values)
-        told = directory / f"{name}.json"
-        told.write_text(json.dumps(written | {kind: path.name for kind, path in files.items()}) + "\n")
-        for path in (*files.values(), told):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        told.rename(directory / "segment.json")
-        for path in directory.iterdir():
-            if path.name != "segment.json" and path not in files.values():
-                path.unlink()
-
-
-def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> tuple[Segment, int] | None:
-    """What `save` kept of a store, and its sequence number; None, with a line in the log, if unusable."""
-    if not (directory / "segment.json").is_file():
-        return None
-    try:
-        with _KEEPING:
-            written = json.loads((directory / "segment.json").read_text())
-            numbers = np.load(directory / written["numbers"])
-            if "codes" not in written:
-                raise ValueError("an earlier build made it")
-            codes = faiss.read_index(str(directory / written["codes"]))
-            index = faiss.read_index(str(directory / written["index"])) if "index" in written else codes
-            shape, whole = (len(numbers), dimension), len(numbers) == written["rows"]
-            whole = whole and all((one.ntotal, one.d) == shape for one in (index, codes))
-            segment = Segment(numbers, index, codes)
-            if "vectors" in written:
-                exact = np.load(directory / written["vectors"], mmap_mode="r")
-                whole = whole and exact.shape == shape
-                segment = MappedSegment(numbers, index, codes, exact=exact)
-        if whole and written["store"] == store and segment.storage == storage:
-            return segment, int(written["sequence"])
-        reason = "is of another store, encoder or storage"
-    except (OSError, EOFError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        reason = f"is damaged: {error!r}"
-    _log.warning("the index in %s %s; it is built again", directory, reason)
-    return None
