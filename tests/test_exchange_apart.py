@@ -27,10 +27,10 @@ from services.server import CHANNEL_OPTIONS
 from services.settings import Settings
 from services.wiring import App, first_bundle
 from tests import shops
+from tests.asking import Traffic
 from tests.catalogues import item, nearest, upsert
 from tests.processes import free_port, serving
 from tests.shops import UNTIL, make_bundle
-from tests.test_exchange import Traffic
 
 KEPT = 1.0
 
