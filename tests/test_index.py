@@ -330,6 +330,66 @@ def test_what_is_written_beside_codes_is_found_as_by_a_scan(storage: str, share:
             np.testing.assert_allclose(near.scores, scores, atol=1e-5)
 
 
+def test_rows_that_codes_were_not_learned_of_are_scanned(
+    clustered: tuple[np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    numbers, vectors, _ = clustered
+    index, away = SegmentedIndex(32), np.random.default_rng(6).standard_normal(32) * 0.5
+    index.replace_all(Segment(numbers, segments.filled(vectors, "SQfp16"), segments.coded(vectors)))
+    for start, shift in ((0, 0 * away), (2000, away)):
+        moved = vectors[start : start + 2000] + shift
+        moved = (moved / np.linalg.norm(moved, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+        index.change({50_000 + start + n: vector for n, vector in enumerate(moved)})
+        for n in range(1000):  # so that what is merged is of one kind
+            index.change({40_000 + n: vectors[start]})
+    assert [part.segment.large for part in index._snapshot.parts] == [True, True, False]
+
+
+def test_segments_that_died_are_not_searched_nor_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segmented, "_MERGED_ROWS", 2048)
+    index = SegmentedIndex(D)
+    index.replace_all(_segment({n: _vector(n) for n in range(3000)}))
+    for start in range(0, 20_480, 256):
+        index.change({10_000 + n: _vector(n) for n in range(start, start + 256)})
+    many = len(index._snapshot.parts)
+    index.change({}, range(10_000, 29_000))
+    index.change({50_000 + n: _vector(n) for n in range(1100)})
+    assert len(index._snapshot.parts) <= 4 < many
+    index.change({}, range(3000))
+    [found] = index.search(_vector(20_000)[None], 3)
+    assert found.numbers[0] == 30_000
+    assert len(index) == 480 + 1100 + 1000
+
+
+def test_what_changes_between_opening_and_holding_may_be_much() -> None:
+    index = SegmentedIndex(D)
+    index.open()
+    known = {n: _vector(n) for n in range(3000)}
+    index.change(known)
+    index.hold(np.empty(0, np.int64), np.array(list(known)), np.stack(list(known.values())), 1)
+    assert len(index) == 3000
+
+
+def test_another_catalogue_waits_for_the_compaction_of_the_first() -> None:
+    building, goes_on = threading.Event(), threading.Event()
+
+    def build(numbers: np.ndarray, vectors: np.ndarray) -> Segment:
+        building.set()
+        goes_on.wait(10)
+        return scanned(numbers, vectors)
+
+    index = SegmentedIndex(D, 10, build)
+    index.replace_all(_segment({n: _vector(n) for n in range(50)}))
+    with ThreadPoolExecutor(2) as pool:
+        compacting = pool.submit(index.compact)
+        building.wait(10)
+        replacing = pool.submit(index.replace_all, _segment({n: _vector(n) for n in range(60, 90)}))
+        goes_on.set()
+        compacting.result(10)
+        replacing.result(10)
+    assert len(index) == 30
+
+
 @pytest.mark.parametrize("storage", ["fp32", "fp16", "sq8"])
 def test_vectors_are_what_is_stored(
     clustered: tuple[np.ndarray, np.ndarray, np.ndarray], storage: str
@@ -344,12 +404,16 @@ def test_vectors_are_what_is_stored(
 def test_a_query_of_nothing_finds_as_many_as_any(large: Segment) -> None:
     queries = np.zeros((2, 32), np.float32)
     queries[1, 0] = 1
-    for live in (None, np.arange(len(large)) % 2 == 0):
-        scores, rows, _ = large.search(queries, 9, live)
-        assert (rows >= 0).all()
-        assert (scores[0] == 0).all()
-        assert len(set(rows[0].tolist())) == 9
-        assert live is None or live[rows].all()
+    index, even = SegmentedIndex(32), np.sort(large.numbers) % 2 == 0
+    index.replace_all(large)
+    chosen = Selection(np.sort(large.numbers), even, Numbered(np.sort(large.numbers)).rows, Places())
+    for selection in (None, chosen):
+        nothing, something = index.search(queries, 9, selection)
+        assert (nothing.scores == 0).all()
+        assert len(set(nothing.numbers.tolist())) == 9
+        assert selection is None or not (nothing.numbers % 2).any()
+        [alone] = index.search(queries[1:], 9, selection)
+        assert something.numbers.tolist() == alone.numbers.tolist()
     assert not len(large.search(queries[:0], 9, None).rows)
 
 

@@ -20,6 +20,7 @@ from services.embedding.segments import (
     coded,
     filled,
     parts,
+    read_codes,
     sampled,
 )
 
@@ -68,12 +69,12 @@ class Builder:
                 raise BuilderStopped
             if process.returncode:
                 raise RuntimeError(f"no index was built: {said.strip()[-1000:]}")
-            read = faiss.read_index(str(codes))
-            both = (faiss.read_index(str(made)) if made.exists() else read), read
+            read = read_codes(codes)
+            index = faiss.read_index(str(made)) if made.exists() else read
             if self.storage == "pq":
                 # Mapped, so it stays when its name goes.
-                return MappedSegment(numbers, *both, exact=np.load(given, mmap_mode="r"))
-            return Segment(numbers, *both)
+                return MappedSegment(numbers, index, read, exact=np.load(given, mmap_mode="r"))
+            return Segment(numbers, index, read)
 
     def _start(self, *paths: Path, graph: bool) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "services.embedding.builder", *map(str, paths), self.storage]

@@ -6,6 +6,7 @@
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from services.embedding.numbered import Numbered
 
-_ONE_BY_ONE = 10_000
+# To look an item up takes as long as to sort so many, and few are looked up in any case.
+_ONE_BY_ONE, _SORTED_PER_LOOK_UP = 10_000, 3
 _SORTED = 3  # times what is asked for is sorted at once
 TIES = 64
 """Engines cut equal items off by where they stand, which differs from one process to the next: so many
@@ -71,21 +73,27 @@ class Selection:
                 found = self.kept[rows] = self._look_up(numbers, found)
             elif len(found.missed) and found.among < len(self.numbers):
                 found = self.kept[rows] = self._look_up(rows.numbers[: len(found.places)], found)
-        # Those of no item that is known here are the last of the mask, which is unset.
-        mask = np.append(self.mask, np.zeros(max(found.end - len(self.mask), 0) + 1, bool))
-        allowed: np.ndarray = mask[found.places[: len(numbers)]]
+        places = found.places[: len(numbers)]
+        if found.end > len(self.mask):
+            places = np.minimum(places, len(self.mask))
+        allowed: np.ndarray = self._unset_at_the_end[places]
         return allowed
 
     def permits(self, numbers: np.ndarray) -> np.ndarray:
         """Which of a few items may be found, bool."""
         return self.of(Numbered(numbers))
 
+    @cached_property
+    def _unset_at_the_end(self) -> np.ndarray:
+        """The mask, and what stands for items that are not known here."""
+        return np.append(self.mask, False)
+
     def _look_up(self, numbers: np.ndarray, before: Found | None) -> Found:
         places = np.full(len(numbers), -1, np.int64)
         if before is not None:
             places[: len(before.places)] = before.places
         unknown = np.flatnonzero(places < 0)
-        many = len(unknown) > _ONE_BY_ONE
+        many = len(unknown) > max(_ONE_BY_ONE, len(self.numbers) // _SORTED_PER_LOOK_UP)
         places[unknown] = (Numbered(self.numbers).rows if many else self.rows_of)(numbers[unknown])
         if len(self.numbers):  # its row may have been counted before it can be looked up
             places[numbers == self.numbers[-1]] = len(self.numbers) - 1

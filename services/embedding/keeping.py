@@ -10,7 +10,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from services.embedding.segments import MappedSegment, Segment
+from services.embedding.segments import MappedSegment, Segment, read_codes
 
 _KEEPING = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
             numbers = np.load(directory / written["numbers"])
             if "codes" not in written:
                 raise ValueError("an earlier build made it")
-            codes = faiss.read_index(str(directory / written["codes"]))
+            codes = read_codes(directory / written["codes"])
             index = faiss.read_index(str(directory / written["index"])) if "index" in written else codes
             shape, whole = (len(numbers), dimension), len(numbers) == written["rows"]
             whole = whole and all((one.ntotal, one.d) == shape for one in (index, codes))

@@ -44,7 +44,7 @@ class DeviceSegment(Numbered):
         count: int,
         live: np.ndarray | None,
         *,
-        alone: bool = True,
+        only_coded: bool = True,
     ) -> Nearest:
         """The `count` nearest rows of each query, float32 (Q, D): of `live`, bool (N,), or of all.
 

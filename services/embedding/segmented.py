@@ -22,7 +22,8 @@ from services.embedding.numbered import Numbered
 from services.embedding.on_device import DeviceSegment
 from services.embedding.segments import Nearest, Segment, compared, scanned
 
-_FRESH_ROWS, _MERGED_ROWS = 1024, 8192
+_FRESH_ROWS = 1024
+_MERGED_ROWS, _MERGED_PART = 8192, 16  # at most so many, or such a part of the first segment
 _MOST_SEGMENTS = 12
 _READ_AT_ONCE = 2000
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class SegmentedIndex:
         self._large_rows = large_rows or sys.maxsize
         self._changes, self._compacting = threading.Lock(), threading.Lock()
         self._row_of: dict[int, int] = {}  # of the fresh matrix, the writer's alone
-        self._settled = 1  # so many first parts are not merged
+        self._settled = 1  # so many first parts stay where they are: a compaction is at work on them
         self._snapshot = self._empty(())
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class SegmentedIndex:
 
     def hold(self, gone: np.ndarray, numbers: np.ndarray, vectors: np.ndarray, sequence: int) -> None:
         """See `VectorIndex`."""
-        [kept] = self._snapshot.parts
+        kept = self._snapshot.parts[0]
         changed = [_beside(kept.segment, numbers, vectors)] if len(numbers) else []
         self.replace_all(kept.segment, changed, gone)
 
@@ -130,7 +131,7 @@ class SegmentedIndex:
         self, first: AnySegment, more: Sequence[AnySegment] = (), gone: Iterable[int] = ()
     ) -> None:
         """Hold exactly these segments: of the first all but `gone`, so that no two share an item."""
-        with self._changes:
+        with self._compacting, self._changes:
             self._row_of.clear()
             left = _part(first).without(np.fromiter(gone, np.int64))
             self._snapshot = self._empty((left, *(_part(segment) for segment in more)))
@@ -169,18 +170,20 @@ class SegmentedIndex:
         snapshot, queries = self._snapshot, np.ascontiguousarray(queries, np.float32)
         found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in queries]
         estimated: list[tuple[Segment, Nearest]] = []
-        alone = sum(part.segment.large for part in snapshot.parts) == 1
-        for part in snapshot.parts:
+        parts = [part for part in snapshot.parts if part.alive]
+        only_coded = sum(part.segment.large for part in parts) == 1
+        for part in parts:
             live = None if part.alive == len(part.segment) else ~part.dead
             if selection is not None:
                 allowed = selection.of(part.segment)
                 live = allowed if live is None else live & allowed
-            near = part.segment.search(queries, limit + TIES, live, alone=alone)
-            if near.estimated and isinstance(part.segment, Segment):
+            near = part.segment.search(queries, limit + TIES, live, only_coded=only_coded)
+            if near.estimated and isinstance(part.segment, Segment):  # which the latter says to mypy
                 estimated.append((part.segment, near))
                 continue
             for mine, score, row in zip(found, near.scores, near.rows, strict=True):
-                mine.append((part.segment.numbers[row[row >= 0]], score[row >= 0]))
+                kept = row >= 0
+                mine.append((part.segment.numbers[row[kept]], score[kept]))
         if estimated:
             for mine, ordered in zip(found, compared(estimated, queries, limit + TIES), strict=True):
                 mine.append(ordered)
@@ -238,7 +241,7 @@ class SegmentedIndex:
             with self._changes:
                 sealed = self._sealed(self._snapshot)
                 before = tuple(part for part in sealed.parts if part.alive)
-                self._snapshot, self._settled = replace(sealed, parts=before), len(before)
+                self._snapshot, self._settled = replace(sealed, parts=before), max(len(before), 1)
             try:
                 return self._compacted(before)
             finally:
@@ -306,22 +309,26 @@ class SegmentedIndex:
         self._row_of.clear()
         if not len(rows):
             return self._empty(snapshot.parts)
-        parts, numbers, vectors = list(snapshot.parts), [snapshot.numbers[rows]], [snapshot.fresh[rows]]
-        count, first = len(rows), parts[0].segment if parts else None
-        # With those before it that are not much larger: few are searched, and a row is copied a few times
-        # (the log-structured merge tree of O'Neil et al., 1996).
-        while len(parts) > self._settled and parts[-1].alive <= min(2 * count, _MERGED_ROWS - count):
-            merged = parts.pop()
-            rows = merged.living()
-            numbers.append(merged.segment.numbers[rows])
-            vectors.append(merged.segment.vectors(rows))
-            count += len(rows)
+        numbers, vectors, count = [snapshot.numbers[rows]], [snapshot.fresh[rows]], len(rows)
+        first = snapshot.parts[0].segment if snapshot.parts else None
+        most = max(_MERGED_ROWS, len(first or ()) // _MERGED_PART)
+        left = list(snapshot.parts[: self._settled])
+        # With those that have at most twice as many: few are searched, and a row is copied a few times (the
+        # log-structured merge tree of O'Neil et al., 1996).
+        for part in sorted(snapshot.parts[self._settled :], key=lambda part: part.alive):
+            if part.alive > min(2 * count, most - count):
+                left.append(part)
+                continue
+            living = part.living()
+            numbers.append(part.segment.numbers[living])
+            vectors.append(part.segment.vectors(living))
+            count += len(living)
         sealed = _beside(first, np.concatenate(numbers), np.concatenate(vectors))
-        return self._empty((*parts, _part(sealed)))
+        return self._empty((*left, _part(sealed)))
 
 
 def _beside(first: AnySegment | None, numbers: np.ndarray, vectors: np.ndarray) -> Segment:
-    """A segment that is searched as the first one is, where it can be made at once."""
+    """A segment of rows that were written after the first one was made."""
     return (first.beside if isinstance(first, Segment) else scanned)(numbers, vectors)
 
 

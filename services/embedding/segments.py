@@ -10,7 +10,8 @@ Knows nothing of changes, and of filters no more than which rows may be found.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import faiss
 import numpy as np
@@ -21,12 +22,18 @@ from services.embedding.numbered import Numbered
 _LEAST_WIDTH = 400
 # A row's code took a three-hundredth of a node visited.
 _CODES_PER_NODE = 300
-# Of what is found by codes so many times more than asked for is compared by vectors, and at least so many:
-# items that are nearly one have nearly one code.
-_LED, _LEAST_LED = 3, 1000
-# A row compared took as long as forty codes; what codes lead to, which lies far apart, as three thousand rows
-# beside each other; and to read codes at all as long as the least number of rows that have some.
-_CODES_PER_ROW, _LED_AS_ROWS, _LEAST_CODED = 40, 3000, 1500
+# Codes tell candidates, so many times more than are asked for and at least so many, for items that are nearly
+# one have nearly one code. They are compared by their vectors.
+_CANDIDATES, _LEAST_CANDIDATES = 3, 1000
+# To compare a row takes as long as to read so many codes,
+_CODES_PER_ROW = 40
+# the least candidates, which lie far apart, take as long as so many rows beside each other,
+_CANDIDATES_AS_ROWS = 3000
+# and to read codes at all takes as long as so many rows: fewer have none.
+_LEAST_CODED = 1500
+# Codes were learned of other rows. H&M's departments, each coded by what was learned of the others, err up to
+# 1.14 times as much; where recall fell, of drawn vectors, it was 2 at least (decision 0034).
+_MOST_ERROR, _TRIED = 1.5, 1000
 _COMPONENTS_PER_CODE, _CODE_BITS = 2, 4
 _TRAINED_ON = 16_384
 _CENTROIDS = 256  # a byte's
@@ -40,7 +47,7 @@ _BUILD_WIDTH = 80
 class Nearest(NamedTuple):
     """Scores float32 and rows int64 (Q, K), best first, -1 where there are no more.
 
-    Where they are `estimated`, by codes, they are more than were asked for, to be ordered by their vectors.
+    Where they are `estimated`, by codes, they are candidates, more than were asked for.
     """
 
     scores: np.ndarray
@@ -53,27 +60,26 @@ class Segment(Numbered):
     """`numbers` int64 (N,), all different, are the items of the rows of `index`, and of `codes` if any."""
 
     index: faiss.Index
-    codes: faiss.Index | None = None
+    codes: faiss.IndexIVFPQFastScan | None = None
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
         if not len(rows):
             return np.empty((0, self.index.d), np.float32)
         # A quarter of the time that FAISS takes for each row by itself.
-        kept = self._kept.take(rows, 0)
+        stored = self._memory.take(rows, 0)
         if self.storage == "fp16":
-            return widened(kept.view(np.float16))
-        found: np.ndarray = self._stored.sa_decode(kept)
+            return widened(stored.view(np.float16))
+        found: np.ndarray = self._stored.sa_decode(stored)
         return found
 
     def search(
-        self, queries: np.ndarray, count: int, live: np.ndarray | None, *, alone: bool = True
+        self, queries: np.ndarray, count: int, live: np.ndarray | None, *, only_coded: bool = True
     ) -> Nearest:
         """The `count` nearest rows of each query, float32 (Q, D).
 
-        Only rows of `live`, bool (N,), are found; none means all. Few are all compared. Where others are
-        searched as well, so that it is not `alone`, what codes lead to may be left to be compared with
-        theirs.
+        Only rows of `live`, bool (N,), are found; none means all. Few are all compared. Where other segments
+        have codes too, so that this is not the `only_coded` one, candidates are left to be told from theirs.
         """
         many = len(self) if live is None else int(np.count_nonzero(live))
         count = min(count, many)
@@ -83,29 +89,35 @@ class Segment(Numbered):
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        if self.codes is None or many <= self._few(alone=alone):
+        if self.codes is None or many <= self._few(only_coded=only_coded):
             return self._scan(queries, count, live, selector)
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
             wide = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
             return self._walk(self._graph, queries, count, wide)
-        near = self._by_codes(self.codes, queries, count, min(led(count), many), selector, alone=alone)
-        # Codes tell a query of zeros nothing.
-        return self._scan(queries, count, live, selector) if (near.rows[:, -1] < 0).any() else near
+        deep = min(candidates(count), many)
+        near = self._by_codes(self.codes, queries, count, deep, selector, only_coded=only_coded)
+        lost = near.rows[:, -1] < 0  # codes tell a query of zeros nothing
+        if lost.any():
+            found = self._scan(queries[lost], near.rows.shape[1], live, selector)
+            near.scores[lost], near.rows[lost] = found.scores, found.rows
+        return near
 
     def _by_codes(
         self,
-        codes: faiss.Index,
+        codes: faiss.IndexIVFPQFastScan,
         queries: np.ndarray,
         count: int,
         deep: int,
         selector: faiss.IDSelector | None,
         *,
-        alone: bool,
+        only_coded: bool,
     ) -> Nearest:
-        if not alone:
-            return Nearest(*codes.search(queries, deep, params=_every_code(selector)), estimated=True)
-        return Nearest(*self._refined.search(queries, count, params=_led_to(deep / count, selector)))
+        if not only_coded:
+            return Nearest(*codes.search(queries, deep, params=_codes_parameters(selector)), estimated=True)
+        return Nearest(
+            *self._refined.search(queries, count, params=_refine_parameters(deep / count, selector))
+        )
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
@@ -119,11 +131,15 @@ class Segment(Numbered):
         return Nearest(*graph.search(queries, count, params=parameters))
 
     def beside(self, numbers: np.ndarray, vectors: np.ndarray) -> "Segment":
-        """A segment of other rows, with codes like this one's where that is worth it."""
+        """A segment of other rows; with codes like this one's, if they are many and such codes tell them."""
         made = scanned(numbers, vectors)
         if self.codes is None or len(numbers) < _LEAST_CODED:
             return made
-        codes = faiss.clone_index(self._no_codes)
+        if _error(self.codes, vectors) > _MOST_ERROR * self._own_error:
+            return made
+        codes = _no_codes(self.codes.d)
+        codes.pq, codes.is_trained = self.codes.pq, True
+        codes.quantizer.add(self.codes.quantizer.reconstruct_n(0, 1))
         append(codes, vectors)
         return replace(made, codes=codes)
 
@@ -144,9 +160,9 @@ class Segment(Numbered):
         """Whether it is searched by a graph where many rows may be found."""
         return self._graph is not None
 
-    def _few(self, *, alone: bool) -> int:
+    def _few(self, *, only_coded: bool) -> int:
         """How many rows are compared in the time that codes take, with what they lead to."""
-        return len(self) // _CODES_PER_ROW + (_LED_AS_ROWS if alone else _LEAST_CODED)
+        return len(self) // _CODES_PER_ROW + (_CANDIDATES_AS_ROWS if only_coded else _LEAST_CODED)
 
     @cached_property
     def _graph(self) -> faiss.IndexHNSW | None:
@@ -162,18 +178,16 @@ class Segment(Numbered):
         return faiss.IndexRefine(self.codes, self._stored)
 
     @cached_property
-    def _kept(self) -> np.ndarray:
+    def _memory(self) -> np.ndarray:
         """The memory of the vectors, uint8 (N, B): FAISS' own, so it lasts as long as `index` does."""
         codes = self._stored.codes
         kept: np.ndarray = faiss.rev_swig_ptr(codes.data(), codes.size())
         return kept.reshape(len(self), self._stored.code_size)
 
     @cached_property
-    def _no_codes(self) -> faiss.Index:
-        """Codes as these are made, of no rows."""
-        emptied = faiss.clone_index(cast(faiss.Index, self.codes))
-        emptied.reset()
-        return faiss.clone_index(emptied)  # without the room that was taken
+    def _own_error(self) -> float:
+        rows = np.random.default_rng(0).permutation(len(self))[:_TRIED]
+        return _error(cast(faiss.IndexIVFPQFastScan, self.codes), self.vectors(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,8 +206,8 @@ class MappedSegment(Segment):
         """The vectors float32 (M, D) of rows."""
         return widened(self.exact[rows])
 
-    def _few(self, *, alone: bool) -> int:
-        return _LEAST_LED  # each may be a page of a disk
+    def _few(self, *, only_coded: bool) -> int:
+        return _LEAST_CANDIDATES  # each may be a page of a disk
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
@@ -209,34 +223,36 @@ class MappedSegment(Segment):
     def _walk(
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> Nearest:
-        return Nearest(*graph.search(queries, min(led(count), len(self)), params=parameters), estimated=True)
+        return Nearest(
+            *graph.search(queries, min(candidates(count), len(self)), params=parameters), estimated=True
+        )
 
     def _by_codes(
         self,
-        codes: faiss.Index,
+        codes: faiss.IndexIVFPQFastScan,
         queries: np.ndarray,
         count: int,
         deep: int,
         selector: faiss.IDSelector | None,
         *,
-        alone: bool,  # FAISS has no vectors to compare
+        only_coded: bool,  # FAISS has no vectors to compare
     ) -> Nearest:
-        return super()._by_codes(codes, queries, count, deep, selector, alone=False)
+        return super()._by_codes(codes, queries, count, deep, selector, only_coded=False)
 
 
 # To make and drop these takes as long as to compare a hundred vectors, so those of no selection are kept.
-def _every_code(selector: faiss.IDSelector | None) -> faiss.SearchParametersIVF:
+def _codes_parameters(selector: faiss.IDSelector | None) -> faiss.SearchParametersIVF:
     if selector is None:
         return _ALL_CODES
     return faiss.SearchParametersIVF(sel=selector, nprobe=1)  # type: ignore[call-arg]
 
 
-def _led_to(times: float, selector: faiss.IDSelector | None) -> faiss.IndexRefineSearchParameters:
-    return _led_everywhere(times) if selector is None else _refining(times, _every_code(selector))
+def _refine_parameters(times: float, selector: faiss.IDSelector | None) -> faiss.IndexRefineSearchParameters:
+    return _refine_everywhere(times) if selector is None else _refining(times, _codes_parameters(selector))
 
 
 @lru_cache(8)
-def _led_everywhere(times: float) -> faiss.IndexRefineSearchParameters:
+def _refine_everywhere(times: float) -> faiss.IndexRefineSearchParameters:
     return _refining(times, _ALL_CODES)
 
 
@@ -247,9 +263,9 @@ def _refining(times: float, codes: faiss.SearchParametersIVF) -> faiss.IndexRefi
 _ALL_CODES = faiss.SearchParametersIVF(nprobe=1)  # type: ignore[call-arg]
 
 
-def led(count: int) -> int:
-    """To how many rows codes lead where so many are asked for."""
-    return max(_LED * count, _LEAST_LED)
+def candidates(count: int) -> int:
+    """How many rows are compared by their vectors where so many are asked for and codes are read."""
+    return max(_CANDIDATES * count, _LEAST_CANDIDATES)
 
 
 def compared(
@@ -257,10 +273,10 @@ def compared(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Item numbers int64 and scores float32 (K,) of each query, float32 (Q, D): the best `count`, unordered.
 
-    Of all that was estimated the best `led(count)` are compared by their vectors. Estimates of several
-    segments are of the same products, so that they can be told from each other, whoever coded them.
+    Of all that was estimated the best `candidates(count)` are compared by their vectors: estimates of several
+    segments are of the same products.
     """
-    estimates, most = np.concatenate([near.scores for _, near in found], axis=1), led(count)
+    estimates, most = np.concatenate([near.scores for _, near in found], axis=1), candidates(count)
     least = np.full(len(queries), -np.inf)
     if estimates.shape[1] > most:
         least = np.partition(estimates, -most)[:, -most]
@@ -303,7 +319,13 @@ def filled(vectors: np.ndarray, description: str) -> faiss.Index:
 
 def coded(vectors: np.ndarray) -> faiss.IndexIVFPQFastScan:
     """Codes of vectors, float (N, D): four bits for two components, in one list: that honours selections."""
-    dimension = vectors.shape[1]
+    index = _no_codes(vectors.shape[1])
+    index.train(sampled(vectors, _TRAINED_ON))
+    append(index, vectors)
+    return index
+
+
+def _no_codes(dimension: int) -> faiss.IndexIVFPQFastScan:
     index = faiss.IndexIVFPQFastScan(
         faiss.IndexFlatIP(dimension),
         dimension,
@@ -313,9 +335,19 @@ def coded(vectors: np.ndarray) -> faiss.IndexIVFPQFastScan:
         faiss.METRIC_INNER_PRODUCT,
     )
     index.by_residual = False
-    index.train(sampled(vectors, _TRAINED_ON))
-    append(index, vectors)
     return index
+
+
+def _error(codes: faiss.IndexIVFPQFastScan, vectors: np.ndarray) -> float:
+    """The mean of the squared distances between vectors and what their codes stand for."""
+    some = np.ascontiguousarray(vectors[:: len(vectors) // _TRIED + 1], np.float32)
+    told: Any = codes.pq.decode(codes.pq.compute_codes(some))  # type: ignore[call-arg, func-returns-value]
+    return float(np.square(told - some).sum(1).mean())
+
+
+def read_codes(path: Path) -> faiss.IndexIVFPQFastScan:
+    """What `faiss.write_index` wrote of `coded`."""
+    return cast(faiss.IndexIVFPQFastScan, faiss.read_index(str(path)))
 
 
 def parts(dimension: int, most: int) -> int:
