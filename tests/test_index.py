@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from services.embedding import segmented, segments
 from services.embedding.builder import Builder, BuilderStopped
+from services.embedding.calibration import UNMEASURED
 from services.embedding.index import Places, Selection
 from services.embedding.keeping import load, save
 from services.embedding.numbered import Numbered
@@ -237,7 +238,7 @@ def test_a_kept_segment_comes_back_and_a_damaged_one_does_not(large: Segment, tm
         found = load(tmp_path, "store", 32, large.storage)
         assert found is not None
         segment, until = found
-        assert (until, segment.has_graph) == (sequence, large.has_graph)
+        assert (until, segment.has_graph, segment.depth) == (sequence, large.has_graph, large.depth)
         np.testing.assert_array_equal(segment.numbers, large.numbers)
         np.testing.assert_array_equal(segment.search(query, 9, None)[1], large.search(query, 9, None)[1])
     assert load(tmp_path, "store", 31, large.storage) is None
@@ -399,6 +400,27 @@ def test_vectors_are_what_is_stored(
     rows = np.array([3, 499, 3, 0])
     np.testing.assert_allclose(segment.vectors(rows), segment.index.reconstruct_n(0, 500)[rows], rtol=1e-6)
     assert segment.vectors(rows[:0]).shape == (0, 32)
+
+
+@pytest.mark.parametrize(("dimension", "spread", "deeper"), [(64, 0.6, False), (16, 0.05, True)])
+def test_as_many_candidates_are_compared_as_the_nearest_are_among(
+    dimension: int, spread: float, deeper: bool
+) -> None:
+    """Codes of vectors that are nearly one vector tell little, and more candidates make up for it."""
+    random = np.random.default_rng(8)
+    many = random.standard_normal((1, dimension)) + spread * random.standard_normal((20_300, dimension))
+    if not deeper:
+        many += 2 * random.standard_normal((100, dimension))[random.integers(0, 100, 20_300)]
+    unit = (many / np.linalg.norm(many, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+    segment = Builder("fp16", 0)(np.arange(20_000), unit[:20_000])
+    assert (segment.depth.of(100) > UNMEASURED.of(100)) == deeper
+    assert segment.beside(np.arange(30_000, 33_000), unit[:3000]).large != deeper
+    index, groups = SegmentedIndex(dimension), unit[20_000:].reshape(100, 3, dimension).mean(1)
+    index.replace_all(segment)
+    for queries in (unit[20_000:20_100], groups):
+        exact = np.argsort(-(queries @ unit[:20_000].T), axis=1, kind="stable")[:, :100]
+        found = [near.numbers for near in index.search(queries, 100)]
+        assert np.mean([np.isin(e, f).mean() for e, f in zip(exact, found, strict=True)]) >= 0.99
 
 
 def test_a_query_of_nothing_finds_as_many_as_any(large: Segment) -> None:

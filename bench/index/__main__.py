@@ -185,9 +185,10 @@ def _bare(segment: Segment) -> Search:
     if not segment.large:
         return _every(segment)
     if isinstance(segment, MappedSegment):  # FAISS has the codes alone
-        return lambda query: segment.codes.search(query, 1000)[1][0]  # type: ignore[union-attr]
+        deep = segment.depth.of(_LIMIT)
+        return lambda query: segment.codes.search(query, deep)[1][0]  # type: ignore[union-attr]
     refined = faiss.IndexRefine(segment.codes, segment.index)
-    deeper = faiss.IndexRefineSearchParameters(k_factor=10)  # type: ignore[call-arg]
+    deeper = faiss.IndexRefineSearchParameters(k_factor=segment.depth.of(_LIMIT) / _LIMIT)  # type: ignore[call-arg]
     return lambda query: refined.search(query, _LIMIT, params=deeper)[1][0]
 
 

@@ -1,16 +1,19 @@
 """Builds large segments in a process of low priority, since that may take a core for minutes."""
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import faiss
 import numpy as np
 
+from services.embedding.calibration import Depth, calibrated
 from services.embedding.segments import (
     CODES,
     STORAGES,
@@ -59,11 +62,10 @@ class Builder:
             RuntimeError: the process failed; the message holds what it said.
         """
         with TemporaryDirectory(prefix="vitrine-index-") as folder:
-            given, made, codes = (
-                Path(folder) / name for name in ("vectors.npy", "index.faiss", "codes.faiss")
-            )
+            names = ("vectors.npy", "index.faiss", "codes.faiss", "depth.json")
+            given, made, codes, depth = paths = [Path(folder) / name for name in names]
             np.save(given, vectors.astype(np.float16, copy=False))
-            process = self._start(given, made, codes, graph=self.lays_graph(len(numbers)))
+            process = self._start(*paths, graph=self.lays_graph(len(numbers)))
             _, said = process.communicate()
             if self._stopped:
                 raise BuilderStopped
@@ -71,10 +73,11 @@ class Builder:
                 raise RuntimeError(f"no index was built: {said.strip()[-1000:]}")
             read = read_codes(codes)
             index = faiss.read_index(str(made)) if made.exists() else read
+            deep = Depth(**json.loads(depth.read_text()))
             if self.storage == "pq":
                 # Mapped, so it stays when its name goes.
-                return MappedSegment(numbers, index, read, exact=np.load(given, mmap_mode="r"))
-            return Segment(numbers, index, read)
+                return MappedSegment(numbers, index, read, deep, exact=np.load(given, mmap_mode="r"))
+            return Segment(numbers, index, read, deep)
 
     def _start(self, *paths: Path, graph: bool) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "services.embedding.builder", *map(str, paths), self.storage]
@@ -97,17 +100,20 @@ class Builder:
 
 
 def main() -> None:
-    """Build an index and codes of a file of vectors; what `Builder` starts."""
+    """Build an index and codes of a file of vectors, and measure these; what `Builder` starts."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("vectors", type=Path)
     parser.add_argument("index", type=Path)
     parser.add_argument("codes", type=Path)
+    parser.add_argument("depth", type=Path)
     parser.add_argument("storage", choices=STORAGES)
     parser.add_argument("--graph", action="store_true")
     options = parser.parse_args()
     os.nice(10)
     vectors = np.load(options.vectors, mmap_mode="r")
-    faiss.write_index(coded(vectors), str(options.codes))
+    codes = coded(vectors)
+    faiss.write_index(codes, str(options.codes))
+    options.depth.write_text(json.dumps(asdict(calibrated(codes, vectors))))
     stored = CODES.get(options.storage, CODES["fp16"])
     if options.storage != "pq":
         laid = f"HNSW{_LINKS}," if options.graph else ""

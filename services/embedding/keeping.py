@@ -5,11 +5,13 @@ import logging
 import os
 import threading
 import uuid
+from dataclasses import asdict
 from pathlib import Path
 
 import faiss
 import numpy as np
 
+from services.embedding.calibration import Depth
 from services.embedding.segments import MappedSegment, Segment, read_codes
 
 _KEEPING = threading.Lock()
@@ -23,7 +25,13 @@ def save(segment: Segment, store: str, sequence: int, directory: Path) -> None:
     of it is. One process saves and loads one segment at a time.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    written = {"store": store, "sequence": sequence, "rows": len(segment), "dimension": segment.index.d}
+    written = {
+        "store": store,
+        "sequence": sequence,
+        "rows": len(segment),
+        "dimension": segment.index.d,
+        "depth": asdict(segment.depth),
+    }
     arrays, indexes = {"numbers": segment.numbers}, {"index": segment.index}
     if segment.codes is not None:
         indexes |= {"codes": segment.codes}
@@ -58,17 +66,18 @@ def load(directory: Path, store: str, dimension: int, storage: str = "fp16") -> 
         with _KEEPING:
             written = json.loads((directory / "segment.json").read_text())
             numbers = np.load(directory / written["numbers"])
-            if "codes" not in written:
+            if "depth" not in written:
                 raise ValueError("an earlier build made it")
             codes = read_codes(directory / written["codes"])
             index = faiss.read_index(str(directory / written["index"])) if "index" in written else codes
             shape, whole = (len(numbers), dimension), len(numbers) == written["rows"]
             whole = whole and all((one.ntotal, one.d) == shape for one in (index, codes))
-            segment = Segment(numbers, index, codes)
+            depth = Depth(**written["depth"])
+            segment = Segment(numbers, index, codes, depth)
             if "vectors" in written:
                 exact = np.load(directory / written["vectors"], mmap_mode="r")
                 whole = whole and exact.shape == shape
-                segment = MappedSegment(numbers, index, codes, exact=exact)
+                segment = MappedSegment(numbers, index, codes, depth, exact=exact)
         if whole and written["store"] == store and segment.storage == storage:
             return segment, int(written["sequence"])
         reason = "is of another store, encoder or storage"

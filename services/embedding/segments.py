@@ -17,18 +17,16 @@ import faiss
 import numpy as np
 import torch
 
+from services.embedding.calibration import UNMEASURED, Depth
 from services.embedding.numbered import Numbered
 
 _LEAST_WIDTH = 400
 # A row's code took a three-hundredth of a node visited.
 _CODES_PER_NODE = 300
-# Codes tell candidates, so many times more than are asked for and at least so many, for items that are nearly
-# one have nearly one code. They are compared by their vectors.
-_CANDIDATES, _LEAST_CANDIDATES = 3, 1000
 # To compare a row takes as long as to read so many codes,
 _CODES_PER_ROW = 40
-# the least candidates, which lie far apart, take as long as so many rows beside each other,
-_CANDIDATES_AS_ROWS = 3000
+# a candidate, which lies far from the others, takes as long as so many rows beside each other,
+_ROWS_PER_CANDIDATE = 3
 # and to read codes at all takes as long as so many rows: fewer have none.
 _LEAST_CODED = 1500
 # Codes were learned of other rows. H&M's departments, each coded by what was learned of the others, err up to
@@ -57,10 +55,14 @@ class Nearest(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Segment(Numbered):
-    """`numbers` int64 (N,), all different, are the items of the rows of `index`, and of `codes` if any."""
+    """`numbers` int64 (N,), all different, are the items of the rows of `index`, and of `codes` if any.
+
+    Of the candidates that codes tell, `depth` many are compared by their vectors.
+    """
 
     index: faiss.Index
     codes: faiss.IndexIVFPQFastScan | None = None
+    depth: Depth = UNMEASURED
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
@@ -89,13 +91,13 @@ class Segment(Numbered):
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        if self.codes is None or many <= self._few(only_coded=only_coded):
+        deep = min(self.depth.of(count), many)
+        if self.codes is None or many <= self._few(deep, only_coded=only_coded):
             return self._scan(queries, count, live, selector)
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
             wide = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
             return self._walk(self._graph, queries, count, wide)
-        deep = min(candidates(count), many)
         near = self._by_codes(self.codes, queries, count, deep, selector, only_coded=only_coded)
         lost = near.rows[:, -1] < 0  # codes tell a query of zeros nothing
         if lost.any():
@@ -135,13 +137,17 @@ class Segment(Numbered):
         made = scanned(numbers, vectors)
         if self.codes is None or len(numbers) < _LEAST_CODED:
             return made
+        if len(self) <= self._few(
+            self.depth.least, only_coded=True
+        ):  # codes tell so little that all are compared
+            return made
         if _error(self.codes, vectors) > _MOST_ERROR * self._own_error:
             return made
         codes = _no_codes(self.codes.d)
         codes.pq, codes.is_trained = self.codes.pq, True
         codes.quantizer.add(self.codes.quantizer.reconstruct_n(0, 1))
         append(codes, vectors)
-        return replace(made, codes=codes)
+        return replace(made, codes=codes, depth=self.depth)
 
     @property
     def storage(self) -> str:
@@ -160,9 +166,9 @@ class Segment(Numbered):
         """Whether it is searched by a graph where many rows may be found."""
         return self._graph is not None
 
-    def _few(self, *, only_coded: bool) -> int:
-        """How many rows are compared in the time that codes take, with what they lead to."""
-        return len(self) // _CODES_PER_ROW + (_CANDIDATES_AS_ROWS if only_coded else _LEAST_CODED)
+    def _few(self, deep: int, *, only_coded: bool) -> int:
+        """How many rows are compared in the time that codes take, with their candidates."""
+        return len(self) // _CODES_PER_ROW + (_ROWS_PER_CANDIDATE * deep if only_coded else _LEAST_CODED)
 
     @cached_property
     def _graph(self) -> faiss.IndexHNSW | None:
@@ -206,8 +212,8 @@ class MappedSegment(Segment):
         """The vectors float32 (M, D) of rows."""
         return widened(self.exact[rows])
 
-    def _few(self, *, only_coded: bool) -> int:
-        return _LEAST_CANDIDATES  # each may be a page of a disk
+    def _few(self, deep: int, *, only_coded: bool) -> int:
+        return deep  # each may be a page of a disk
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
@@ -224,7 +230,7 @@ class MappedSegment(Segment):
         self, graph: faiss.IndexHNSW, queries: np.ndarray, count: int, parameters: faiss.SearchParameters
     ) -> Nearest:
         return Nearest(
-            *graph.search(queries, min(candidates(count), len(self)), params=parameters), estimated=True
+            *graph.search(queries, min(self.depth.of(count), len(self)), params=parameters), estimated=True
         )
 
     def _by_codes(
@@ -263,20 +269,16 @@ def _refining(times: float, codes: faiss.SearchParametersIVF) -> faiss.IndexRefi
 _ALL_CODES = faiss.SearchParametersIVF(nprobe=1)  # type: ignore[call-arg]
 
 
-def candidates(count: int) -> int:
-    """How many rows are compared by their vectors where so many are asked for and codes are read."""
-    return max(_CANDIDATES * count, _LEAST_CANDIDATES)
-
-
 def compared(
     found: Sequence[tuple[Segment, Nearest]], queries: np.ndarray, count: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Item numbers int64 and scores float32 (K,) of each query, float32 (Q, D): the best `count`, unordered.
 
-    Of all that was estimated the best `candidates(count)` are compared by their vectors: estimates of several
-    segments are of the same products.
+    Of all that was estimated the best are compared by their vectors, as many as of one segment: estimates of
+    several are of the same products.
     """
-    estimates, most = np.concatenate([near.scores for _, near in found], axis=1), candidates(count)
+    estimates = np.concatenate([near.scores for _, near in found], axis=1)
+    most = max(segment.depth.of(count) for segment, _ in found)
     least = np.full(len(queries), -np.inf)
     if estimates.shape[1] > most:
         least = np.partition(estimates, -most)[:, -most]
