@@ -12,7 +12,7 @@ _LEAST, _TIMES = 1000, 3.0
 _WANTED = 0.995
 _QUERIES = 64
 _COUNTS = (100, 400)
-_DEEPEST = 16_384
+_DEEPEST, _EQUAL = 16_384, 1e-6
 _PAGE = 1 << 16
 
 
@@ -48,25 +48,30 @@ def calibrated(codes: faiss.Index, vectors: np.ndarray) -> Depth:
     needed = dict.fromkeys(_COUNTS, 0)
     for queries in (vectors[some].astype(np.float32), groups):
         told = codes.search(queries, min(_DEEPEST, count))[1]
-        nearest = _nearest(vectors, queries, min(max(_COUNTS), count))
+        scores, nearest = _nearest(vectors, queries, min(max(_COUNTS), count))
         for counted in _COUNTS:
-            ranks = [_ranks(mine, near[:counted]) for mine, near in zip(told, nearest, strict=True)]
-            deep = int(np.quantile(np.concatenate(ranks), _WANTED, method="higher")) + 1
-            needed[counted] = max(needed[counted], deep)
+            last = scores[:, :counted][:, -1:]
+            nearer = scores[:, :counted] > last + _EQUAL  # of equal ones, any will do
+            ranks = [
+                _ranks(mine, near[:counted][which])
+                for mine, near, which in zip(told, nearest, nearer, strict=True)
+            ]
+            if nearer.any():
+                deep = int(np.quantile(np.concatenate(ranks), _WANTED, method="higher")) + 1
+                needed[counted] = max(needed[counted], deep)
     few, many = _COUNTS
     return Depth(max(_LEAST, needed[few]), max(_TIMES, needed[many] / many))
 
 
-def _nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> np.ndarray:
-    """Rows int64 (Q, count) of the nearest, best first."""
+def _nearest(vectors: np.ndarray, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores float32 and rows int64 (Q, count) of the nearest, best first."""
     heap = faiss.ResultHeap(len(queries), count, keep_max=True)
     for start in range(0, len(vectors), _PAGE):
         page = np.ascontiguousarray(vectors[start : start + _PAGE], np.float32)
         scores, rows = faiss.knn(queries, page, min(count, len(page)), faiss.METRIC_INNER_PRODUCT)
         heap.add_result(scores, rows + start)
     heap.finalize()
-    found: np.ndarray = heap.I
-    return found
+    return heap.D, heap.I
 
 
 def _ranks(told: np.ndarray, wanted: np.ndarray) -> np.ndarray:
