@@ -64,6 +64,8 @@ class Segment(Numbered):
     codes: faiss.IndexIVFPQFastScan | None = None
     depth: Depth = UNMEASURED
 
+    _refines = True
+
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows, as they are stored."""
         if not len(rows):
@@ -98,28 +100,17 @@ class Segment(Numbered):
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
             wide = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
             return self._walk(self._graph, queries, count, wide)
-        near = self._by_codes(self.codes, queries, count, deep, selector, only_coded=only_coded)
+        ordered = only_coded and self._refines
+        if ordered:
+            told = self._refined.search(queries, count, params=_refine_parameters(deep / count, selector))
+        else:
+            told = self.codes.search(queries, deep, params=_codes_parameters(selector))
+        near = Nearest(*told, estimated=not ordered)
         lost = near.rows[:, -1] < 0  # codes tell a query of zeros nothing
         if lost.any():
             found = self._scan(queries[lost], near.rows.shape[1], live, selector)
             near.scores[lost], near.rows[lost] = found.scores, found.rows
         return near
-
-    def _by_codes(
-        self,
-        codes: faiss.IndexIVFPQFastScan,
-        queries: np.ndarray,
-        count: int,
-        deep: int,
-        selector: faiss.IDSelector | None,
-        *,
-        only_coded: bool,
-    ) -> Nearest:
-        if not only_coded:
-            return Nearest(*codes.search(queries, deep, params=_codes_parameters(selector)), estimated=True)
-        return Nearest(
-            *self._refined.search(queries, count, params=_refine_parameters(deep / count, selector))
-        )
 
     def _scan(
         self, queries: np.ndarray, count: int, live: np.ndarray | None, selector: faiss.IDSelector | None
@@ -137,9 +128,7 @@ class Segment(Numbered):
         made = scanned(numbers, vectors)
         if self.codes is None or len(numbers) < _LEAST_CODED:
             return made
-        if len(self) <= self._few(
-            self.depth.least, only_coded=True
-        ):  # codes tell so little that all are compared
+        if len(self) <= self._few(self.depth.least, only_coded=True):  # they tell too little to be read
             return made
         if _error(self.codes, vectors) > _MOST_ERROR * self._own_error:
             return made
@@ -207,6 +196,7 @@ class MappedSegment(Segment):
     exact: np.ndarray = field(kw_only=True)
 
     storage = "pq"
+    _refines = False  # FAISS has no vectors to order candidates by
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 (M, D) of rows."""
@@ -232,18 +222,6 @@ class MappedSegment(Segment):
         return Nearest(
             *graph.search(queries, min(self.depth.of(count), len(self)), params=parameters), estimated=True
         )
-
-    def _by_codes(
-        self,
-        codes: faiss.IndexIVFPQFastScan,
-        queries: np.ndarray,
-        count: int,
-        deep: int,
-        selector: faiss.IDSelector | None,
-        *,
-        only_coded: bool,  # FAISS has no vectors to compare
-    ) -> Nearest:
-        return super()._by_codes(codes, queries, count, deep, selector, only_coded=False)
 
 
 # To make and drop these takes as long as to compare a hundred vectors, so those of no selection are kept.
