@@ -37,6 +37,7 @@ UNMEASURED = Depth()
 def calibrated(codes: faiss.Index, vectors: np.ndarray) -> Depth:
     """What it takes that of the 100 and of the 400 nearest, on average, .995 are among the candidates.
 
+    All rows, where not so many are among the first sixteen thousand: such codes are not worth their reading.
     Of rows of `vectors`, float (N, D), and of means of three, which lie far from everything, as people's
     interests do. `codes` are those of all rows.
     """
@@ -58,7 +59,7 @@ def calibrated(codes: faiss.Index, vectors: np.ndarray) -> Depth:
             ]
             if nearer.any():
                 deep = int(np.quantile(np.concatenate(ranks), _WANTED, method="higher")) + 1
-                needed[counted] = max(needed[counted], deep)
+                needed[counted] = max(needed[counted], deep if deep <= told.shape[1] else count)
     few, many = _COUNTS
     return Depth(max(_LEAST, needed[few]), max(_TIMES, needed[many] / many))
 

@@ -311,7 +311,7 @@ class SegmentedIndex:
             return self._empty(snapshot.parts)
         numbers, vectors, count = [snapshot.numbers[rows]], [snapshot.fresh[rows]], len(rows)
         first = snapshot.parts[0].segment if snapshot.parts else None
-        most = max(_MERGED_ROWS, len(first or ()) // _MERGED_PART)
+        most = _MERGED_ROWS if first is None else max(_MERGED_ROWS, len(first) // _MERGED_PART)
         left = list(snapshot.parts[: self._settled])
         # With those that have at most twice as many: few are searched, and a row is copied a few times (the
         # log-structured merge tree of O'Neil et al., 1996).

@@ -93,13 +93,13 @@ class Segment(Numbered):
         selector = None
         if live is not None and many < len(self):
             selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))  # type: ignore[call-arg, arg-type]
-        deep = min(self.depth.of(count), many)
-        if self.codes is None or many <= self._few(deep, only_coded=only_coded):
-            return self._scan(queries, count, live, selector)
         width = max(_LEAST_WIDTH, 2 * count) * len(self) // many
         if self._graph is not None and len(self) > _CODES_PER_NODE * width:
             wide = faiss.SearchParametersHNSW(sel=selector, efSearch=width)  # type: ignore[attr-defined]
             return self._walk(self._graph, queries, count, wide)
+        deep = min(self.depth.of(count), many)
+        if self.codes is None or many <= self._few(deep, only_coded=only_coded):
+            return self._scan(queries, count, live, selector)
         ordered = only_coded and self._refines
         if ordered:
             told = self._refined.search(queries, count, params=_refine_parameters(deep / count, selector))
