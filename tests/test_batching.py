@@ -1,6 +1,7 @@
 """The batcher with models that say what they were given, held still while calls gather."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from random import Random
@@ -19,18 +20,21 @@ POISON = -13
 
 
 class Desk:
-    """A batcher of one model whose rows are (name, length); `open` lets the model answer.
+    """A batcher of one model whose rows are (name, length), its threads held; `open` lets them answer.
 
     A vector is twice its row's name, and its length.
     """
 
-    def __init__(self, *, capacity: int = 10_000, overlaps: bool = False) -> None:
+    def __init__(self, *, capacity: int = 10_000, overlaps: bool = False, threads: int = 1) -> None:
         self.batches: list[list[tuple[int, int]]] = []
+        self.prepared: list[int] = []
         self._gate = threading.Event()
-        self._busy = threading.Event()
-        self.batcher = Batcher([Model("text", self._begin, BUDGET, capacity, overlaps=overlaps)])
-        self.plug = self.submit([(-1, 1)], Lane.INTERACTIVE)
-        self._busy.wait(10)
+        self._busy = threading.Semaphore(0)
+        model = Model("text", self._begin, BUDGET, capacity, overlaps=overlaps)
+        self.batcher = Batcher([model], threads, lambda: self.prepared.append(threading.get_ident()))
+        for _ in range(threads):
+            self.plug = self.submit([(-1, 1)], Lane.INTERACTIVE)
+            assert self._busy.acquire(timeout=10)
         self.batches.clear()
 
     def _begin(self, rows: Rows) -> Callable[[], np.ndarray]:
@@ -39,7 +43,7 @@ class Desk:
 
     def _run(self, rows: Rows) -> np.ndarray:
         self.batches.append(list(rows))
-        self._busy.set()
+        self._busy.release()
         self._gate.wait(10)
         if any(name == POISON for name, _ in rows):
             raise ArithmeticError("poison")
@@ -66,12 +70,14 @@ class Desk:
 calls = st.lists(st.lists(st.integers(1, 130), min_size=1, max_size=30), min_size=1, max_size=12)
 
 
-@given(calls=calls, lanes=st.randoms(use_true_random=False), overlaps=st.booleans())
+@given(
+    calls=calls, lanes=st.randoms(use_true_random=False), overlaps=st.booleans(), threads=st.integers(1, 4)
+)
 @settings(deadline=None, max_examples=60)
 def test_every_row_runs_once_and_no_batch_exceeds_budget_or_pads_much(
-    calls: list[list[int]], lanes: Random, overlaps: bool
+    calls: list[list[int]], lanes: Random, overlaps: bool, threads: int
 ) -> None:
-    with Desk(overlaps=overlaps) as desk:
+    with Desk(overlaps=overlaps, threads=threads) as desk:
         futures = [
             desk.submit(
                 [(1000 * n + row, length) for row, length in enumerate(lengths)], lanes.choice(list(Lane))
@@ -86,6 +92,41 @@ def test_every_row_runs_once_and_no_batch_exceeds_budget_or_pads_much(
         padded = max(length for _, length in batch) * len(batch)
         assert len(batch) == 1 or padded <= BUDGET
         assert padded - sum(length for _, length in batch) <= BUDGET // 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads", "sizes"),
+    [(8, 1, [8]), (8, 2, [4, 4]), (12, 3, [4, 4, 4]), (20, 2, [10, 10]), (4, 4, [2, 2])],
+)
+def test_what_waits_is_shared_out_among_idle_threads_down_to_a_quarter_of_a_batch(
+    rows: int, threads: int, sizes: list[int]
+) -> None:
+    together = threading.Barrier(len(sizes))
+    batches = []
+
+    def begin(rows: Rows) -> Callable[[], np.ndarray]:
+        together.wait(10)  # nobody runs two of them
+        batches.append(len(rows))
+        return lambda: np.array(rows, np.float32)[:, None]
+
+    batcher = Batcher([Model("text", begin, BUDGET, BUDGET)], threads)
+    while batcher._idle < threads:
+        time.sleep(0.001)
+    future = batcher.submit("text", range(rows), np.full(rows, BUDGET // 10), Lane.BULK)
+    np.testing.assert_array_equal(future.result(10)[:, 0], range(rows))
+    batcher.close()
+    assert sorted(batches) == sizes
+
+
+def test_each_thread_prepares_itself_and_one_that_fails_leaves_the_others() -> None:
+    with Desk(threads=3) as desk:
+        assert len(set(desk.prepared)) == 3
+        bad, good = desk.submit([(POISON, 100)]), desk.submit([(n, 100) for n in range(9)])
+        desk.open()
+        with pytest.raises(ArithmeticError):
+            bad.result(10)
+        assert len(good.result(10)) == 9
+    assert len(desk.prepared) == 3
 
 
 def test_a_flood_of_small_calls_fills_batches() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from services.embedding import encoders, images
+from services.embedding import devices, encoders, images
 from services.embedding.encoders import ImageEncoder, TextEncoder, _batches, digest
 from services.errors import InvalidArgument
 from tests.models import make_image_encoder, make_text_encoder
@@ -41,6 +41,29 @@ def test_texts_in_batches_equal_each_alone_by_plain_transformers(text_directory:
             mean = model(**batch).last_hidden_state.mean(1)[0].numpy()
         np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), atol=1e-5)
         assert cut == (len(tokenizer(text)["input_ids"]) > 16)
+
+
+def test_batches_side_by_side_compute_on_a_core_each_and_leave_the_caller_its_own() -> None:
+    before, together = torch.get_num_threads(), threading.Barrier(devices.model_threads("cpu"))
+
+    def run(batch: int) -> tuple[int, int]:
+        together.wait(10)
+        return batch, torch.get_num_threads()
+
+    batches = range(2 * together.parties)
+    found = list(devices.side_by_side(run, batches, "cpu"))
+    cores = max(devices._CORES // together.parties, 1)
+    assert found == [(batch, cores) for batch in batches]
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
+
+
+def test_a_batch_that_fails_fails_the_whole_and_leaves_the_caller_its_own() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        list(devices.side_by_side(lambda batch: 1 / batch, [1, 0, 1], "cpu"))
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
 
 
 def test_texts_are_encoded_on_a_gpu_s_way_as_on_a_processor_s(

@@ -62,20 +62,20 @@ ODD = {
 def test_whole_upright_jpegs_are_seen_as_a_processor_sees_them(encoder: ImageEncoder) -> None:
     files = [*PLAIN, ODD["turned"], *PLAIN[::-1]]
     assert encoder._fit_fast is not None
-    found = jpegs.decoded(files, encoder._fit_fast, encoder._device)
+    found = jpegs.decoded(files, encoder._fit_fast, encoder.device)
     assert found[len(PLAIN)] is None
     for data, seen in zip(files, found, strict=True):
         if data != ODD["turned"]:
             assert seen is not None
             expected = encoder.pixels(images.load(data, encoder.side)).astype(float)
-            assert seen.device.type == torch.device(encoder._device).type
+            assert seen.device.type == torch.device(encoder.device).type
             assert np.abs(seen.permute(1, 2, 0).cpu().numpy() - expected).mean() < 2  # of 255 levels
 
 
 @pytest.mark.parametrize("data", ODD.values(), ids=ODD)
 def test_what_is_odd_is_left_to_a_processor(data: bytes, encoder: ImageEncoder) -> None:
     assert encoder._fit_fast is not None
-    found = jpegs.decoded([PLAIN[0], data], encoder._fit_fast, encoder._device)
+    found = jpegs.decoded([PLAIN[0], data], encoder._fit_fast, encoder.device)
     assert found[1] is None
 
 
@@ -95,7 +95,7 @@ def test_a_batch_is_answered_row_by_row_whoever_decodes(
         if isinstance(vector, InvalidArgument):
             assert f"images[{2 * row}]" in str(vector)
     assert not any(isinstance(vector, InvalidArgument) for vector in found[1::2])
-    close = 0.9999 if encoder._device == "cpu" else 0.998
+    close = 0.9999 if encoder.device == "cpu" else 0.998
     for data, vector in zip(files, found, strict=True):
         if not isinstance(vector, InvalidArgument):
             alone = encoder.encode([images.load(data, encoder.side)])[0]
@@ -108,7 +108,7 @@ def test_what_a_gpu_refuses_of_a_batch_is_left_and_the_rest_is_decoded(
     assert encoder._fit_fast is not None
     monkeypatch.setattr(jpegs, "plain_size", lambda data: 1)  # as if nothing were to be seen from outside
     files = [PLAIN[0], ODD["noise"], *PLAIN[1:5], ODD["no picture"]]
-    found = jpegs.decoded(files, encoder._fit_fast, encoder._device)
+    found = jpegs.decoded(files, encoder._fit_fast, encoder.device)
     assert [seen is None for seen in found] == [data in (ODD["noise"], ODD["no picture"]) for data in files]
 
 
@@ -126,6 +126,6 @@ def test_a_batch_that_is_too_large_for_the_memory_is_decoded_in_parts(
         return fitted
 
     files = [file(drawn(60, 50, seed=n)) for n in range(7)]
-    found = jpegs.decoded(files, fit, encoder._device)
+    found = jpegs.decoded(files, fit, encoder.device)
     assert max(sizes) <= 7_000
     assert all(seen is not None for seen in found)

@@ -5,22 +5,24 @@
 
 Texts and photographs are H&M's where they are (VITRINE_HM), else drawn by the demo. Texts are encoded by
 MiniLM, or what --base names, photographs by ViT-B/32 with random weights. Bare means prepared inputs
-through the model alone, at the best of several batch sizes, on all cores or the GPU. DIR holds the
-environments `sentence-transformers` and `infinity`; what is not there is said to be missing. All sides
-compute in the one precision. The service runs in a process of its own, its client here, on the same cores.
+through the model alone, at the best of several batch sizes, on the GPU or on all cores: by a thread for each
+core, or a batch at a time as libraries do. DIR holds the environments `sentence-transformers` and `infinity`,
+which run as they come; what is not there is said to be missing. All sides compute in the one precision. The
+service runs in a process of its own, its client here, on the same cores.
 """
 
 import argparse
 import asyncio
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -43,18 +45,19 @@ from bench.embedding import bare as bare_models
 from bench.runs import ROOT
 from demo.shop import Recipe, write_shop
 from services.catalog import item_text
+from services.embedding.devices import model_threads
 from services.embedding.encoders import ImageSettings, TextSettings, write_settings
 from services.server import CHANNEL_OPTIONS
 from training import text_encoder
 from training.dataset import read_shop
 
 _TOKENS = 96
-_BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096, 8192), "cuda": (8192, 16_384, 32_768, 65_536, 131_072)}
-_BATCHES = {"cpu": (4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512, 1024)}
+_BUDGETS = {"cpu": (256, 512, 1024, 2048, 4096), "cuda": (8192, 16_384, 32_768, 65_536, 131_072)}
+_BATCHES = {"cpu": (2, 4, 8, 16, 32, 64), "cuda": (64, 128, 256, 512, 1024)}
 _ROUNDS = 3
 _WRITTEN = 5_000
 _AT_ONCE = {"cpu": 4, "cuda": 32}
-_ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as `vitrine serve` runs
+_SERVED = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}  # as `vitrine serve` runs; the others run as they come
 _PER_CALL_TEXTS, _PER_CALL_PICTURES = 256, 64
 
 
@@ -114,16 +117,38 @@ def _told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _texts(root: Path, texts: list[str], bare: Callable[[str], float], device: str) -> list[dict[str, Any]]:
-    best = min(_BUDGETS[device], key=lambda budget: bare(f"try tokens {budget}"))
+    best, whole = _ways(bare, "tokens", _BUDGETS[device], device)
     with _served(root, device) as port:
         ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[device])
-        alone, over = (len(texts) / s for s in _in_turns([lambda: bare(f"tokens {best}"), ours]))
+        runs: list[Callable[[], float]] = [partial(bare, best), partial(bare, whole), ours]
+        alone, at_a_time, over = (len(texts) / s for s in _in_turns(runs))
         lone = _lone(port)
     return [
-        {"what": "texts: the bare model", "per_second": alone, "note": f"{best} tokens a batch"},
+        {"what": "texts: the bare model", "per_second": alone, "note": _note(best)},
+        {
+            "what": "texts: the bare model, a batch at a time",
+            "per_second": at_a_time,
+            "to_bare": at_a_time / alone,
+            "note": _note(whole),
+        },
         {"what": "texts: over gRPC", "per_second": over, "to_bare": over / alone},
         {"what": "texts: over gRPC, one after the other", "per_second": 1 / lone},
     ]
+
+
+def _ways(bare: Callable[[str], float], what: str, sizes: Sequence[int], device: str) -> tuple[str, str]:
+    """How the bare model is best, and how it is best a batch at a time: "WHAT SIZE THREADS"."""
+    threads = dict.fromkeys((1, model_threads(device)))
+    ways = [f"{what} {size} {number}" for number in threads for size in sizes]
+    seconds = dict.fromkeys(ways, math.inf)
+    for way in ways * 2:
+        seconds[way] = min(seconds[way], bare(f"try {way}"))
+    return min(ways, key=seconds.__getitem__), min(ways[: len(sizes)], key=seconds.__getitem__)
+
+
+def _note(way: str) -> str:
+    what, size, threads = way.split()
+    return f"{size} {what.replace('pixels', 'pictures')} a batch, {threads} at a time"
 
 
 def _others(
@@ -140,7 +165,7 @@ def _others(
             continue
         command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name, *way]
         command += [f"--model={root / 'text'}", f"--texts={given}", f"--tokens={_TOKENS}"]
-        environment = {k: v for k, v in _ENVIRONMENT.items() if k != "PYTHONPATH"}
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         with _served(root, way[0]) as port:
             ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[way[0]])
             ours()
@@ -165,10 +190,10 @@ def _others(
 def _photographs(
     root: Path, files: list[bytes], bare: Callable[[str], float], device: str
 ) -> list[dict[str, Any]]:
-    best = min(_BATCHES[device], key=lambda batch: bare(f"try pixels {batch}"))
+    best, _ = _ways(bare, "pixels", _BATCHES[device], device)
     with _served(root, device) as port:
         ours = _over(port, _embed_images, files, _PER_CALL_PICTURES, _AT_ONCE[device])
-        asked = (f"pixels {best}", "decode", "loop")
+        asked = (best, "decode", "loop")
         model, decoding, loop, over = _in_turns([*(partial(bare, line) for line in asked), ours])
     loop *= max(len(files) / bare_models.LOOPED, 1)
     on_gpu = device == "cuda"  # which computes while others decode
@@ -177,7 +202,7 @@ def _photographs(
         {
             "what": "photographs: the bare model",
             "per_second": len(files) / model,
-            "note": f"batches of {best}",
+            "note": _note(best),
         },
         {
             "what": "photographs: decoding alone",
@@ -329,7 +354,7 @@ def _served(root: Path, device: str) -> Iterator[int]:
     """The port of a fresh server process over the encoders of `root`."""
     with (
         tempfile.TemporaryDirectory() as state,
-        _process("bench.embedding.server", root, device, f"--state={state}") as process,
+        _process("bench.embedding.server", _SERVED, root, device, f"--state={state}") as process,
     ):
         yield int((process.stdout or io.StringIO()).readline())
 
@@ -337,7 +362,8 @@ def _served(root: Path, device: str) -> Iterator[int]:
 @contextmanager
 def _bare(root: Path, device: str) -> Iterator[Callable[[str], float]]:
     """Seconds of what the models alone are asked to do."""
-    with _process("bench.embedding.bare", root, device, f"--given={root / 'given.npz'}") as process:
+    given = f"--given={root / 'given.npz'}"
+    with _process("bench.embedding.bare", os.environ, root, device, given) as process:
 
         def ask(line: str) -> float:
             if process.stdin is None or process.stdout is None:
@@ -350,12 +376,14 @@ def _bare(root: Path, device: str) -> Iterator[Callable[[str], float]]:
 
 
 @contextmanager
-def _process(module: str, root: Path, device: str, *flags: str) -> Iterator["subprocess.Popen[str]"]:
+def _process(
+    module: str, environment: Mapping[str, str], root: Path, device: str, *flags: str
+) -> Iterator["subprocess.Popen[str]"]:
     command = [sys.executable, "-m", module, f"--text={root / 'text'}", f"--image={root / 'image'}"]
     command += [f"--device={device}", *flags]
     pipe = subprocess.PIPE
     process = subprocess.Popen(  # noqa: S603 - our own
-        command, stdin=pipe, stdout=pipe, text=True, env=_ENVIRONMENT
+        command, stdin=pipe, stdout=pipe, text=True, env=environment
     )
     try:
         yield process

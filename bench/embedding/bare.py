@@ -2,8 +2,10 @@
 
     python -m bench.embedding.bare --text DIR --image DIR --given FILE [--device cuda]
 
-FILE is an npz of texts and files. For each line read, "tokens BUDGET", "pixels BATCH", "decode" or "loop",
-does that once over everything, or over a part for "try tokens BUDGET", and prints the seconds it took.
+FILE is an npz of texts and files. For each line read, "tokens BUDGET THREADS", "pixels BATCH THREADS",
+"decode" or "loop", does that once over everything, or over a part for "try tokens BUDGET THREADS", and
+prints the seconds it took. Each of so many threads takes batches of its own and computes on its share of
+the cores.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import torch
 from PIL import Image
 
 from services.embedding import images
-from services.embedding.devices import Running
+from services.embedding.devices import Running, share_cores
 from services.embedding.encoders import ImageEncoder, TextEncoder
 
 _PLAIN_BATCH, _PIECE = 32, 64
@@ -39,20 +42,31 @@ class Bare:
         self._seen: list[Any] = []
         self.decode()
 
-    def tokens(self, budget: int, part: bool) -> None:
+    def tokens(self, budget: int, threads: int, part: bool) -> None:
         """Texts through BERT, sorted by length, `budget` padded tokens a batch."""
         rows = self._tokens[:: max(1, len(self._tokens) // _TRIED)] if part else self._tokens
-        start, begun = 0, []
+        start, batches = 0, []
         for end in range(1, len(rows) + 1):
             if end == len(rows) or len(rows[end]) * (end + 1 - start) > budget:
-                begun.append(self._text.begin(rows[start:end]))
+                batches.append(rows[start:end])
                 start = end
-        _finish(begun)
+        self._finish(self._text.begin, batches, threads)
 
-    def pixels(self, batch: int, part: bool) -> None:
+    def pixels(self, batch: int, threads: int, part: bool) -> None:
         """Decoded photographs through CLIP."""
         rows = self._seen[: _TRIED // 4] if part else self._seen
-        _finish([self._image.begin(rows[start : start + batch]) for start in range(0, len(rows), batch)])
+        batches = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        self._finish(self._image.begin, batches, threads)
+
+    def _finish(self, begin: Callable[[Any], Running], batches: list[Any], threads: int) -> None:
+        if threads == 1:  # of a GPU, which has all of them at once
+            for wait in [begin(batch) for batch in batches]:
+                wait()
+            return
+        with ThreadPoolExecutor(threads, initializer=partial(share_cores, threads)) as pool:
+            for _ in pool.map(lambda batch: begin(batch)(), batches):
+                pass
+        torch.set_num_threads(torch.get_num_threads())  # of threads to come
 
     def decode(self) -> None:
         """Files into what CLIP reads, a thread for each core, by a GPU where it can."""
@@ -82,11 +96,6 @@ class Bare:
             self._image._model.encode_image(batch, normalize=True).cpu()
 
 
-def _finish(begun: list[Running]) -> None:
-    for wait in begun:
-        wait()
-
-
 def main() -> None:
     """Do what is asked, line by line."""
     parser = argparse.ArgumentParser(
@@ -105,7 +114,7 @@ def main() -> None:
         what, *size = words[words[0] == "try" :]
         run: Callable[..., None] = getattr(bare, what)
         began = time.perf_counter()
-        run(int(size[0]), part) if size else run()
+        run(int(size[0]), int(size[1]), part) if size else run()
         print(time.perf_counter() - began, flush=True)  # noqa: T201 - the answer
 
 

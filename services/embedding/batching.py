@@ -1,7 +1,7 @@
-"""One thread that runs models, fed in batches by bounded queues.
+"""Threads that run models, fed in batches by bounded queues.
 
-Rows of many calls share a batch, rows of like length first. The thread takes what waits as soon as it
-is free: a lone call is not delayed, and while one batch runs the next one fills. Small calls overtake
+Rows of many calls share a batch, rows of like length first. A thread takes what waits as soon as it
+is free: a lone call is not delayed, and while batches run the next one fills. Small calls overtake
 large ones. A call that was cancelled or whose deadline passed is dropped before it costs a batch.
 Knows nothing of what rows and models are.
 """
@@ -24,6 +24,7 @@ from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable, Vi
 Rows = Sequence[Any]
 _OVERTAKES = 8
 _PADDING = 8
+_SHARES = 4  # a batch is shared out among idle threads, but no further: small ones take more for each row
 
 
 class Lane(IntEnum):
@@ -61,8 +62,9 @@ class _Call:
         self.taken = bytearray(len(rows))
         self.longest_first = np.argsort(-lengths, kind="stable").tolist()
         self.next = 0
-        self.left = len(rows)
-        self.out: np.ndarray | None = None
+        self._left = len(rows)
+        self._out: np.ndarray | None = None
+        self._putting = threading.Lock()
 
     def alive(self, now: float) -> bool:
         """Whether someone still waits for it."""
@@ -78,13 +80,15 @@ class _Call:
 
     def put(self, rows: Sequence[int], vectors: np.ndarray) -> None:
         """Keep some rows' vectors; the last ones complete the call."""
-        if self.out is None:
-            self.out = np.empty((len(self.rows), vectors.shape[1]), np.float32)
-        self.out[rows] = vectors
-        self.left -= len(rows)
-        if not self.left:
+        with self._putting:
+            if self._out is None:
+                self._out = np.empty((len(self.rows), vectors.shape[1]), np.float32)
+            self._out[rows] = vectors
+            self._left -= len(rows)
+            done = not self._left
+        if done:
             with contextlib.suppress(InvalidStateError):  # cancelled meanwhile
-                self.future.set_result(self.out)
+                self.future.set_result(self._out)
 
     def fail(self, error: BaseException) -> None:
         with contextlib.suppress(InvalidStateError):
@@ -115,25 +119,26 @@ class _Queue:
         self.waiting += cost
         self.count += len(call.rows)
 
-    def take(self, now: float) -> Batch:
+    def take(self, now: float, idle: int) -> Batch:
         """The next batch, empty when nobody waits: the oldest call's longest row, then shorter ones.
 
         Shorter rows join while padding them stays below a share of the budget. Where all
-        that waits fits that way, all of it is taken.
+        that waits fits that way, all of it is taken; where `idle` threads could, a part each.
         """
         anchor = self._oldest(now)
         if anchor is None:
             return []
         lengths = sorted(self._by_length)
-        longest, budget = lengths[-1], self.model.budget
+        longest, whole = lengths[-1], self.model.budget
+        budget = min(whole, max(whole // _SHARES, -(-self.waiting // idle)))
         padded = longest * self.count
         if padded <= budget and padded - self.waiting <= budget // _PADDING:
-            return self._fill([], lengths[::-1], longest, now)
+            return self._fill([], lengths[::-1], longest, budget, now)
         call, row = anchor
         length = int(call.lengths[row])
         batch = [(call, row)]
         self._remove(call, row, length)
-        return self._fill(batch, lengths[: bisect.bisect_right(lengths, length)][::-1], length, now)
+        return self._fill(batch, lengths[: bisect.bisect_right(lengths, length)][::-1], length, budget, now)
 
     def refuse(self, error: VitrineError) -> None:
         """End the calls that wait."""
@@ -152,17 +157,17 @@ class _Queue:
             self.waiting = self.count = 0
         return None
 
-    def _fill(self, batch: Batch, lengths: Sequence[int], padded: int, now: float) -> Batch:
+    def _fill(self, batch: Batch, lengths: Sequence[int], padded: int, budget: int, now: float) -> Batch:
         padding, living = 0, dict[_Call, bool]()
         for length in lengths:
             rows = self._by_length[length]
-            while rows and padded * (len(batch) + 1) <= self.model.budget:
+            while rows and padded * (len(batch) + 1) <= budget:
                 call, row = rows[0]
                 if call not in living:
                     living[call] = call.alive(now)
                 if not call.taken[row] and living[call]:
                     padding += padded - length
-                    if padding > self.model.budget // _PADDING:
+                    if padding > budget // _PADDING:
                         return batch
                     batch.append((call, row))
                 rows.popleft()
@@ -179,9 +184,11 @@ class _Queue:
 
 
 class Batcher:
-    """A thread that runs `models`; the only one that does."""
+    """So many threads that run `models`, each of which has called `prepare` first; no others do."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(
+        self, models: Sequence[Model], threads: int = 1, prepare: Callable[[], None] | None = None
+    ) -> None:
         self._queues: dict[tuple[str, Lane], _Queue] = {}
         self._changed = threading.Condition()
         self._closed = False
@@ -191,8 +198,11 @@ class Batcher:
         """How many rows models of each kind have run, those that are gone included."""
         self.add(models)
         self._passed_over = dict.fromkeys(Lane, 0)
-        self._thread = threading.Thread(target=self._work, name="encoder", daemon=True)
-        self._thread.start()
+        self._idle = 0
+        names = (f"encoder-{number}" for number in range(threads))
+        self._threads = [threading.Thread(None, self._work, name, (prepare,), daemon=True) for name in names]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, models: Sequence[Model]) -> None:
         """Run these as well; each by a name of its own."""
@@ -246,17 +256,24 @@ class Batcher:
         """Run what was accepted, then stop."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join()
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
 
-    def _work(self) -> None:
+    def _work(self, prepare: Callable[[], None] | None) -> None:
+        if prepare is not None:
+            prepare()
         running: _Started | None = None
         while True:
             with self._changed:
                 while not (taken := self._next()) and running is None:
                     if self._closed:
                         return
+                    self._idle += 1
                     self._changed.wait()
+                    self._idle -= 1
+                if taken and self._idle:  # another may take what is left
+                    self._changed.notify()
             begun = self._begin(*taken) if taken else None
             if running is not None:
                 self._finish(*running)
@@ -271,7 +288,7 @@ class Batcher:
         waiting = [lane for lane in Lane if any(self._queues[key].count for key in self._keys(lane))]
         for lane in sorted(waiting, key=lambda lane: (self._passed_over[lane] < _OVERTAKES, lane)):
             for key in self._keys(lane):
-                if batch := self._queues[key].take(now):
+                if batch := self._queues[key].take(now, self._idle + 1):
                     for other in waiting:
                         self._passed_over[other] += 1
                     self._passed_over[lane] = 0

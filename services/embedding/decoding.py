@@ -12,6 +12,7 @@ import torch
 
 from services.embedding import images
 from services.embedding.batching import Lane
+from services.embedding.devices import share_cores
 from services.embedding.encoders import ImageEncoder
 from services.embedding.pools import run_in
 from services.errors import InvalidArgument
@@ -27,7 +28,8 @@ class Decoding:
     def __init__(self, encoder: ImageEncoder, budget: images.PixelBudget) -> None:
         self.encoder, self._budget = encoder, budget
         self._threads = os.cpu_count() or 1
-        self._pools = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}") for lane in Lane}
+        alone = partial(share_cores, self._threads)
+        self._pools = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}", alone) for lane in Lane}
 
     def close(self) -> None:
         """Finish what was begun."""

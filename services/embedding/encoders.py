@@ -24,7 +24,7 @@ from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor, v2  # 
 from transformers import AutoModel, AutoTokenizer
 
 from services.embedding import jpegs
-from services.embedding.devices import Running, brought, is_gpu, room, sent
+from services.embedding.devices import Running, brought, is_gpu, room, sent, side_by_side
 
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
@@ -32,9 +32,9 @@ S = TypeVar("S", "TextSettings", "ImageSettings")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-# Small enough for a CPU's caches, which large batches leave; large enough to fill a GPU.
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
-_BATCH_PICTURES = {"cpu": 16, "cuda": 256}
+# For a core's caches, which large batches leave; large enough to fill a GPU.
+_BATCH_TOKENS = {"cpu": 512, "cuda": 65_536}
+_BATCH_PICTURES = {"cpu": 8, "cuda": 256}
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ def digest(directory: Path) -> str:
 class TextEncoder:
     """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019).
 
-    `tokenise` may be called by any thread, `run` by one. A batch is best at `budget` padded tokens.
+    Any thread may call it; on a GPU `run` and `begin` are for one. A batch is best at `budget` padded tokens.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
         self.settings = _read_settings(directory, TextSettings)
         self.digest = digest(directory)
         self.budget = budget or _BATCH_TOKENS[torch.device(device).type]
-        self._device = device
+        self.device = device
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self._pad = int(tokenizer.pad_token_id)
         # transformers' own calls change the tokenizer's settings back and forth: no two threads could.
@@ -134,14 +134,16 @@ class TextEncoder:
     @property
     def overlaps(self) -> bool:
         """Whether `begin` returns before the vectors are there."""
-        return is_gpu(self._device)
+        return is_gpu(self.device)
 
     def encode(self, texts: Sequence[str]) -> EncodedTexts:
         """Vectors of `texts`, in their order."""
         tokens = self.tokenise(texts)
         vectors = np.empty((len(texts), self.dimension), np.float32)
-        for batch in _batches(np.array([len(ids) for ids in tokens.ids], np.int64), self.budget):
-            vectors[batch] = self.run([tokens.ids[row] for row in batch])
+        batches = _batches(np.array([len(ids) for ids in tokens.ids], np.int64), self.budget)
+        given = ([tokens.ids[row] for row in batch] for batch in batches)
+        for batch, found in zip(batches, side_by_side(self.run, given, self.device), strict=True):
+            vectors[batch] = found
         return EncodedTexts(vectors, tokens.truncated)
 
     def tokenise(self, texts: Sequence[str]) -> Tokens:
@@ -166,7 +168,7 @@ class TextEncoder:
         padded = np.full((len(ids), lengths.max()), self._pad, np.int64)
         real = np.arange(padded.shape[1]) < lengths[:, None]
         padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
-        mask, tokens = sent(real.astype(np.int64), self._device), sent(padded, self._device)
+        mask, tokens = sent(real.astype(np.int64), self.device), sent(padded, self.device)
         seen: torch.Tensor | None = mask
         if self.overlaps:
             # Of a mask of two dimensions transformers asks the GPU whether all is real, and waits for it.
@@ -180,15 +182,15 @@ class ImageEncoder:
     """An open_clip model: pictures and texts in one space, scaled to unit length (CLIP, 2021).
 
     `preprocess` makes a picture what the model reads; `side` is the side it looks at, in pixels.
-    `pixels` and `tokenise` may be called by any thread, the others by one; a batch is best at
-    `budget` pictures.
+    Any thread may call it; on a GPU only `pixels` and `tokenise`, the others are for one.
+    A batch is best at `budget` pictures.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
         self.settings = _read_settings(directory, ImageSettings)
         self.digest = digest(directory)
         self.budget = budget or _BATCH_PICTURES[torch.device(device).type]
-        self._device = device
+        self.device = device
         name = f"local-dir:{directory}"
         self._model, _, self.preprocess = open_clip.create_model_and_transforms(
             name, device=device, precision=self.settings.precision
@@ -209,14 +211,14 @@ class ImageEncoder:
     @property
     def overlaps(self) -> bool:
         """Whether `begin` returns before the vectors are there."""
-        return is_gpu(self._device)
+        return is_gpu(self.device)
 
     def encode(self, pictures: Sequence[Image.Image]) -> np.ndarray:
         """Vectors float32 (B, D) of RGB pictures, in their order."""
-        vectors = [np.empty((0, self.dimension), np.float32)]
-        for start in range(0, len(pictures), self.budget):
-            vectors.append(self.run([self.pixels(p) for p in pictures[start : start + self.budget]]))
-        return np.concatenate(vectors)
+        starts = range(0, len(pictures), self.budget)
+        given = (pictures[start : start + self.budget] for start in starts)
+        found = side_by_side(lambda batch: self.run([self.pixels(p) for p in batch]), given, self.device)
+        return np.concatenate([np.empty((0, self.dimension), np.float32), *found])
 
     def pixels(self, picture: Image.Image) -> np.ndarray:
         """What `run` reads of an RGB picture: uint8 (S, S, 3)."""
@@ -230,7 +232,7 @@ class ImageEncoder:
         if self._fit_fast is None or not self.overlaps:
             return [None] * len(files)
         with torch.inference_mode():
-            return jpegs.decoded(files, self._fit_fast, self._device)
+            return jpegs.decoded(files, self._fit_fast, self.device)
 
     def run(self, pixels: Sequence[np.ndarray | torch.Tensor]) -> np.ndarray:
         """Vectors float32 (B, D) of one batch."""
@@ -240,11 +242,11 @@ class ImageEncoder:
     def begin(self, pixels: Sequence[np.ndarray | torch.Tensor]) -> Running:
         """The same under way."""
         here = [seen for seen in pixels if isinstance(seen, np.ndarray)]
-        raw = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8, device=self._device)
+        raw = torch.empty(0, 3, self.side, self.side, dtype=torch.uint8, device=self.device)
         if here:
-            stacked = room((len(here), *here[0].shape), torch.uint8, self._device)
+            stacked = room((len(here), *here[0].shape), torch.uint8, self.device)
             np.stack(here, out=stacked.numpy())
-            raw = stacked.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+            raw = stacked.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         if len(here) < len(pixels):
             sent_rows = iter(raw)
             raw = torch.stack(
@@ -266,7 +268,7 @@ class ImageEncoder:
     @torch.inference_mode()
     def begin_texts(self, tokens: Sequence[np.ndarray]) -> Running:
         """Vectors float32 (B, D) of one batch of texts, under way."""
-        return _unit(self._model.encode_text(sent(np.stack(tokens), self._device)), self._head)
+        return _unit(self._model.encode_text(sent(np.stack(tokens), self.device)), self._head)
 
 
 def _by_torch(steps: Sequence[Any]) -> v2.Compose | None:

@@ -1,6 +1,6 @@
 """Texts and photographs into vectors beside each other: prepared in threads, run in shared batches.
 
-Tokenising and decoding have threads of their own; the models have one, behind the batcher. Large calls are
+Tokenising and decoding have threads of their own; the models have theirs, behind the batcher. Large calls are
 cut into pieces, of which a few are in memory at a time. Knows nothing of items or storage.
 """
 
@@ -19,6 +19,7 @@ from services import deadline
 from services.embedding import images
 from services.embedding.batching import Batcher, Lane, Model, Rows
 from services.embedding.decoding import Decoding
+from services.embedding.devices import model_threads, share_cores
 from services.embedding.encoders import EncodedTexts, ImageEncoder, TextEncoder
 from services.embedding.pools import run_in
 from services.errors import FailedPrecondition, InvalidArgument
@@ -38,7 +39,7 @@ _NUMBERS = itertools.count()
 class Encoding:
     """The encoders of a bundle at work; a shop without photographs has no image encoder.
 
-    Encoders of another bundle work `beside` these on the same thread, within the same limits.
+    Encoders of another bundle work `beside` these on the same threads, within the same limits.
     A call of up to 32 rows overtakes larger ones, unless `lane` says otherwise.
     """
 
@@ -63,7 +64,9 @@ class Encoding:
         self.dimensions = {space: encoder.dimension for space, encoder in encoders.items()}
         self._models = [model.name for model in models]
         if beside is None:
-            self._batcher, self._budget = Batcher(models), images.PixelBudget()
+            threads = model_threads(text.device)
+            self._batcher = Batcher(models, threads, partial(share_cores, threads))
+            self._budget = images.PixelBudget()
         else:
             self._batcher, self._budget = beside._batcher, beside._budget
             self._batcher.add(models)
@@ -113,7 +116,7 @@ class Encoding:
             self._batcher.remove(self._models)
 
     def pass_on(self, heir: "Encoding") -> None:
-        """Leave the thread to encoders that were made beside these; `close` then ends these alone."""
+        """Leave the threads to encoders that were made beside these; `close` then ends these alone."""
         self._owner, heir._owner = False, True
 
     async def texts(self, texts: Sequence[str], lane: Lane | None = None) -> EncodedTexts:
