@@ -134,7 +134,7 @@ class Generation:
         return items, self.ranking.state.sequence if self.ranking is not None else 0
 
     def succeed(self, other: "Generation") -> None:
-        """Take over the thread of the encoders."""
+        """Take over the threads of the encoders."""
         other.catalogue.encoding.pass_on(self.catalogue.encoding)
         if self.catalogue.encoding.close not in self._closing:
             self._closing.append(self.catalogue.encoding.close)

@@ -1,10 +1,13 @@
 """Encoders against the plain one-by-one forward, and image files of every kind."""
 
+import asyncio
 import io
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,7 +18,9 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from services.embedding import devices, encoders, images
+from services.embedding.devices import Running
 from services.embedding.encoders import ImageEncoder, TextEncoder, _batches, digest
+from services.embedding.encoding import Encoding
 from services.errors import InvalidArgument
 from tests.models import make_image_encoder, make_text_encoder
 
@@ -43,27 +48,72 @@ def test_texts_in_batches_equal_each_alone_by_plain_transformers(text_directory:
         assert cut == (len(tokenizer(text)["input_ids"]) > 16)
 
 
-def test_batches_side_by_side_compute_on_a_core_each_and_leave_the_caller_its_own() -> None:
-    before, together = torch.get_num_threads(), threading.Barrier(devices.model_threads("cpu"))
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """As if torch had found six cores in a caller that uses five."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(devices, "_CORES", 6)
+    torch.set_num_threads(5)
+    yield 5
+    torch.set_num_threads(before)
+
+
+def test_batches_side_by_side_compute_on_a_core_each_and_leave_the_caller_its_own(cores: int) -> None:
+    together = threading.Barrier(6)
 
     def run(batch: int) -> tuple[int, int]:
         together.wait(10)
         return batch, torch.get_num_threads()
 
-    batches = range(2 * together.parties)
-    found = list(devices.side_by_side(run, batches, "cpu"))
-    cores = max(devices._CORES // together.parties, 1)
-    assert found == [(batch, cores) for batch in batches]
+    found = list(devices.side_by_side(run, range(12), "cpu"))
+    assert found == [(batch, 1) for batch in range(12)]
     with ThreadPoolExecutor(1) as pool:
-        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == cores
 
 
-def test_a_batch_that_fails_fails_the_whole_and_leaves_the_caller_its_own() -> None:
-    before = torch.get_num_threads()
+def test_a_thread_keeps_its_share_whatever_another_sets_before_it_computes(cores: int) -> None:
+    with ThreadPoolExecutor(1, initializer=devices.share_cores, initargs=(2,)) as pool:
+        pool.submit(int).result()
+        torch.set_num_threads(cores)
+        assert pool.submit(torch.get_num_threads).result() == 3
+
+
+@pytest.mark.parametrize("count", range(1, 130))
+def test_threads_take_nearly_all_cores(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_CORES", count)
+    threads = devices.model_threads("cpu")
+    assert 1 <= threads <= 16
+    assert 0.8 * count < threads * (count // threads) <= count
+    assert devices.model_threads("cuda") == 1
+
+
+@pytest.mark.usefixtures("cores")
+def test_an_encoding_runs_a_batch_on_each_core(text_directory: Path) -> None:
+    together = threading.Barrier(6)
+    encoder = TextEncoder(text_directory, budget=1)  # a text a batch
+    begin = encoder.begin
+
+    def held(ids: Sequence[list[int]]) -> Running:
+        together.wait(10)
+        assert torch.get_num_threads() == 1
+        return begin(ids)
+
+    texts = [f"scarf {n}" for n in range(6)]
+    expected = encoder.encode(texts).vectors
+    with patch.object(encoder, "begin", held):
+        encoding = Encoding(encoder, None)
+        try:
+            vectors = asyncio.run(encoding.texts(texts)).vectors
+        finally:
+            encoding.close()
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_a_batch_that_fails_fails_the_whole_and_leaves_the_caller_its_own(cores: int) -> None:
     with pytest.raises(ZeroDivisionError):
         list(devices.side_by_side(lambda batch: 1 / batch, [1, 0, 1], "cpu"))
     with ThreadPoolExecutor(1) as pool:
-        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == before
+        assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == cores
 
 
 def test_texts_are_encoded_on_a_gpu_s_way_as_on_a_processor_s(
@@ -128,7 +178,11 @@ def test_pictures_in_batches_equal_each_alone(image_encoder: ImageEncoder) -> No
     alone = np.concatenate([image_encoder.encode([p]) for p in pictures])
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
-    assert image_encoder.encode_texts(["red", ""]).shape == (2, image_encoder.dimension)
+    words = ["red", "", "wool", "silk scarf", "blue"]
+    captions = image_encoder.encode_texts(words)
+    np.testing.assert_allclose(
+        captions, np.concatenate([image_encoder.encode_texts([word]) for word in words]), atol=1e-5
+    )
 
 
 def _file(picture: Image.Image, form: str, **options: object) -> bytes:

@@ -74,7 +74,8 @@ class Bare:
         for start in range(0, len(self._files), _PIECE):
             seen += encoder.pixels_there(self._files[start : start + _PIECE])
         left = [row for row, pixels in enumerate(seen) if pixels is None]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads, initializer=partial(share_cores, threads)) as pool:
             files = [self._files[row] for row in left]
             loaded = pool.map(lambda data: encoder.pixels(images.load(data, encoder.side)), files)
             for row, pixels in zip(left, loaded, strict=True):

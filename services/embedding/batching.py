@@ -24,7 +24,7 @@ from services.errors import DeadlineExceeded, ResourceExhausted, Unavailable, Vi
 Rows = Sequence[Any]
 _OVERTAKES = 8
 _PADDING = 8
-_SHARES = 4  # a batch is shared out among idle threads, but no further: small ones take more for each row
+_SHARES = 4  # idle threads get no less than a quarter of a batch each: a small one costs more a row
 
 
 class Lane(IntEnum):
@@ -119,18 +119,18 @@ class _Queue:
         self.waiting += cost
         self.count += len(call.rows)
 
-    def take(self, now: float, idle: int) -> Batch:
+    def take(self, now: float, takers: int) -> Batch:
         """The next batch, empty when nobody waits: the oldest call's longest row, then shorter ones.
 
         Shorter rows join while padding them stays below a share of the budget. Where all
-        that waits fits that way, all of it is taken; where `idle` threads could, a part each.
+        that waits fits that way, all of it is taken; by so many `takers` a part each.
         """
         anchor = self._oldest(now)
         if anchor is None:
             return []
         lengths = sorted(self._by_length)
         longest, whole = lengths[-1], self.model.budget
-        budget = min(whole, max(whole // _SHARES, -(-self.waiting // idle)))
+        budget = min(whole, max(whole // _SHARES, -(-self.waiting // takers)))
         padded = longest * self.count
         if padded <= budget and padded - self.waiting <= budget // _PADDING:
             return self._fill([], lengths[::-1], longest, budget, now)
@@ -184,7 +184,7 @@ class _Queue:
 
 
 class Batcher:
-    """So many threads that run `models`, each of which has called `prepare` first; no others do."""
+    """So many threads that run `models`, nobody else does; each calls `prepare` before its first batch."""
 
     def __init__(
         self, models: Sequence[Model], threads: int = 1, prepare: Callable[[], None] | None = None
@@ -272,8 +272,8 @@ class Batcher:
                     self._idle += 1
                     self._changed.wait()
                     self._idle -= 1
-                if taken and self._idle:  # another may take what is left
-                    self._changed.notify()
+                if self._idle and any(queue.count for queue in self._queues.values()):
+                    self._changed.notify()  # another takes what is left
             begun = self._begin(*taken) if taken else None
             if running is not None:
                 self._finish(*running)

@@ -28,8 +28,8 @@ class Decoding:
     def __init__(self, encoder: ImageEncoder, budget: images.PixelBudget) -> None:
         self.encoder, self._budget = encoder, budget
         self._threads = os.cpu_count() or 1
-        alone = partial(share_cores, self._threads)
-        self._pools = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}", alone) for lane in Lane}
+        share = partial(share_cores, self._threads)
+        self._pools = {lane: ThreadPoolExecutor(self._threads, f"decode-{lane.name}", share) for lane in Lane}
 
     def close(self) -> None:
         """Finish what was begun."""

@@ -14,7 +14,7 @@ Running = Callable[[], np.ndarray]
 """Waits for numbers that are being computed: on a GPU the next batch may begin meanwhile."""
 
 _CORES = torch.get_num_threads()
-"""As many as OMP_NUM_THREADS says, or the machine has."""
+"""As many as torch found: OMP_NUM_THREADS, or the cores that this process may use."""
 _MOST_THREADS = 16  # which share Python's lock: 5 of the 90 ms that 250 tokens take MiniLM on a core
 
 
@@ -23,19 +23,23 @@ def model_threads(device: torch.device | str) -> int:
 
     A GPU has one. Of a processor each has a core, and waits for no other at every product of matrices.
     """
-    return 1 if is_gpu(device) else min(_CORES, _MOST_THREADS)
+    return 1 if is_gpu(device) else _CORES // -(-_CORES // _MOST_THREADS)
 
 
 def share_cores(threads: int) -> None:
     """Called by each of so many threads: it computes on its share of the cores.
 
-    So do threads that torch first sees later, until one calls `torch.set_num_threads`.
+    So do threads that torch first sees later, until one calls `torch.set_num_threads`; others keep theirs.
     """
+    torch.get_num_threads()  # else torch sees the thread later, and gives it what was last set by any
     torch.set_num_threads(max(_CORES // threads, 1))
 
 
 def side_by_side(run: Callable[[T], V], batches: Iterable[T], device: torch.device | str) -> Iterator[V]:
-    """What `run` gives of each batch, in their order, by as many threads as the device's models have."""
+    """What `run` gives of each batch, in their order, by as many threads as the device's models have.
+
+    One caller at a time: else one may take the other's share for its own.
+    """
     threads = model_threads(device)
     if threads == 1:
         yield from map(run, batches)

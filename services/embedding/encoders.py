@@ -111,7 +111,8 @@ def digest(directory: Path) -> str:
 class TextEncoder:
     """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019).
 
-    Any thread may call it; on a GPU `run` and `begin` are for one. A batch is best at `budget` padded tokens.
+    Any thread may call it, but `encode` one at a time, as on a GPU `run` and `begin`. A batch is best at
+    `budget` padded tokens.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
@@ -182,8 +183,8 @@ class ImageEncoder:
     """An open_clip model: pictures and texts in one space, scaled to unit length (CLIP, 2021).
 
     `preprocess` makes a picture what the model reads; `side` is the side it looks at, in pixels.
-    Any thread may call it; on a GPU only `pixels` and `tokenise`, the others are for one.
-    A batch is best at `budget` pictures.
+    Any thread may call it, but `encode` and `encode_texts` one at a time, as on a GPU all but `pixels` and
+    `tokenise`. A batch is best at `budget` pictures.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
@@ -257,9 +258,11 @@ class ImageEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors float32 (B, D) of texts in the space of pictures; the model reads its context length."""
-        return (
-            self.begin_texts(self.tokenise(texts))() if texts else np.empty((0, self.dimension), np.float32)
-        )
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        given = (texts[start : start + self.budget] for start in range(0, len(texts), self.budget))
+        found = side_by_side(lambda batch: self.begin_texts(self.tokenise(batch))(), given, self.device)
+        return np.concatenate(list(found))
 
     def tokenise(self, texts: Sequence[str]) -> list[np.ndarray]:
         """What `begin_texts` reads of each text: int64 (context length,)."""
