@@ -4,8 +4,8 @@
 
 FILE is an npz of texts and files. For each line read, "tokens BUDGET THREADS", "pixels BATCH THREADS",
 "decode" or "loop", does that once over everything, or over a part for "try tokens BUDGET THREADS", and
-prints the seconds it took. Each of so many threads takes batches of its own and computes on its share of
-the cores.
+prints the seconds it took. One of THREADS runs a batch at a time on all cores; else, as in the service, as
+many as the device's models have each run batches of their own.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from services.embedding import images
-from services.embedding.devices import Running, share_cores
+from services.embedding.devices import Running, share_cores, side_by_side
 from services.embedding.encoders import ImageEncoder, TextEncoder
 
 _PLAIN_BATCH, _PIECE = 32, 64
@@ -59,14 +59,12 @@ class Bare:
         self._finish(self._image.begin, batches, threads)
 
     def _finish(self, begin: Callable[[Any], Running], batches: list[Any], threads: int) -> None:
-        if threads == 1:  # of a GPU, which has all of them at once
+        if threads == 1:  # and of a GPU, which has all batches at once
             for wait in [begin(batch) for batch in batches]:
                 wait()
             return
-        with ThreadPoolExecutor(threads, initializer=partial(share_cores, threads)) as pool:
-            for _ in pool.map(lambda batch: begin(batch)(), batches):
-                pass
-        torch.set_num_threads(torch.get_num_threads())  # of threads to come
+        for _ in side_by_side(lambda batch: begin(batch)(), batches, self._device):
+            pass
 
     def decode(self) -> None:
         """Files into what CLIP reads, a thread for each core, by a GPU where it can."""
