@@ -23,7 +23,8 @@ from services.settings import Settings
 
 if TYPE_CHECKING:
     from services.embedding.encoding import Encoding
-    from services.embedding.items import Block, ItemStore
+    from services.embedding.item_writes import Block
+    from services.embedding.items import ItemStore
     from services.gateway.served_log import ServedLog
     from services.gateway.servicer import GatewayServicer
     from services.ranking.behaviour import BehaviourStore
@@ -268,7 +269,7 @@ def encoders_of(bundle: Bundle, device: str) -> tuple[Any, Any]:
 
 def blocks_of(brought: Catalogue, digests: dict[str, str]) -> "list[Block]":
     """The vectors that a bundle brings, as encoders of these digests made them."""
-    from services.embedding.items import Block
+    from services.embedding.item_writes import Block
 
     return [
         Block(space, digests.get(space, ""), values, brought.present[space])

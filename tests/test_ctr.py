@@ -23,13 +23,10 @@ from training.reranker import fit_reranker
 from training.rows import Rows
 from training.shop_settings import RankingTraining, ShopSettings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("popular_7d", "price", "noise", "age_days")
 ITEMS, TEXT, IMAGE = 300, 6, 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def unit(values: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from services.catalog import Item
 from services.embedding import segmented
 from services.embedding.catalogue import Catalogue
-from services.embedding.items import Block
+from services.embedding.item_writes import Block
 from services.embedding.segmented import SegmentedIndex
 from services.embedding.servicer import _block
 from services.follower import Follower

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,8 @@ from training import pixels
 from training.image_encoder import encode_photographs, same_text, symmetric_loss, train_image_encoder, vary
 from training.photographs import Photographs
 from training.shop_settings import ImageTraining
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COLOURS = {
     "red": (220, 30, 30),
@@ -57,15 +58,6 @@ def _found(encoder: ImageEncoder, photographs: Photographs, ids: list[str]) -> f
     return float(
         np.mean([ids[n].startswith(c) for c, row in zip(COLOURS, nearest, strict=True) for n in row])
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Batches this small gain nothing from threads, and lose much where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from services import catalog
 from services.catalog import Attribute, Item, item_number
 from services.embedding.contents import Vector, photograph_hash
-from services.embedding.items import Block, Conflict, ItemStore, Outcome, State, hashes_of
+from services.embedding.item_rows import State, hashes_of
+from services.embedding.item_writes import Block, Conflict, Outcome
+from services.embedding.items import ItemStore
 from services.errors import AlreadyExists, InvalidArgument, NotFound, OutOfRange
 from tests.conftest import Clock
 
@@ -177,7 +179,7 @@ def test_a_position_older_than_the_kept_tombstones_is_out_of_range(items: ItemSt
 
 
 def test_a_colliding_number_is_refused(items: ItemStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.embedding.items.item_number", lambda _: 7)
+    monkeypatch.setattr("services.embedding.item_writes.item_number", lambda _: 7)
     items.write(SCARF).result()
     with pytest.raises(AlreadyExists, match="choose another id"):
         items.write(replace(SCARF, id="other")).result()

@@ -13,13 +13,10 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from training.contrastive import apply_head, fit_head, pair_loss
 from training.pairs import Pairs, make_pairs, pair_recall
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 9
 ROWS = st.lists(st.tuples(st.integers(-1, COUNT - 1), st.integers(-5, 5)), max_size=40)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def pairs_of(rows: list[tuple[int, int]]) -> Pairs:

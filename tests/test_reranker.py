@@ -33,13 +33,10 @@ from training.choice import fit_choice
 from training.lists import Lists
 from training.reranker import _late, fit_reranker
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TWO = ("fame", "taste")
 TEXT, IMAGE = 6, 8
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def choices(seed: int, weight: Sequence[float], count: int = 2000) -> Lists:

@@ -26,6 +26,8 @@ from services.cli import main
 from tests.models import make_image_encoder, make_text_encoder
 from training.stages import Stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNTIL = "2026-01-07"
 WORLDS = ("garden", "kitchen")
 PICTURED = 8
@@ -106,11 +108,6 @@ def version(out: Path) -> list[str]:
 
 def finished(out: Path) -> set[str]:
     return {path.name for path in (out / ".stages").iterdir() if path.is_dir() and path.suffix != ".part"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,14 @@ from training.pairs import Pairs, make_pairs
 from training.shop_settings import TextTraining
 from training.text_encoder import fine_tune, save_frozen
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = TextSettings(max_tokens=16)
 WORDS = ("ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew")
 TEXTS = [f"{word} {kind}" for word in WORDS for kind in ("lamp 1", "rug 22", "vase 333")]
 NONE = make_pairs(np.empty(0, np.int64), np.empty(0, np.int64), len(TEXTS))
 LOWER = ("embeddings.", "encoder.layer.0.")
 Weights = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,8 @@ from services.catalog import Item, item_number, item_text
 from services.embedding.batching import Lane
 from services.embedding.contents import Vector
 from services.embedding.encoding import Encoding
-from services.embedding.items import Conflict, Outcome, Record, State, Written, hashes_of
+from services.embedding.item_rows import Record, State, hashes_of
+from services.embedding.item_writes import Conflict, Outcome, Written
 from services.embedding.view import CatalogueView
 from services.errors import InvalidArgument, NotFound, Unavailable, VitrineError
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from services.embedding.catalogue import Catalogue
 from services.embedding.fetching import Fetcher, FetchFailed
-from services.embedding.items import Record
+from services.embedding.item_rows import Record
 from services.errors import VitrineError
 
 _AT_ONCE = 32

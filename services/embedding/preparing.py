@@ -15,7 +15,8 @@ import numpy as np
 from services.catalog import Item, item_text
 from services.embedding.batching import Lane
 from services.embedding.encoding import Encoding
-from services.embedding.items import Block, hashes_of
+from services.embedding.item_rows import hashes_of
+from services.embedding.item_writes import Block
 from services.embedding.view import CatalogueView
 from services.errors import InvalidArgument
 

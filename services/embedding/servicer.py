@@ -16,7 +16,8 @@ from services import status, wire
 from services.catalog import identifier_problem
 from services.embedding.catalogue import Catalogue, Upserted, numbers_of
 from services.embedding.index import Neighbours, centre
-from services.embedding.items import Outcome, Record
+from services.embedding.item_rows import Record
+from services.embedding.item_writes import Outcome
 from services.errors import FailedPrecondition, InvalidArgument, VitrineError
 from services.filters import Filter
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from services import deadline, filters
 from services.embedding.index import Neighbours, Places, Selection, VectorIndex
-from services.embedding.items import ItemStore, Record
+from services.embedding.item_rows import Record
+from services.embedding.items import ItemStore
 from services.embedding.pools import run_in
 from services.errors import Unavailable
 from services.item_table import Change, ItemTable
