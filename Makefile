@@ -7,7 +7,7 @@ BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 .PHONY: demo test check protos bench-hm bench-amazon bench-rivals bench-index bench-embedding
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,milvus,postgres,dev]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[embedding,ranking,training,int8,milvus,postgres,dev]' --constraint constraints.txt
 	touch $@
 
 demo: $(VENV)/ready

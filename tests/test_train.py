@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from services.bundle import MANIFEST, SCHEMA, Bundle, publish
+from services.catalog import item_text
 from services.cli import main
+from services.embedding.encoders import TextEncoder
 from services.errors import FailedPrecondition
 from services.ranking.propensity import Propensity
 from services.replay import Page, alike
@@ -340,6 +342,21 @@ def test_of_two_runs_that_need_a_stage_one_makes_it(tmp_path: Path) -> None:
         assert again.seconds["s"] >= 0.2
     assert len(made) == 2
     assert (one.result() / "whole").read_text() == "x"
+
+
+def test_a_shop_may_ask_for_texts_in_eight_bits(shop: Path, base: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "shop.toml"
+    asked.write_text(TOML.replace("[text]", '[text]\nprecision = "int8"'))
+    out = tmp_path / "bundles"
+    assert train(shop, base, out, "2026-01-06", f"--shop={asked}", "--unjudged") == 0
+    bundle = Bundle(out)
+    directory, catalogue = bundle.component("text"), bundle.catalogue()
+    assert directory is not None
+    encoder = TextEncoder(directory)
+    assert encoder.settings.precision == "int8"
+    vectors = encoder.encode([item_text(item) for item in catalogue.items]).vectors
+    np.testing.assert_allclose(catalogue.vectors["text"], vectors, atol=1e-3)
+    assert evaluate(shop, out, tmp_path / "answers", f"--shop={asked}") == 0
 
 
 def test_two_trainings_into_one_directory_both_publish(shop: Path, base: Path, tmp_path: Path) -> None:

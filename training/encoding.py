@@ -96,12 +96,15 @@ def _text(
     stages: Stages, shop: Shop, settings: ShopSettings, behaviour: _Behaviour, encoded: Encoded
 ) -> None:
     training = settings.text
-    shape = TextSettings(max_tokens=training.max_tokens, precision=precision())
+    given = training.precision
+    if given == "int8":
+        from training import eight_bits  # noqa: PLC0415 - an extra; what is missing is told before the training
+    shape = TextSettings(training.max_tokens, precision() if given in ("auto", "int8") else given)
     texts = [item_text(item) for item in shop.items]
     described = digest_of(*(text.encode() for text in texts))
     located = text_encoder.locate(training.base)
     identity = encoders.digest(Path(located)) if Path(located).is_dir() else located
-    fitting = training.model_dump(exclude={"head_steps", "base"})
+    fitting = training.model_dump(exclude={"head_steps", "base", "precision"})
     inputs = [
         identity,
         shape.__dict__,
@@ -114,6 +117,14 @@ def _text(
         [text_encoder, contrastive, pairs],
         lambda d: text_encoder.fine_tune(training.base, d, shape, training, texts, behaviour.before),
     )
+    if given == "int8":
+        tuned = body
+        body = stages.run(
+            "text-int8",
+            [encoders.digest(tuned), described],
+            [eight_bits],
+            lambda d: eight_bits.quantise(tuned, d, texts),
+        )
     vectors = _text_vectors(stages, body, texts, described)
     _projected(stages, "text", body, vectors, None, behaviour, training.head_steps, encoded)
     if training.mode == "frozen":

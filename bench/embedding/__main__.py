@@ -7,8 +7,9 @@ Texts and photographs are H&M's where they are (VITRINE_HM), else drawn by the d
 MiniLM, or what --base names, photographs by ViT-B/32 with random weights. Bare means prepared inputs
 through the model alone, at the best of several batch sizes, on the GPU or on all cores: by a thread for each
 core, or a batch at a time as libraries do. DIR holds the environments `sentence-transformers` and `infinity`,
-which run as they come; what is not there is said to be missing. All sides compute in the one precision. The
-service runs in a process of its own, its client here, on the same cores.
+which run as they come; what is not there is said to be missing. All sides compute in the one precision, but
+with int8 our texts alone do: all else is in fp32, and a row says what our texts are in fp32. The service runs
+in a process of its own, its client here, on the same cores.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=96)
     parser.add_argument("--others", type=Path, default=ROOT / "build" / "embedding-rivals")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "int8"), default="fp32")
     parser.add_argument("--parts", default="photographs,others,writes", help="besides texts over gRPC")
     parser.add_argument("--jpeg", type=int, help="photographs as JPEG files of so many pixels a side")
     parser.add_argument("--base", default="minilm", help="or a hub's name, or a directory")
@@ -82,22 +83,26 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        text_encoder.save_frozen(options.base, root / "text", TextSettings(_TOKENS, options.precision))
-        _save_clip(root / "image", ImageSettings(options.precision))
+        plain = "fp32" if options.precision == "int8" else options.precision
+        text_encoder.save_frozen(options.base, root / "text", TextSettings(_TOKENS, plain))
+        _save_clip(root / "image", ImageSettings(plain))
         texts, files = _content(root, options.texts, options.photographs)
         if options.jpeg:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 files = list(pool.map(partial(_as_jpeg, side=options.jpeg), files))
-        np.savez(root / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
-        with _bare(root, device) as bare:
-            found = _told(_texts(root, texts, bare, device))
+        ours = root if plain == options.precision else _in_eight_bits(root, texts)
+        np.savez(ours / "given.npz", texts=np.array(texts, object), files=np.array(files, object))
+        with _bare(ours, device) as bare:
+            found = _told(_texts(ours, texts, bare, device))
             alone = found[0]["per_second"]
             if "photographs" in options.parts:
-                found += _told(_photographs(root, files, bare, device))
+                found += _told(_photographs(ours, files, bare, device))
+        if ours != root:
+            found += _told(_in_fp32(root, ours, texts, alone, device))
         if "others" in options.parts:
-            found += _told(_others(root, texts, options.others, alone, [device, options.precision]))
+            found += _told(_others(root, ours, texts, options.others, alone, [device, plain]))
         if "writes" in options.parts:
-            found += _told(_writes(root, texts[:_WRITTEN], device))
+            found += _told(_writes(ours, texts[:_WRITTEN], device))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     table = Table(title=f"{gpu}{os.cpu_count()} cores, {options.precision}")
     for column in ("what", "per second", "to bare", "note"):
@@ -108,6 +113,26 @@ def main() -> None:
     Console(width=130).print(table)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _in_eight_bits(root: Path, texts: list[str]) -> Path:
+    """A folder of the same encoders, that of texts in eight bits."""
+    from training import eight_bits  # noqa: PLC0415 - an extra
+
+    ours = root / "int8"
+    eight_bits.quantise(root / "text", ours / "text", texts)
+    (ours / "image").symlink_to(root / "image")
+    return ours
+
+
+def _in_fp32(root: Path, ours: Path, texts: list[str], bare: float, device: str) -> list[dict[str, Any]]:
+    with _served(root, device) as plain, _served(ours, device) as eight:
+        ports: list[int] = [plain, eight]
+        runs = [_over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[device]) for port in ports]
+        exact, short = (len(texts) / s for s in _in_turns(runs))
+    note = f"int8, in turns with it, is {short / exact:.2f} times this"
+    what = "texts: over gRPC, in fp32"
+    return [{"what": what, "per_second": exact, "to_bare": exact / bare, "note": note}]
 
 
 def _told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,9 +177,9 @@ def _note(way: str) -> str:
 
 
 def _others(
-    root: Path, texts: list[str], environments: Path, bare: float, way: list[str]
+    root: Path, ours: Path, texts: list[str], environments: Path, bare: float, way: list[str]
 ) -> list[dict[str, Any]]:
-    """Texts by other servers and libraries, each in its environment, ours over gRPC before and after."""
+    """Texts by other servers and libraries, with the model of `root`, ours over gRPC before and after."""
     given, found = root / "texts.json", list[dict[str, Any]]()
     given.write_text(json.dumps(texts))
     for name in ("sentence-transformers", "infinity"):
@@ -166,14 +191,14 @@ def _others(
         command = [str(python.absolute()), str(Path(__file__).parent / "rival.py"), name, *way]
         command += [f"--model={root / 'text'}", f"--texts={given}", f"--tokens={_TOKENS}"]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        with _served(root, way[0]) as port:
-            ours = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[way[0]])
-            ours()
-            seconds = [ours()]
+        with _served(ours, way[0]) as port:
+            run = _over(port, _embed_texts, texts, _PER_CALL_TEXTS, _AT_ONCE[way[0]])
+            run()
+            seconds = [run()]
             done = subprocess.run(  # noqa: S603 - our own script
                 command, check=False, capture_output=True, text=True, env=environment
             )
-            seconds.append(ours())
+            seconds.append(run())
         if done.returncode:
             found.append(row | {"note": f"failed: {done.stderr.strip().splitlines()[-1][:80]}"})
             continue

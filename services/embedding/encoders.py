@@ -21,16 +21,17 @@ import torch
 from open_clip.transform import MaybeConvertMode
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor, v2  # type: ignore[import-untyped]
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from services.embedding import jpegs
 from services.embedding.devices import Running, brought, is_gpu, room, sent, side_by_side
+from services.embedding.eight_bits import EightBits
 
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
 S = TypeVar("S", "TextSettings", "ImageSettings")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
+_INT8 = "int8"
 
 # For a core's caches, which large batches leave; large enough to fill a GPU.
 _BATCH_TOKENS = {"cpu": 512, "cuda": 65_536}
@@ -39,7 +40,7 @@ _BATCH_PICTURES = {"cpu": 8, "cuda": 256}
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How a text encoder reads: at most `max_tokens` tokens a text."""
+    """How a text encoder reads, at most `max_tokens` tokens a text, and computes: fp32, bf16 or int8."""
 
     max_tokens: int = 96
     precision: str = "fp32"
@@ -112,25 +113,23 @@ class TextEncoder:
     """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019).
 
     Any thread may call it, but `encode` one at a time, as on a GPU `run` and `begin`. A batch is best at
-    `budget` padded tokens.
+    `budget` padded tokens. One of precision int8 computes on the processor, whatever the device.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
         self.settings = _read_settings(directory, TextSettings)
         self.digest = digest(directory)
+        self.device = device = "cpu" if self.settings.precision == _INT8 else device
         self.budget = budget or _BATCH_TOKENS[torch.device(device).type]
-        self.device = device
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self._pad = int(tokenizer.pad_token_id)
         # transformers' own calls change the tokenizer's settings back and forth: no two threads could.
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        precision = _PRECISIONS[self.settings.precision]
-        model = AutoModel.from_pretrained(directory, dtype=precision, attn_implementation=attention(device))
-        self._model = model.to(device).eval()
+        self._network = EightBits(directory) if self.settings.precision == _INT8 else self._torch(directory)
         self._head = _read_head(directory, device)
-        self.dimension = int(model.config.hidden_size)
+        self.dimension = int(AutoConfig.from_pretrained(directory).hidden_size)
 
     @property
     def overlaps(self) -> bool:
@@ -165,18 +164,31 @@ class TextEncoder:
     @torch.inference_mode()
     def begin(self, ids: Sequence[list[int]]) -> Running:
         """The same under way."""
-        lengths = np.array([len(row) for row in ids])
-        padded = np.full((len(ids), lengths.max()), self._pad, np.int64)
-        real = np.arange(padded.shape[1]) < lengths[:, None]
-        padded[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
-        mask, tokens = sent(real.astype(np.int64), self.device), sent(padded, self.device)
+        tokens, real = self.padded(ids)
+        if isinstance(self._network, EightBits):
+            return _unit(torch.from_numpy(self._network(tokens, real)), self._head)
+        mask = sent(real, self.device)
         seen: torch.Tensor | None = mask
         if self.overlaps:
             # Of a mask of two dimensions transformers asks the GPU whether all is real, and waits for it.
             seen = None if real.all() else mask[:, None, None, :].bool()
-        hidden = self._model(input_ids=tokens, attention_mask=seen).last_hidden_state.float()
+        hidden = self._network(input_ids=sent(tokens, self.device), attention_mask=seen).last_hidden_state
         weights = mask.unsqueeze(-1).float()
-        return _unit((hidden * weights).sum(1) / weights.sum(1), self._head)
+        return _unit((hidden.float() * weights).sum(1) / weights.sum(1), self._head)
+
+    def padded(self, ids: Sequence[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of texts in rows of one length, and which are real, 1 or 0; both int64 (B, T)."""
+        lengths = np.array([len(row) for row in ids])
+        tokens = np.full((len(ids), lengths.max()), self._pad, np.int64)
+        real = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens[real] = np.fromiter(itertools.chain.from_iterable(ids), np.int64, int(lengths.sum()))
+        return tokens, real.astype(np.int64)
+
+    def _torch(self, directory: Path) -> torch.nn.Module:
+        precision, device = _PRECISIONS[self.settings.precision], self.device
+        model = AutoModel.from_pretrained(directory, dtype=precision, attn_implementation=attention(device))
+        network: torch.nn.Module = model.to(device).eval()
+        return network
 
 
 class ImageEncoder:
