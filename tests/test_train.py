@@ -348,7 +348,10 @@ def test_a_shop_may_ask_for_texts_in_eight_bits(shop: Path, base: Path, tmp_path
     asked = tmp_path / "shop.toml"
     asked.write_text(TOML.replace("[text]", '[text]\nprecision = "int8"'))
     out = tmp_path / "bundles"
-    assert train(shop, base, out, "2026-01-06", f"--shop={asked}", "--unjudged") == 0
+    command = [sys.executable, "-m", "services.cli", "train", f"--data={shop}", f"--out={out}", "--unjudged"]
+    subprocess.run(
+        [*command, "--until=2026-01-06", f"--text-base={base}", f"--shop={asked}"], check=True
+    )  # in a process that has not loaded what only this setting needs
     bundle = Bundle(out)
     directory, catalogue = bundle.component("text"), bundle.catalogue()
     assert directory is not None

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from services.catalog import item_text
-from services.embedding import encoders, images
+from services.embedding import eight_bits, encoders, images
 from services.embedding.encoders import ImageEncoder, TextEncoder, TextSettings, write_head
 from training import contrastive, image_encoder, metrics, pairs, pixels, text_encoder
 from training.contrastive import apply_head, fit_head
@@ -98,7 +98,7 @@ def _text(
     training = settings.text
     given = training.precision
     if given == "int8":
-        from training import eight_bits  # noqa: PLC0415 - an extra; what is missing is told before the training
+        from training import quantising  # noqa: PLC0415 - an extra; what is missing is told before the training
     shape = TextSettings(training.max_tokens, precision() if given in ("auto", "int8") else given)
     texts = [item_text(item) for item in shop.items]
     described = digest_of(*(text.encode() for text in texts))
@@ -122,8 +122,8 @@ def _text(
         body = stages.run(
             "text-int8",
             [encoders.digest(tuned), described],
-            [eight_bits],
-            lambda d: eight_bits.quantise(tuned, d, texts),
+            [quantising, eight_bits, encoders],
+            lambda d: quantising.quantise(tuned, d, texts),
         )
     vectors = _text_vectors(stages, body, texts, described)
     _projected(stages, "text", body, vectors, None, behaviour, training.head_steps, encoded)
@@ -143,7 +143,7 @@ def _text_vectors(stages: Stages, body: Path, texts: list[str], described: str) 
         np.save(directory / "vectors.npy", encode_texts(body, texts))
         np.save(directory / "present.npy", np.ones(len(texts), bool))
 
-    return stages.run("text-vectors", [encoders.digest(body), described], [encoders], build)
+    return stages.run("text-vectors", [encoders.digest(body), described], [encoders, eight_bits], build)
 
 
 def precision() -> str:
@@ -153,7 +153,8 @@ def precision() -> str:
 
 def encode_texts(encoder: Path, texts: list[str]) -> np.ndarray:
     """Vectors float16 (N, D) of texts by an encoder's directory."""
-    model = TextEncoder(encoder, "cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.cuda.is_available() and not encoders.in_eight_bits(encoder)
+    model = TextEncoder(encoder, "cuda" if on_gpu else "cpu")
     starts = range(0, len(texts), _ENCODED_AT_ONCE)
     done = [model.encode(texts[s : s + _ENCODED_AT_ONCE]).vectors for s in track(starts, "texts encoded")]
     return np.concatenate(done).astype(np.float16)

@@ -40,7 +40,8 @@ class Stages:
 
     def run(self, name: str, inputs: Any, code: list[ModuleType], build: Callable[[Path], None]) -> Path:
         """The directory of a stage: as it was left if `inputs` (JSON) and `code` are the same, else built."""
-        sources = [self._sources[module.__name__] for module in code]
+        # Some are loaded only where a setting asks for them.
+        sources = [self._sources.setdefault(m.__name__, inspect.getsource(m)) for m in code]
         document = json.dumps([inputs, sources], sort_keys=True, default=str)
         key = hashlib.blake2b(document.encode(), digest_size=8).hexdigest()
         done = self._root / f"{name}-{key}"

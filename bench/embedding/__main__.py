@@ -117,10 +117,10 @@ def main() -> None:
 
 def _in_eight_bits(root: Path, texts: list[str]) -> Path:
     """A folder of the same encoders, that of texts in eight bits."""
-    from training import eight_bits  # noqa: PLC0415 - an extra
+    from training import quantising  # noqa: PLC0415 - an extra
 
     ours = root / "int8"
-    eight_bits.quantise(root / "text", ours / "text", texts)
+    quantising.quantise(root / "text", ours / "text", texts)
     (ours / "image").symlink_to(root / "image")
     return ours
 

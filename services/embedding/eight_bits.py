@@ -1,4 +1,4 @@
-"""A BERT in eight bits on a processor, by ONNX Runtime; `training/eight_bits.py` makes its file.
+"""A BERT in eight bits on a processor, by ONNX Runtime; `training/quantising.py` makes its file.
 
 Knows nothing of texts: numbers of tokens go in, means of hidden states come out.
 """

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from services.embedding import jpegs
 from services.embedding.devices import Running, brought, is_gpu, room, sent, side_by_side
 from services.embedding.eight_bits import EightBits
+from services.errors import FailedPrecondition
 
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
@@ -98,6 +99,11 @@ def _read_settings(directory: Path, kind: type[S]) -> S:
     return kind(**{field.name: document[field.name] for field in fields(kind) if field.name in document})
 
 
+def in_eight_bits(directory: Path) -> bool:
+    """Whether a text encoder is of precision int8."""
+    return _read_settings(directory, TextSettings).precision == _INT8
+
+
 def digest(directory: Path) -> str:
     """What identifies an encoder: BLAKE2b over the names and contents of its files, as 32 hex digits."""
     state = hashlib.blake2b(digest_size=16)
@@ -113,13 +119,17 @@ class TextEncoder:
     """Mean of a BERT's last hidden states over real tokens, scaled to unit length (Sentence-BERT, 2019).
 
     Any thread may call it, but `encode` one at a time, as on a GPU `run` and `begin`. A batch is best at
-    `budget` padded tokens. One of precision int8 computes on the processor, whatever the device.
+    `budget` padded tokens.
+
+    Raises:
+        FailedPrecondition: the precision is int8, which is for processors, and the device is none, or it is
+            one that this version does not know.
     """
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
         self.settings = _read_settings(directory, TextSettings)
         self.digest = digest(directory)
-        self.device = device = "cpu" if self.settings.precision == _INT8 else device
+        self.device = device
         self.budget = budget or _BATCH_TOKENS[torch.device(device).type]
         tokenizer = AutoTokenizer.from_pretrained(directory)
         self._pad = int(tokenizer.pad_token_id)
@@ -127,7 +137,12 @@ class TextEncoder:
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._network = EightBits(directory) if self.settings.precision == _INT8 else self._torch(directory)
+        self._network = EightBits(directory) if in_eight_bits(directory) else self._torch(directory)
+        if isinstance(self._network, EightBits) and is_gpu(device):
+            raise FailedPrecondition(
+                f"{directory} is of precision int8, which is for processors: use the device cpu, "
+                "or train without that precision"
+            )
         self._head = _read_head(directory, device)
         self.dimension = int(AutoConfig.from_pretrained(directory).hidden_size)
 
@@ -185,7 +200,12 @@ class TextEncoder:
         return tokens, real.astype(np.int64)
 
     def _torch(self, directory: Path) -> torch.nn.Module:
-        precision, device = _PRECISIONS[self.settings.precision], self.device
+        name, device = self.settings.precision, self.device
+        if name not in _PRECISIONS:
+            raise FailedPrecondition(
+                f"{directory} is of precision {name!r}, which this version does not know"
+            )
+        precision = _PRECISIONS[name]
         model = AutoModel.from_pretrained(directory, dtype=precision, attn_implementation=attention(device))
         network: torch.nn.Module = model.to(device).eval()
         return network

@@ -11,6 +11,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from transformers import AutoModel
 
 from services.embedding.eight_bits import FILE, MEAN, REAL, TOKENS
 from services.embedding.encoders import TextEncoder, attention, write_settings
+from services.errors import FailedPrecondition
 
 try:
     import onnx
     import onnxscript  # noqa: F401 - torch's exporter needs it, and would say so only after a fine-tuning
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
+    raise FailedPrecondition(
         "[text] precision = \"int8\" needs the extra int8: pip install 'vitrine[int8]'"
     ) from error
 
@@ -43,15 +45,22 @@ def quantise(source: Path, directory: Path, texts: Sequence[str], seed: int = 0)
     """Write the text encoder of `source`, with a network in eight bits beside its weights, into `directory`.
 
     Scales are measured on some of `texts`.
+
+    Raises:
+        FailedPrecondition: eight bits are enough for nothing in it.
     """
     shutil.copytree(source, directory, dirs_exist_ok=True)
     encoder = TextEncoder(source)
     batches = list(_batches(encoder, _measured(texts, np.random.default_rng(seed))))
     model = AutoModel.from_pretrained(source, dtype=torch.float32, attn_implementation=attention("cpu"))
     _smooth(model.eval(), batches)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         whole = Path(folder) / "model.onnx"
         products = _export(model, whole)
+        if not products:  # of none ONNX Runtime would make all
+            raise FailedPrecondition(
+                '[text] precision = "int8": every product of this encoder would be noisy; leave it out'
+            )
         quantize_static(
             whole,
             directory / FILE,
@@ -66,6 +75,17 @@ def quantise(source: Path, directory: Path, texts: Sequence[str], seed: int = 0)
             extra_options={"OpTypesToExcludeOutputQuantization": ["MatMul"]},
         )
     write_settings(directory, replace(encoder.settings, precision="int8"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings, of operators that nobody has and of steps that need not be taken."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Mean(nn.Module):
@@ -133,14 +153,14 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def _measured(texts: Sequence[str], random: np.random.Generator) -> list[str]:
-    """Some of the texts, each also cut after any of its words: what people search for is short."""
+    """Some of the texts, each also cut after one of its words: what people search for is short."""
     some = [texts[at] for at in random.permutation(len(texts))[:_TEXTS].tolist()]
     words = [text.split() for text in some]
     return ["", *some, *(" ".join(mine[: random.integers(len(mine) + 1)]) for mine in words)]
 
 
 def _batches(encoder: TextEncoder, texts: Sequence[str]) -> Iterator[Batch]:
-    ids = encoder.tokenise(texts).ids
+    ids = sorted(encoder.tokenise(texts).ids, key=len)  # so that little is padding
     for start in range(0, len(ids), _BATCH):
         yield encoder.padded(ids[start : start + _BATCH])
 
@@ -166,24 +186,31 @@ def _export(model: nn.Module, path: Path) -> list[str]:
     # Two texts of three tokens, since torch takes sizes of one for constants.
     example = torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3, dtype=torch.int64)
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    exporter = logging.getLogger("torch.onnx")
-    before = exporter.level
-    exporter.setLevel(logging.ERROR)  # it warns of what operators another library has
-    try:
-        program = torch.onnx.export(
-            _Mean(model).eval(),
-            example,
-            input_names=[TOKENS, REAL],
-            output_names=[MEAN],
-            dynamic_shapes=(sizes, sizes),
-            dynamo=True,
-            verbose=False,
-        )
-    finally:
-        exporter.setLevel(before)
+    program = torch.onnx.export(
+        _Mean(model).eval(),
+        example,
+        input_names=[TOKENS, REAL],
+        output_names=[MEAN],
+        dynamic_shapes=(sizes, sizes),
+        dynamo=True,
+        verbose=False,
+    )
     assert program is not None  # noqa: S101 - dynamo's exporter gives one
     program.save(path, external_data=False)
-    graph = onnx.load(path).graph
+    document = onnx.load(path)
+    graph = document.graph
+    # They tell in which file each operator was written, whose paths are nobody else's business.
+    for part in (
+        document,
+        graph,
+        *graph.node,
+        *graph.input,
+        *graph.output,
+        *graph.value_info,
+        *graph.initializer,
+    ):
+        part.ClearField("metadata_props")
+    onnx.save(document, path)
     weights = {initial.name for initial in graph.initializer}
     smooth = {n.output[0] for n in graph.node if n.op_type == "Mul" and weights.intersection(n.input)}
     products = [n for n in graph.node if n.op_type == "MatMul" and n.input[1] in weights]

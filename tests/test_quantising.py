@@ -1,5 +1,6 @@
 """A text encoder in eight bits against the one in float32 that it was made of."""
 
+import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 from services.embedding.eight_bits import FILE
-from services.embedding.encoders import TextEncoder, TextSettings, digest
+from services.embedding.encoders import TextEncoder, TextSettings, digest, write_settings
 from services.errors import FailedPrecondition
-from training import text_encoder
-from training.eight_bits import _NOISE, _Seen, _Smoothed, quantise
+from training import quantising, text_encoder
+from training.quantising import _NOISE, _Seen, _Smoothed, quantise
 
 KINDS = ("lamp", "rug", "vase", "scarf", "wool coat", "pair of linen trousers for the summer")
 TEXTS = [f"{colour} {kind}" for kind in KINDS for colour in ("red", "green", "midnight blue")]
@@ -89,10 +90,28 @@ def test_it_is_another_encoder_with_the_same_weights_beside(exact: Path, made: P
     assert TextEncoder(made).settings == TextSettings(32, "int8")
 
 
-def test_it_computes_on_the_processor_whatever_the_device(made: Path) -> None:
-    there = TextEncoder(made, "cuda")
-    assert (there.device, there.overlaps) == ("cpu", False)
-    np.testing.assert_array_equal(there.encode(TEXTS).vectors, TextEncoder(made).encode(TEXTS).vectors)
+def test_a_gpu_is_refused(made: Path) -> None:
+    with pytest.raises(FailedPrecondition, match="use the device cpu"):
+        TextEncoder(made, "cuda")
+
+
+def test_a_precision_of_a_later_version_is_named(exact: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(exact, tmp_path / "copied")
+    write_settings(copied, TextSettings(32, "fp4"))
+    with pytest.raises(FailedPrecondition, match="'fp4'"):
+        TextEncoder(copied)
+
+
+def test_an_encoder_that_eight_bits_are_not_enough_for_is_refused(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantising, "_NOISE", 0.0)
+    with pytest.raises(FailedPrecondition, match="noisy"):
+        quantise(exact, tmp_path / "made", TEXTS)
+
+
+def test_the_network_tells_no_path_of_where_it_was_made(made: Path) -> None:
+    assert str(Path(__file__).parent.parent).encode() not in (made / FILE).read_bytes()
 
 
 def test_without_onnx_runtime_the_extra_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
