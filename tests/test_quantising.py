@@ -1,5 +1,6 @@
 """A text encoder in eight bits against the one in float32 that it was made of."""
 
+import importlib
 import shutil
 import sys
 from collections import Counter
@@ -112,6 +113,13 @@ def test_an_encoder_that_eight_bits_are_not_enough_for_is_refused(
 
 def test_the_network_tells_no_path_of_where_it_was_made(made: Path) -> None:
     assert str(Path(__file__).parent.parent).encode() not in (made / FILE).read_bytes()
+
+
+def test_without_the_extra_training_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "training.quantising")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(FailedPrecondition, match=r"vitrine\[int8\]"):
+        importlib.import_module("training.quantising")
 
 
 def test_without_onnx_runtime_the_extra_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

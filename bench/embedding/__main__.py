@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = options.device
+    if device == "cuda" and options.precision == "int8":
+        parser.error("int8 is for processors")
     if device == "cuda" and not torch.cuda.is_available():
         print("there is no GPU here: nothing was measured")  # noqa: T201 - the answer
         return
@@ -104,7 +106,8 @@ def main() -> None:
         if "writes" in options.parts:
             found += _told(_writes(ours, texts[:_WRITTEN], device))
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
-    table = Table(title=f"{gpu}{os.cpu_count()} cores, {options.precision}")
+    computed = options.precision if ours == root else "our texts in int8, all else in fp32"
+    table = Table(title=f"{gpu}{os.cpu_count()} cores, {computed}")
     for column in ("what", "per second", "to bare", "note"):
         table.add_column(column)
     for row in found:

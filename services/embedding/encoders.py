@@ -128,6 +128,12 @@ class TextEncoder:
 
     def __init__(self, directory: Path, device: str = "cpu", budget: int = 0) -> None:
         self.settings = _read_settings(directory, TextSettings)
+        in_int8 = self.settings.precision == _INT8
+        if in_int8 and is_gpu(device):
+            raise FailedPrecondition(
+                f"{directory} is of precision int8, which is for processors: use the device cpu, "
+                "or train without that precision"
+            )
         self.digest = digest(directory)
         self.device = device
         self.budget = budget or _BATCH_TOKENS[torch.device(device).type]
@@ -137,12 +143,7 @@ class TextEncoder:
         self._tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._network = EightBits(directory) if in_eight_bits(directory) else self._torch(directory)
-        if isinstance(self._network, EightBits) and is_gpu(device):
-            raise FailedPrecondition(
-                f"{directory} is of precision int8, which is for processors: use the device cpu, "
-                "or train without that precision"
-            )
+        self._network = EightBits(directory) if in_int8 else self._torch(directory)
         self._head = _read_head(directory, device)
         self.dimension = int(AutoConfig.from_pretrained(directory).hidden_size)
 
