@@ -202,10 +202,11 @@ def _told_of(engine: Any, secret: bytes, options: dict[str, Any]) -> None:
 
 
 def _serve(options: dict[str, Any]) -> None:
-    from services import wiring
+    from services import heap, wiring
     from services.generation import ALL
     from services.server import until_told_to_stop
 
+    heap.own()
     service = options.pop("service")
     settings = Settings(**{name: value for name, value in options.items() if value is not None})
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from services import heap
 from services.companions import led
 from services.generation import EMBEDDING, Generation, Shared
 from services.server import Current
@@ -125,8 +126,8 @@ class Exchange:
         _log.info("bundle %s is served", new.bundle.version)
         self.kept(ended(work))
         for one in same:
-            self.kept(self._close(one, left))
-        self.kept(self._retire(old))
+            self._end(self._close(one, left))
+        self._end(self._retire(old))
         self.remember()
 
     def remember(self, coming: str = "") -> None:
@@ -165,6 +166,15 @@ class Exchange:
     def _tell(self) -> None:
         self._shared.bundles[:] = [held.bundle.version for held in reversed(self._held)]
 
+    def _end(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Let a generation be closed, and its memory be free."""
+
+        def free(_: "asyncio.Future[None]") -> None:
+            if not self._stopping.is_set():
+                heap.settle()
+
+        self.kept(closing).add_done_callback(free)
+
     async def _retire(self, old: Generation) -> None:
         """Close a generation once no call names its bundle any more, and none is on it."""
         version = old.bundle.version
@@ -201,6 +211,7 @@ class Exchange:
 
     async def _first_ready(self) -> None:
         await self.now.ready.wait()
+        heap.settle()
         self.ready.set()
         self._tell()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from services import heap
 from services.bundle import Bundle, Catalogue, created
 from services.errors import Unavailable
 from services.follower import Follower
@@ -78,16 +79,20 @@ class Generation:
         self._mirror: Any = None
         self._closing: list[Callable[[], None]] = []
         try:
-            if EMBEDDING in shared.hosted:
-                self._embedding(work)
-                self.ready.set()
-            if RANKING in shared.hosted:
-                self._ranking()
-            if GATEWAY in shared.hosted:
-                self._gateway()
+            with heap.loading():
+                self._load(work)
         except BaseException:
             self.close()
             raise
+
+    def _load(self, work: "Encoding | None") -> None:
+        if EMBEDDING in self._shared.hosted:
+            self._embedding(work)
+            self.ready.set()
+        if RANKING in self._shared.hosted:
+            self._ranking()
+        if GATEWAY in self._shared.hosted:
+            self._gateway()
 
     def close(self) -> None:
         """Close what was opened, the last first."""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from services import heap
 from services.bundle import Bundle, manifest_of, published, version_of
 from services.errors import FailedPrecondition, Unavailable
 from services.exchange import SERVED, Exchange, Task, ended, running
@@ -132,11 +133,14 @@ class NextBundle:
         except Exception:  # the one that is served goes on; it is tried again at the next look
             _log.exception("the bundle in %s cannot be prepared", directory)
             await say(False)
+        else:
+            return
         finally:
             self._making = ""
             if work is not None:
                 self._exchange.encode_no_more(work)
                 await asyncio.shield(asyncio.to_thread(work.close))
+        heap.settle()  # what was loaded of it is gone
 
     async def _encoders(self, bundle: Bundle) -> "Encoding":
         """The encoders of a bundle at work beside those that are served."""

@@ -1,5 +1,6 @@
 """Databases and clocks for the suite; a skip of something in VITRINE_REQUIRE is a failure."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from services import runtime, store
+from services import heap, runtime, store
 from tests.foretelling import components
 from tests.recommending import Shop
 from tests.shops import make_bundle
@@ -47,6 +48,17 @@ class Clock:
 
     def advance(self, **span: float) -> None:
         self.now += timedelta(**span)
+
+
+@pytest.fixture
+def own_heap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The heap as of a process that serves; the collector has it back afterwards."""
+    thresholds = gc.get_threshold()
+    monkeypatch.setattr(heap, "_owned", False)
+    heap.own()
+    yield
+    gc.unfreeze()
+    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
-from services import store
+from services import heap, store
 from services.embedding.catalogue import Catalogue
 from services.embedding.encoders import ImageEncoder, TextEncoder
 from services.embedding.encoding import Encoding
@@ -38,6 +38,7 @@ def main() -> None:
 
 
 async def _serve(options: argparse.Namespace) -> None:
+    heap.own()  # as `vitrine serve` does
     engine = store.open_engine(f"sqlite:///{options.state / 'items.sqlite'}")
     image = ImageEncoder(options.image, options.device) if options.image else None
     encoding = Encoding(TextEncoder(options.text, options.device), image)
@@ -48,6 +49,7 @@ async def _serve(options: argparse.Namespace) -> None:
     add = pb_grpc.add_EmbeddingServiceServicer_to_server
     server = Server([Service(NAME, EmbeddingServicer(catalogue, "bench", ["bench"]), add)], "127.0.0.1:0")
     await server.start()
+    heap.settle()
     print(server.port, flush=True)  # noqa: T201 - the answer
     await until_told_to_stop()
     await server.stop(1)
