@@ -24,7 +24,7 @@ KEEP = 60.0
 """Seconds for which a bundle is served after a call named it last."""
 SERVED = "served-bundle"
 """In the state directory: which bundle is served, and which is being made beside it."""
-_PAUSE, _PATIENCE = 5.0, 1.0
+_PAUSE, _PATIENCE, _UNUSED = 5.0, 1.0, 1.0
 _log = logging.getLogger(__name__)
 
 Task = asyncio.Task[None]
@@ -98,6 +98,14 @@ class Exchange:
         await ended(self._upkeep.pop(generation, []))
         await asyncio.to_thread(generation.close)
 
+    def free_soon(self) -> None:
+        """Let the memory of what was closed be free, when no thread or frame refers to it any more."""
+        asyncio.get_running_loop().call_later(_UNUSED, self._free)
+
+    def _free(self) -> None:
+        if not self._stopping.is_set():
+            heap.settle()
+
     def kept(self, work: Coroutine[Any, Any, None]) -> "asyncio.Future[None]":
         """A task that `stop` waits for."""
         task = asyncio.ensure_future(work)
@@ -126,8 +134,8 @@ class Exchange:
         _log.info("bundle %s is served", new.bundle.version)
         self.kept(ended(work))
         for one in same:
-            self._end(self._close(one, left))
-        self._end(self._retire(old))
+            self.kept(self._close(one, left))
+        self.kept(self._retire(old))
         self.remember()
 
     def remember(self, coming: str = "") -> None:
@@ -166,15 +174,6 @@ class Exchange:
     def _tell(self) -> None:
         self._shared.bundles[:] = [held.bundle.version for held in reversed(self._held)]
 
-    def _end(self, closing: Coroutine[Any, Any, None]) -> None:
-        """Let a generation be closed, and its memory be free."""
-
-        def free(_: "asyncio.Future[None]") -> None:
-            if not self._stopping.is_set():
-                heap.settle()
-
-        self.kept(closing).add_done_callback(free)
-
     async def _retire(self, old: Generation) -> None:
         """Close a generation once no call names its bundle any more, and none is on it."""
         version = old.bundle.version
@@ -204,6 +203,7 @@ class Exchange:
         self._draining.remove(old)
         await ended(self._upkeep.pop(old))
         await asyncio.to_thread(old.close)
+        self.free_soon()
         _log.info("bundle %s is closed", old.bundle.version)
 
     def _named(self, version: str) -> float:

@@ -22,7 +22,7 @@ def own() -> None:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Collect nothing meanwhile, and leave what is there at the end out of collections."""
+    """Collect nothing meanwhile, and leave what is there at the end out of collections, until `settle`."""
     if not _owned:
         yield
         return
@@ -39,7 +39,10 @@ def settle() -> None:
 
     To be called when what is kept was loaded, and when something that was kept is gone: else its cycles stay.
     """
-    if _owned:
-        gc.unfreeze()
-        gc.collect()
+    if not _owned:
+        return
+    gc.unfreeze()
+    before = gc.get_stats()[-1]["collections"]
+    gc.collect()
+    if gc.get_stats()[-1]["collections"] > before:  # else another thread is collecting: nothing was done
         gc.freeze()

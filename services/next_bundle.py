@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from services import heap
 from services.bundle import Bundle, manifest_of, published, version_of
 from services.errors import FailedPrecondition, Unavailable
 from services.exchange import SERVED, Exchange, Task, ended, running
@@ -128,19 +127,15 @@ class NextBundle:
             new = await self._second(bundle, work, done)
             work = None  # the new generation's
             self._exchange.exchange(new)
-            self.preparation = None
             await say(True)
         except Exception:  # the one that is served goes on; it is tried again at the next look
             _log.exception("the bundle in %s cannot be prepared", directory)
             await say(False)
-        else:
-            return
         finally:
-            self._making = ""
+            self._making, self.preparation = "", None
             if work is not None:
                 self._exchange.encode_no_more(work)
                 await asyncio.shield(asyncio.to_thread(work.close))
-        heap.settle()  # what was loaded of it is gone
 
     async def _encoders(self, bundle: Bundle) -> "Encoding":
         """The encoders of a bundle at work beside those that are served."""
@@ -204,7 +199,9 @@ class NextBundle:
         except BaseException:
             self._exchange.remember()
             if making is not None:  # a thread cannot be cancelled
-                await asyncio.shield(self._exchange.kept(self._closed(making)))
+                closing = self._exchange.kept(self._closed(making))
+                closing.add_done_callback(lambda _: self._exchange.free_soon())
+                await asyncio.shield(closing)
                 if work is not None:
                     # It may have put older vectors into an engine's index that both use.
                     await asyncio.shield(self._exchange.kept(old.view.repeat(since)))

@@ -1,6 +1,7 @@
 """The heap is walked once when all is loaded, and what it holds then is left alone until the next time."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -61,6 +62,26 @@ def test_cycles_that_nobody_needs_are_not_kept_for_good() -> None:
     gone = weakref.ref(dropped)
     del dropped
     heap.settle()
+    assert gone() is None
+
+
+def test_where_another_thread_collects_what_it_has_not_seen_is_not_kept_for_good() -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    class Slow(Ring):
+        def __del__(self) -> None:
+            begun.set()
+            goes_on.wait(30)
+
+    Slow()
+    other = threading.Thread(target=gc.collect)
+    other.start()
+    assert begun.wait(30)
+    gone = weakref.ref(Ring())
+    heap.settle()
+    goes_on.set()
+    other.join()
+    gc.collect()
     assert gone() is None
 
 
