@@ -143,7 +143,8 @@ def test_one_process_and_three_answer_alike(bundle: Path, tmp_path: Path) -> Non
     for layout in ("one", "three"):
 
         async def body(stub: Any, layout: str = layout) -> None:
-            found = [await stub.Recommend(request) for request in requests]
+            found = [await stub.Recommend(request, timeout=30) for request in requests]
+            assert not any(page.degraded for page in found)
             found.append(await stub.SimilarItems(pb.SimilarItemsRequest(item_id="kitchen-01")))
             found.append(await stub.SearchItems(pb.SearchItemsRequest(text="kitchen thing")))
             found.append(await stub.ListItems(pb.ListItemsRequest(page_size=7)))
