@@ -1,1 +1,1 @@
-"""Measurements: what Vitrine is compared with, and how fast it is."""
+"""Benchmarks: the quality of Vitrine compared with other methods, and its speed."""

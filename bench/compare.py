@@ -1,4 +1,4 @@
-"""Two runs of one split beside each other: paired 95% intervals over queries.
+"""Compares two runs on one split: paired 95 % intervals over queries.
 
 python -m bench.compare --data DIR --split val ONE.jsonl OTHER.jsonl
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.metrics import paired_interval, per_query
+from training.core.metrics import paired_interval, per_query
 
 
 def main() -> None:
@@ -26,11 +26,11 @@ def main() -> None:
         return np.array([code.setdefault(item, len(code)) for item in items], np.int64)
 
     targets = [coded(query["targets"]) for query in queries]
-    one, other = (
+    first, second = (
         per_query([coded(line["items"]) for line in _lines(run)], targets, 20) for run in options.runs
     )
-    found = {name: paired_interval(one[name], other[name]).to_dict() for name in ("recall", "ndcg")}
-    print(json.dumps(found, indent=1))  # noqa: T201 - the command's answer
+    differences = {name: paired_interval(first[name], second[name]).to_dict() for name in ("recall", "ndcg")}
+    print(json.dumps(differences, indent=1))  # noqa: T201 - the command's answer
 
 
 def _lines(path: Path) -> list[dict[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""What a turn of a dialogue costs before its page is made: a shop's vocabulary, and the reading of a message.
+"""The cost of a dialogue turn before its page is built: building a shop's vocabulary and reading a message.
 
 Run `python -m bench.conversation --items 100000`.
 """
@@ -10,10 +10,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 
-from services.catalog import Attribute, Item
-from services.gateway.interpreter import Heard, Phrases
-from services.gateway.vocabulary import vocabulary_of
-from services.item_table import ItemTable
+from services.catalog.item_table import ItemTable
+from services.catalog.items import Attribute, Item
+from services.gateway.conversation.language.interpreter import InterpreterInput, PhraseInterpreter
+from services.gateway.conversation.language.vocabulary import vocabulary_of
 
 VALUES = {"brand": 5000, "category": 300, "colour": 50, "fabric": 20, "fit": 10, "line": 1000, "season": 5}
 MESSAGES = {
@@ -24,23 +24,23 @@ MESSAGES = {
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least time of three."""
-    took = []
+    """The shortest of three runs."""
+    times = []
     for _ in range(3):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
-        took.append(time.perf_counter() - began)
-    return min(took)
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
-def drawn(count: int) -> ItemTable:
-    """A table of drawn items, each with a value of every attribute."""
-    draw = random.Random(0)  # noqa: S311 - drawn again the same
+def sample_table(count: int) -> ItemTable:
+    """A table of random items, each with a value of every attribute."""
+    generator = random.Random(0)  # noqa: S311 - reproducible
     items = [
         Item(
             f"i{n}",
-            attributes=tuple(Attribute(a, (f"{a} v{draw.randrange(m)}",)) for a, m in VALUES.items()),
-            price=round(draw.uniform(1, 100), 2),
+            attributes=tuple(Attribute(a, (f"{a} v{generator.randrange(m)}",)) for a, m in VALUES.items()),
+            price=round(generator.uniform(1, 100), 2),
         )
         for n in range(count)
     ]
@@ -51,16 +51,16 @@ def main() -> None:
     """Print the times."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--items", type=int, default=100_000)
-    table = drawn(parser.parse_args().items)
+    table = sample_table(parser.parse_args().items)
     keys: dict[str, tuple[str, ...]] = {}
     first, later = seconds(lambda: vocabulary_of(table, {})), seconds(lambda: vocabulary_of(table, keys))
     vocabulary = vocabulary_of(table, keys)
     print(f"a first vocabulary, {len(vocabulary.values):,} values: {first:.3f} s")  # noqa: T201 - the answer
     print(f"another, after a change: {later:.3f} s")  # noqa: T201
     for name, message in MESSAGES.items():
-        heard = Heard(message, "en", vocabulary)
-        took = seconds(partial(Phrases().read, heard))
-        print(f"{name}: {1000 * took:.2f} ms")  # noqa: T201
+        interpreter_input = InterpreterInput(message, "en", vocabulary)
+        duration = seconds(partial(PhraseInterpreter().read, interpreter_input))
+        print(f"{name}: {1000 * duration:.2f} ms")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark does: run Vitrine's commands, and keep a ledger of what was ever run on test."""
+"""Shared by all benchmarks: runs Vitrine's commands and keeps a ledger of all runs on test."""
 
 import json
 import subprocess
@@ -12,16 +12,16 @@ LEDGER = ROOT / "docs" / "test-ledger.jsonl"
 
 
 def vitrine(*arguments: str) -> str:
-    """Run a command of Vitrine's; what it printed."""
-    command = [sys.executable, "-m", "services.cli", *arguments]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
-    return done.stdout.strip()
+    """Run a command of Vitrine and return its output."""
+    command = [sys.executable, "-m", "cli.main", *arguments]
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - our own command
+    return process.stdout.strip()
 
 
 def record(benchmark: str, bundle: str, val: Mapping[str, float], test: Mapping[str, float]) -> None:
-    """One more line of what was ever run on test: nothing is tried there in secret."""
+    """Append a run on test to the ledger, so that every use of test is public."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - the git that is there
+        ["git", "rev-parse", "--short", "HEAD"],  # noqa: S607 - the installed git
         check=True,
         capture_output=True,
         text=True,

@@ -24,10 +24,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
 from demo import tour
-from demo.shop import Recipe, add_recipe, is_made, made_until, write_shop
+from demo.shop import Recipe, add_recipe, is_current, shop_end, write_shop
 
-_VITRINE = (sys.executable, "-m", "services.cli")
-_KEPT_DAYS = 7
+_VITRINE = (sys.executable, "-m", "cli.main")
+_MAX_AGE_DAYS = 7
 """A shop whose last events are older is made anew, for what is popular and new fades."""
 _PORT = 50051
 _START_SECONDS = 300.0
@@ -35,17 +35,17 @@ _STOP_SECONDS = 30.0
 
 
 @contextmanager
-def step(console: Console, what: str) -> Iterator[None]:
+def step(console: Console, title: str) -> Iterator[None]:
     """Announce a step, and at its end how long it took."""
-    console.rule(f"[bold]{what}")
-    began = time.perf_counter()
+    console.rule(f"[bold]{title}")
+    start = time.perf_counter()
     yield
-    console.print(f"[green]{what}: {time.perf_counter() - began:.1f} s")
+    console.print(f"[green]{title}: {time.perf_counter() - start:.1f} s")
 
 
 def make(out: Path, recipe: Recipe, console: Console) -> None:
     """Write the shop unless it is there."""
-    if is_made(out, recipe):
+    if is_current(out, recipe):
         console.print("kept from an earlier run")
         return
     counts = write_shop(out, recipe)
@@ -62,9 +62,9 @@ def vitrine(*arguments: str | Path, console: Console) -> str:
     console.print(
         "$ vitrine " + shlex.join(command[len(_VITRINE) :]), style="cyan", markup=False, soft_wrap=True
     )
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_quiet())  # noqa: S603 - our own
-    console.print(done.stdout.strip(), markup=False, highlight=False, soft_wrap=True)
-    return done.stdout.strip().splitlines()[-1]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=_quiet())  # noqa: S603 - our own
+    console.print(result.stdout.strip(), markup=False, highlight=False, soft_wrap=True)
+    return result.stdout.strip().splitlines()[-1]
 
 
 def _quiet() -> dict[str, str]:
@@ -125,8 +125,8 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
     with step(console, "Train"):
         # All events are before the end; naming it gives an unchanged bundle an unchanged version.
         until = f"{recipe.end:%Y-%m-%d}"
-        where = ("--data", out / "shop", "--out", out / "bundles", "--until", until)
-        bundle = Path(vitrine("train", *where, console=console))
+        paths = ("--data", out / "shop", "--out", out / "bundles", "--until", until)
+        bundle = Path(vitrine("train", *paths, console=console))
     state = out / "state" / bundle.name
     with step(console, "Import its events"):
         vitrine("import", "--data", out / "shop", "--bundle", bundle, "--state", state, console=console)
@@ -139,7 +139,7 @@ def run(out: Path, recipe: Recipe, console: Console) -> None:
         f"python -m demo.measure --address {address} --data {out} --bundle {bundle}",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    tour.say_how_to_go_on(address, page, console)
+    tour.print_next_calls(address, page, console)
 
 
 def _today() -> datetime:
@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is told to stop stops its server
-    until = made_until(options.dir)
-    if until is None or until < _today() - timedelta(days=_KEPT_DAYS):
+    until = shop_end(options.dir)
+    if until is None or until < _today() - timedelta(days=_MAX_AGE_DAYS):
         until = _today()
     recipe = replace(Recipe(), seed=options.seed, items=options.items, users=options.users, end=until)
     try:

@@ -1,4 +1,4 @@
-"""Draws a product as a small photograph-like picture.
+"""Draw a product as a small image.
 
 A sketch says what to draw; equal sketches give equal pictures. Knows nothing of shops,
 texts or people.
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from demo import shapes_home, shapes_worn
-from demo.luck import chance
+from demo.sampling import chance
 from demo.strokes import Part, ribbon, turned
 from demo.surfaces import (
     BACKDROPS,
@@ -26,7 +26,7 @@ from demo.surfaces import (
     shading,
     shift,
 )
-from demo.world import COLOURS, PATTERNS, Rgb
+from demo.world import COLORS, PATTERNS, Rgb
 
 _BLACK: Rgb = (18, 14, 20)
 _WHITE: Rgb = (255, 255, 255)
@@ -108,33 +108,33 @@ _FLOWERS: tuple[Rgb, ...] = (
 
 @dataclass(frozen=True)
 class Sketch:
-    """What to draw: names as in `demo.world`, the form's seed and the photograph's seed."""
+    """What to draw: names as in `demo.world`, the seed of the form and the seed of the image."""
 
     kind: str
-    colour: str
+    color: str
     pattern: str
     style: str
     form: tuple[int, ...]
-    photograph: int
+    image_seed: int
 
 
 def draw(sketch: Sketch) -> Image.Image:
     """The picture, "RGB", OUTPUT pixels square."""
-    form, view = np.random.default_rng(sketch.form), np.random.default_rng(sketch.photograph)
-    standing = sketch.kind in _STANDING
-    parts = _placed(_SHAPES[sketch.kind](form), view, standing)
+    form, view = np.random.default_rng(sketch.form), np.random.default_rng(sketch.image_seed)
+    stands = sketch.kind in _STANDING
+    parts = _place(_SHAPES[sketch.kind](form), view, stands)
     paints = _paints(sketch, form)
-    canvas = backdrop(sketch.style, int(view.integers(BACKDROPS)), standing).copy()
-    whole = _mask(parts)
-    _cast_shadow(canvas, whole, standing)
+    canvas = backdrop(sketch.style, int(view.integers(BACKDROPS)), stands).copy()
+    silhouette = _mask(parts)
+    _cast_shadow(canvas, silhouette, stands)
     variant = int(form.integers(PATTERN_VARIANTS))
     for part in parts:
         _paint(canvas, part, paints, sketch.pattern, variant)
-    _light(canvas, whole, sketch.kind in _ROUND)
+    _light(canvas, silhouette, sketch.kind in _ROUND)
     return canvas.reduce(SCALE)
 
 
-def photograph(sketch: Sketch) -> bytes:
+def render_jpeg(sketch: Sketch) -> bytes:
     """The picture as a JPEG file."""
     out = io.BytesIO()
     draw(sketch).save(out, "JPEG", quality=_JPEG_QUALITY)
@@ -142,7 +142,7 @@ def photograph(sketch: Sketch) -> bytes:
 
 
 def _paints(sketch: Sketch, form: np.random.Generator) -> dict[str, Rgb]:
-    body = next(c.rgb for c in COLOURS if c.name == sketch.colour)
+    body = next(c.rgb for c in COLORS if c.name == sketch.color)
     r, g, b = (int(np.clip(v + d, 0, 255)) for v, d in zip(body, form.integers(-8, 9, 3), strict=True))
     body = (r, g, b)
     trims = [t for t in _TRIMS[sketch.style] if _contrast(t, body) > 40]  # noqa: PLR2004 - levels of 255
@@ -161,26 +161,26 @@ def _paints(sketch: Sketch, form: np.random.Generator) -> dict[str, Rgb]:
     }
 
 
-def _luma(colour: Rgb) -> float:
-    return 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2]
+def _luma(color: Rgb) -> float:
+    return 0.3 * color[0] + 0.59 * color[1] + 0.11 * color[2]
 
 
 def _contrast(a: Rgb, b: Rgb) -> float:
     return sum(abs(x - y) for x, y in zip(a, b, strict=True)) / 2
 
 
-def _placed(parts: list[Part], view: np.random.Generator, standing: bool) -> list[Part]:
-    """The parts as this photograph was taken: nearer or farther, turned, seen from the other side."""
-    scale, flip = view.uniform(0.86, 0.99), standing and chance(view, 0.5)
-    turn = view.uniform(-2, 2) if standing else view.uniform(-9, 9)
-    dx, dy = view.uniform(-2.5, 2.5, 2) if not standing else (view.uniform(-3, 3), 0)
+def _place(parts: list[Part], view: np.random.Generator, stands: bool) -> list[Part]:
+    """The parts in the view of this image: scaled, turned, mirrored."""
+    scale, flip = view.uniform(0.86, 0.99), stands and chance(view, 0.5)
+    turn = view.uniform(-2, 2) if stands else view.uniform(-9, 9)
+    dx, dy = view.uniform(-2.5, 2.5, 2) if not stands else (view.uniform(-3, 3), 0)
     placed = []
     for part in parts:
         path = part.path.copy()
         if flip:
             path[:, 0] = 100 - path[:, 0]
         path = turned(path, turn)
-        path = (path - [50, 90 if standing else 50]) * scale + [50 + dx, (90 if standing else 50) + dy]
+        path = (path - [50, 90 if stands else 50]) * scale + [50 + dx, (90 if stands else 50) + dy]
         placed.append(Part(part.paint, path, part.width * scale, part.outlined))
     return placed
 
@@ -207,12 +207,12 @@ def _trace(draw: ImageDraw.ImageDraw, part: Part, widen: float = 0.0, fill: int 
         draw.ellipse([x - r, y - r, x + r, y + r], fill=fill)
 
 
-def _cast_shadow(canvas: Image.Image, whole: Image.Image, standing: bool) -> None:
-    small = whole.reduce(6)
+def _cast_shadow(canvas: Image.Image, silhouette: Image.Image, stands: bool) -> None:
+    small = silhouette.reduce(6)
     soft = Image.new("L", small.size)
     soft.paste(small, (1, 2))
-    if standing:
-        box = whole.getbbox() or (0, 0, SIDE, SIDE)
+    if stands:
+        box = silhouette.getbbox() or (0, 0, SIDE, SIDE)
         x, wide = (box[0] + box[2]) / 12, (box[2] - box[0]) / 12
         foot = box[3] / 6
         ground = Image.new("L", small.size)
@@ -224,11 +224,11 @@ def _cast_shadow(canvas: Image.Image, whole: Image.Image, standing: bool) -> Non
 
 def _paint(canvas: Image.Image, part: Part, paints: dict[str, Rgb], name: str, variant: int) -> None:
     draw = ImageDraw.Draw(canvas)
-    colour = paints[part.paint]
-    edge = shift(colour, _BLACK, 0.42)
+    color = paints[part.paint]
+    edge = shift(color, _BLACK, 0.42)
     if part.outlined and part.width:
         _trace(draw, part, 2 * _OUTLINE * 0.8, edge)
-    _trace(draw, part, fill=colour)
+    _trace(draw, part, fill=color)
     if part.paint == "body" and name != PATTERNS[0]:
         mask = _mask([part])
         box = mask.getbbox() or (0, 0, SIDE, SIDE)  # most parts are a small piece of the canvas
@@ -241,10 +241,10 @@ def _paint(canvas: Image.Image, part: Part, paints: dict[str, Rgb], name: str, v
         draw.line([*path, *path[:2]], fill=edge, width=round(_OUTLINE * UNIT), joint="curve")
 
 
-def _light(canvas: Image.Image, whole: Image.Image, round_: bool) -> None:
-    left, top, right, bottom = whole.getbbox() or (0, 0, SIDE, SIDE)
+def _light(canvas: Image.Image, silhouette: Image.Image, round_: bool) -> None:
+    left, top, right, bottom = silhouette.getbbox() or (0, 0, SIDE, SIDE)
     size = (right - left, bottom - top)
-    part = whole.crop((left, top, right, bottom))
-    for colour, layer in zip((_BLACK, _WHITE), shading(round_), strict=True):
+    part = silhouette.crop((left, top, right, bottom))
+    for color, layer in zip((_BLACK, _WHITE), shading(round_), strict=True):
         mask = ImageChops.multiply(part, layer.resize(size, Image.Resampling.BILINEAR))
-        canvas.paste(colour, (left, top), mask)
+        canvas.paste(color, (left, top), mask)

@@ -22,8 +22,8 @@ def render(sections: Sequence[Section], address: str) -> str:
     return _PAGE.substitute(address=escape(address), links=links, sections=body)
 
 
-def picture_card(path: Path) -> Card:
-    """A photograph that something is asked with, as a card."""
+def image_card(path: Path) -> Card:
+    """The image of a query as a card."""
     return Card(path.name, path.stem.replace("-", " "), None, path.read_bytes())
 
 
@@ -52,15 +52,15 @@ def _card(card: Card) -> str:
     price = "" if card.price is None else f'<span class="price">{card.price:,.2f}</span>'
     new = ' class="card new"' if card.is_the_new_one else ' class="card"'
     return f"""<article{new} title="{escape(card.item_id, quote=True)}">
-{_picture(card)}
+{_image(card)}
 <h4>{escape(card.title)}</h4>
 <p>{price}{chips}</p>
 </article>"""
 
 
-def _picture(card: Card) -> str:
-    if not card.photograph:
+def _image(card: Card) -> str:
+    if not card.image:
         return '<div class="blank"></div>'
-    kind = next((k for start, k in _SIGNATURES if card.photograph.startswith(start)), "image/jpeg")
-    data = base64.b64encode(card.photograph).decode()
-    return f'<img alt="" loading="lazy" src="data:{kind};base64,{data}">'
+    media_type = next((k for start, k in _SIGNATURES if card.image.startswith(start)), "image/jpeg")
+    data = base64.b64encode(card.image).decode()
+    return f'<img alt="" loading="lazy" src="data:{media_type};base64,{data}">'

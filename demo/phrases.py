@@ -1,6 +1,6 @@
 """Sentences for descriptions; `{m}` is the material, `{n}` the noun, `{c}` a shade, `{b}` the brand.
 
-Only data; `demo.catalogue` chooses among them.
+Only data; `demo.catalog` chooses among them.
 """
 
 DETAILS: dict[str, tuple[str, ...]] = {

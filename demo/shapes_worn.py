@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from demo.luck import chance
+from demo.sampling import chance
 from demo.strokes import Part, box, curve, detail, ellipse, mirrored, shape, stroke
 
 Rng = np.random.Generator

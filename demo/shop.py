@@ -1,9 +1,9 @@
-"""`python -m demo.shop`: writes the made-up shop as `vitrine train` reads one, and its truth beside it.
+"""`python -m demo.shop`: write the demo shop as a directory for `vitrine train`, and its ground truth.
 
     OUT/shop/       items.jsonl, events.csv.gz, images/, shop.toml
     OUT/heldout/    products of the same world that the shop does not have: items.jsonl, images/
-    OUT/truth.npz   what people and products are really like (`demo.tastes.Truth`)
-    OUT/made.json   from which seed, sizes and code
+    OUT/truth.npz   the true preferences of users (`demo.tastes.Truth`)
+    OUT/made.json   the seed, sizes and digest of the code
 
 The same seed, sizes and end give the same bytes.
 """
@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from demo.behaviour import TYPES, Rows, simulate
-from demo.catalogue import Product, make_catalogue
-from demo.drawing import photograph
+from demo.behavior import TYPES, Rows, simulate
+from demo.catalog import Product, make_catalog
+from demo.drawing import render_jpeg
 from demo.tastes import make_truth
 
 END = datetime(2026, 3, 1, tzinfo=UTC)
@@ -31,7 +31,7 @@ HELD_OUT = "new-"
 """What the ids of held-out products begin with."""
 
 SHOP_TOML = """\
-# How the made-up shop reads. `vitrine train` finds this file beside the items.
+# How the made-up shop reads. `vitrine train` finds this file next to the items.
 [items]
 text_attributes = ["type", "colour", "pattern", "style", "material", "brand"]
 
@@ -49,28 +49,28 @@ test_days = 7
 
 # Small enough for two cores and a few minutes.
 [text]
-layers = 2
+trainable_layers = 2
 steps = 60
 batch = 64
 learning_rate = 1e-4
-head_steps = 150
+projection_steps = 150
 
 [image]
 epochs = 6
 batch = 64
-head_steps = 150
+projection_steps = 150
 
 [ranking]
-days = 28
-queries = 3000
-candidates = 100
-judged = 400
+ranking_days = 28
+max_queries = 3000
+candidates_per_query = 100
+eval_queries = 400
 trees = 100
 ctr_epochs = 2
 """
 
 
-_LEAST_ITEMS = 50
+_MIN_ITEMS = 50
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ def write_shop(out: Path, recipe: Recipe) -> dict[str, int]:
     """Write everything under `out`, in place of what was there; counts of what was written."""
     for name in ("made.json", "truth.npz"):
         (out / name).unlink(missing_ok=True)
-    products = make_catalogue(recipe.seed, recipe.items, recipe.end)
+    products = make_catalog(recipe.seed, recipe.items, recipe.end)
     rng = np.random.default_rng([recipe.seed, 1])
     truth = make_truth(rng, products, recipe.users, recipe.new_users)
     rows = simulate(rng, truth, products, int(recipe.end.timestamp()))
     _write_products(out / "shop", products)
     _write_events(out / "shop" / "events.csv.gz", rows, truth.user_ids, products)
     (out / "shop" / "shop.toml").write_text(SHOP_TOML)
-    held_out = make_catalogue(recipe.seed, recipe.held_out, recipe.end, HELD_OUT)
+    held_out = make_catalog(recipe.seed, recipe.held_out, recipe.end, HELD_OUT)
     _write_products(out / "heldout", held_out)
     truth.save(out / "truth.npz")
     (out / "made.json").write_text(json.dumps(recipe.document(), indent=1) + "\n")
@@ -108,22 +108,22 @@ def write_shop(out: Path, recipe: Recipe) -> dict[str, int]:
     return {"item": len(products), **{name: int(n) for name, n in zip(TYPES, counts, strict=True)}}
 
 
-def is_made(out: Path, recipe: Recipe) -> bool:
+def is_current(out: Path, recipe: Recipe) -> bool:
     """Whether `out` already holds what this recipe and this code would write."""
-    made = out / "made.json"
-    return made.is_file() and json.loads(made.read_text()) == recipe.document()
+    manifest = out / "made.json"
+    return manifest.is_file() and json.loads(manifest.read_text()) == recipe.document()
 
 
-def made_until(out: Path) -> datetime | None:
+def shop_end(out: Path) -> datetime | None:
     """The end of the shop that `out` holds, None when it holds none."""
-    made = out / "made.json"
-    return datetime.fromisoformat(json.loads(made.read_text())["end"]) if made.is_file() else None
+    manifest = out / "made.json"
+    return datetime.fromisoformat(json.loads(manifest.read_text())["end"]) if manifest.is_file() else None
 
 
 def _code() -> str:
     """A digest of the files that decide what is written."""
     names = (
-        "behaviour catalogue drawing luck phrases shapes_home shapes_worn shop strokes surfaces tastes world"
+        "behavior catalog drawing phrases sampling shapes_home shapes_worn shop strokes surfaces tastes world"
     )
     state = hashlib.blake2b(digest_size=8)
     for name in names.split():
@@ -137,31 +137,31 @@ def _write_products(directory: Path, products: Sequence[Product]) -> None:
     with (directory / "items.jsonl").open("w", encoding="utf-8") as lines:
         for product in products:
             lines.write(json.dumps(product.document(), ensure_ascii=False) + "\n")
-            (directory / "images" / f"{product.id}.jpg").write_bytes(photograph(product.sketch))
+            (directory / "images" / f"{product.id}.jpg").write_bytes(render_jpeg(product.sketch))
 
 
 def _write_events(path: Path, rows: Rows, user_ids: Sequence[str], products: Sequence[Product]) -> None:
     times = np.datetime_as_string(rows.time.astype("datetime64[s]"), unit="s")
-    bought, placed = TYPES.index("purchase"), (TYPES.index("impression"), TYPES.index("click"))
+    purchase, listed = TYPES.index("purchase"), (TYPES.index("impression"), TYPES.index("click"))
     with gzip.GzipFile(path, "wb", compresslevel=5, mtime=0) as out:
         out.write(b"event_id,user_id,session_id,type,item_id,time,price,position\n")
         columns = (rows.user, rows.session, rows.kind, rows.item, times, rows.position)
         events = zip(*(column.tolist() for column in columns), strict=True)
-        for n, (user, session, kind, item, time, place) in enumerate(events):
+        for n, (user, session, kind, item, time, position) in enumerate(events):
             product = products[item]
-            price = f"{product.price:.2f}" if kind == bought else ""
-            position = place if kind in placed else ""
-            who = f"e{n:07},{user_ids[user]},s{session:06}"
-            line = f"{who},{TYPES[kind]},{product.id},{time}Z,{price},{position}\n"
+            price = f"{product.price:.2f}" if kind == purchase else ""
+            cell = position if kind in listed else ""
+            prefix = f"e{n:07},{user_ids[user]},s{session:06}"
+            line = f"{prefix},{TYPES[kind]},{product.id},{time}Z,{price},{cell}\n"
             out.write(line.encode())
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(minimum: int) -> Callable[[str], int]:
     """An argument's type: a whole number that a shop of any use needs."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of {least} or more is needed")
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of {minimum} or more is needed")
         return int(text)
 
     return read
@@ -169,10 +169,10 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The options that a recipe is made of."""
-    usual = Recipe()
-    parser.add_argument("--seed", type=int, default=usual.seed)
-    parser.add_argument("--items", type=_at_least(_LEAST_ITEMS), default=usual.items)
-    parser.add_argument("--users", type=_at_least(2 * usual.new_users), default=usual.users)
+    defaults = Recipe()
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--items", type=_at_least(_MIN_ITEMS), default=defaults.items)
+    parser.add_argument("--users", type=_at_least(2 * defaults.new_users), default=defaults.users)
 
 
 def main(arguments: list[str] | None = None) -> None:

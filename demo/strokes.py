@@ -1,6 +1,6 @@
 """The geometry that drawings are made of: closed shapes and strokes on a canvas of 100 by 100 units.
 
-x grows to the right, y downwards; a path is float64 (P, 2). Knows nothing of colours or pixels.
+x grows to the right, y downwards; a path is float64 (P, 2). Knows nothing of colors or pixels.
 """
 
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ def ellipse(
     x: float, y: float, rx: float, ry: float, start: float = 0, end: float = 360, steps: int = 40
 ) -> np.ndarray:
     """An ellipse or an arc of one, in degrees clockwise from the right."""
-    at = np.radians(np.linspace(start, end, steps))
-    return np.stack([x + rx * np.cos(at), y + ry * np.sin(at)], 1)
+    angles = np.radians(np.linspace(start, end, steps))
+    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1)
 
 
 def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0) -> np.ndarray:
@@ -56,9 +56,9 @@ def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0) -> np.nda
 def mirrored(left: Points) -> np.ndarray:
     """A shape symmetric about x = 50 from its left side, top to bottom."""
     half = np.asarray(left, float)
-    other = half[::-1].copy()
-    other[:, 0] = 100 - other[:, 0]
-    return np.concatenate([half, other])
+    mirror = half[::-1].copy()
+    mirror[:, 0] = 100 - mirror[:, 0]
+    return np.concatenate([half, mirror])
 
 
 def curve(points: Points, *, closed: bool = True, steps: int = 8) -> np.ndarray:
@@ -92,9 +92,9 @@ def leaf(x: float, y: float, length: float, breadth: float, degrees: float) -> n
 
 def star(x: float, y: float, radius: float, points: int = 5, inner: float = 0.42) -> np.ndarray:
     """A star, or with `inner` near 1 a flower of so many petals."""
-    at = np.radians(np.arange(2 * points) * 180 / points - 90)
+    angles = np.radians(np.arange(2 * points) * 180 / points - 90)
     reach = np.where(np.arange(2 * points) % 2, inner, 1.0) * radius
-    return np.stack([x + reach * np.cos(at), y + reach * np.sin(at)], 1)
+    return np.stack([x + reach * np.cos(angles), y + reach * np.sin(angles)], 1)
 
 
 def ribbon(path: np.ndarray, width: float) -> np.ndarray:

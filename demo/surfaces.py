@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.luck import chance
+from demo.sampling import chance
 from demo.strokes import curve, ellipse, star
 from demo.world import STYLES, Rgb
 
@@ -54,9 +54,9 @@ def pixels(path: np.ndarray) -> list[tuple[float, float]]:
     return [(x, y) for x, y in (path * UNIT).tolist()]
 
 
-def shift(colour: Rgb, other: Rgb, share: float) -> Rgb:
-    """A colour moved towards another by a share of the way."""
-    r, g, b = (round(a + (o - a) * share) for a, o in zip(colour, other, strict=True))
+def shift(color: Rgb, other: Rgb, share: float) -> Rgb:
+    """A color moved towards another by a share of the way."""
+    r, g, b = (round(a + (o - a) * share) for a, o in zip(color, other, strict=True))
     return r, g, b
 
 
@@ -155,14 +155,14 @@ _PATTERNS = {
 
 
 @lru_cache
-def backdrop(style: str, variant: int, standing: bool) -> Image.Image:
+def backdrop(style: str, variant: int, item_status: bool) -> Image.Image:
     """A wall, "RGB", and where things stand a floor, in the manner of a style."""
     wall = _WALLS[style][variant]
     picture = Image.new("RGB", (SIDE, SIDE), wall)
     draw = ImageDraw.Draw(picture)
     rng = np.random.default_rng([STYLES.index(style), variant])
     _MOTIFS[style](draw, wall, rng)
-    if standing:
+    if item_status:
         floor = shift(_FLOORS[style], wall, rng.uniform(0, 0.4))
         draw.rectangle([0, FLOOR * UNIT, SIDE, SIDE], fill=floor)
         if style in ("rustic", "vintage"):

@@ -27,10 +27,10 @@ def _table(strip: Strip) -> Table:
     table.add_column("title", ratio=1)
     table.add_column("price", justify="right")
     table.add_column("sources")
-    for place, card in enumerate(strip.cards, 1):
+    for rank, card in enumerate(strip.cards, 1):
         price = "" if card.price is None else f"{card.price:.2f}"
         style = "bold green" if card.is_the_new_one else ""
         table.add_row(
-            str(place), Text(card.item_id), Text(card.title), price, Text(" ".join(card.sources)), style=style
+            str(rank), Text(card.item_id), Text(card.title), price, Text(" ".join(card.sources)), style=style
         )
     return table

@@ -1,7 +1,7 @@
-"""`python -m demo.tour`: shows what a running Vitrine does, in the terminal and as one HTML page.
+"""`python -m demo.tour`: show what a running Vitrine does, in the terminal and as one HTML page.
 
-Needs a gateway's address and the shop directory it was trained on. Adds one item to the
-gateway's catalogue, and takes away the one that an earlier tour added.
+Needs the address of a gateway and the shop directory of its bundle. Adds one item to the catalog; a later
+tour replaces it.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from vitrine.catalog.v1 import item_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from demo import page, terminal
-from demo.cast import a_session, bought_by, some_buyers
 from demo.client import SERVICE, Gateway, Section, Strip, degraded, session_of
-from demo.drawing import Sketch, photograph
-from training.dataset import Shop, read_shop
+from demo.drawing import Sketch, render_jpeg
+from demo.examples import purchases_of, sample_buyers, sample_session
+from training.data.dataset import ShopData, read_shop
 
-PEOPLE = 3
-SHOWN = 12
-MOST = 500
-"""The longest page that can be asked for."""
+USERS = 3
+PAGE_SIZE = 12
+MAX_PAGE_SIZE = 500
+"""The maximum page size of the contract."""
 HISTORY = 6
 SEARCHES = ("red striped mug", "something elegant and black for an evening out", "a floral bag for the beach")
 NEW_ID = "tour-night-sky-mug"
@@ -33,85 +33,85 @@ _NEW_TITLE = "Night Sky Mug in navy with stars"
 
 
 class Tour:
-    """The steps of a tour; each asks the gateway and makes one section or more.
+    """The steps of a tour; each calls the gateway and returns sections to show.
 
-    Photographs that calls refer to are written under `pictures`.
+    The image files of the calls are written to `pictures`.
     """
 
-    def __init__(self, gateway: Gateway, shop: Shop, pictures: Path) -> None:
+    def __init__(self, gateway: Gateway, shop: ShopData, pictures: Path) -> None:
         self._gateway, self._shop, self._pictures = gateway, shop, pictures
         pictures.mkdir(parents=True, exist_ok=True)
 
     @property
     def steps(self) -> tuple[Callable[[], list[Section]], ...]:
-        """What is shown, in its order."""
-        return self._people, self._stranger, self._texts, self._by_photograph, self._newcomer
+        """The steps in their order."""
+        return self._known_users, self._anonymous_user, self._texts, self._by_image, self._new_item
 
-    def _people(self) -> list[Section]:
+    def _known_users(self) -> list[Section]:
         sections = []
-        for user_id in some_buyers(self._shop, PEOPLE, 2 * HISTORY):
-            request = pb.RecommendRequest(user_id=user_id, page_size=SHOWN)
-            response, took = self._gateway.recommend(request)
-            bought = [self._gateway.card(i) for i in bought_by(self._shop, user_id)]
+        for user_id in sample_buyers(self._shop, USERS, 2 * HISTORY):
+            request = pb.RecommendRequest(user_id=user_id, page_size=PAGE_SIZE)
+            response, milliseconds = self._gateway.recommend(request)
+            purchases = [self._gateway.card(i) for i in purchases_of(self._shop, user_id)]
             sections.append(
                 Section(
                     f"Recommended for {user_id}",
-                    "A person whom the shop knows. Above what they bought last, below their page: "
-                    "each item says which sources proposed it.",
+                    "A user with a history. The first row has their latest purchases, the second their page: "
+                    "each item lists the candidate sources that rank it highest.",
                     self._gateway.call("Recommend", request),
                     (
-                        Strip("Bought before, latest first", tuple(bought[:HISTORY])),
+                        Strip("Bought before, latest first", tuple(purchases[:HISTORY])),
                         Strip("Recommended", self._gateway.cards(response)),
                     ),
-                    (*degraded(response), f"answered in {took:.0f} ms"),
+                    (*degraded(response), f"answered in {milliseconds:.0f} ms"),
                 )
             )
         return sections
 
-    def _stranger(self) -> list[Section]:
-        looked_at = a_session(self._shop.items)
-        request = pb.RecommendRequest(session=session_of(looked_at), page_size=SHOWN)
-        response, took = self._gateway.recommend(request)
+    def _anonymous_user(self) -> list[Section]:
+        viewed = sample_session(self._shop.items)
+        request = pb.RecommendRequest(session=session_of(viewed), page_size=PAGE_SIZE)
+        response, milliseconds = self._gateway.recommend(request)
         return [
             Section(
-                "A stranger, two clicks into a visit",
-                "Nobody knows this person. The two items of the running visit are all there is to go by.",
+                "An anonymous user after two clicks",
+                "The shop has no history of this user. The page depends on the two session items alone.",
                 self._gateway.call("Recommend", request),
                 (
-                    Strip("Looked at in this visit", tuple(self._gateway.card(i) for i in looked_at)),
+                    Strip("Viewed in this session", tuple(self._gateway.card(i) for i in viewed)),
                     Strip("Recommended", self._gateway.cards(response)),
                 ),
-                (*degraded(response), f"answered in {took:.0f} ms"),
+                (*degraded(response), f"answered in {milliseconds:.0f} ms"),
             )
         ]
 
     def _texts(self) -> list[Section]:
         sections = []
         for text in SEARCHES:
-            request = pb.SearchItemsRequest(text=text, page_size=SHOWN)
-            response, took = self._gateway.search(request)
+            request = pb.SearchItemsRequest(text=text, page_size=PAGE_SIZE)
+            response, milliseconds = self._gateway.search(request)
             sections.append(
                 Section(
                     f"Search: {text}",
-                    "A search by meaning, in the words of a person.",
+                    "A search by meaning, in everyday words.",
                     self._gateway.call("SearchItems", request),
                     (Strip("Found", self._gateway.cards(response)),),
-                    (f"answered in {took:.0f} ms",),
+                    (f"answered in {milliseconds:.0f} ms",),
                 )
             )
         return sections
 
-    def _by_photograph(self) -> list[Section]:
-        path = self._picture("yellow-floral-bag", photograph(_QUERY))
-        request = pb.SearchItemsRequest(image=path.read_bytes(), page_size=SHOWN)
+    def _by_image(self) -> list[Section]:
+        path = self._picture("yellow-floral-bag", render_jpeg(_QUERY))
+        request = pb.SearchItemsRequest(image=path.read_bytes(), page_size=PAGE_SIZE)
         return [
             self._image_search(
                 request, "Search by photograph", "A picture of a bag that the shop does not have.", path
             )
         ]
 
-    def _newcomer(self) -> list[Section]:
-        path = self._picture("night-sky-mug", photograph(_NEW))
+    def _new_item(self) -> list[Section]:
+        path = self._picture("night-sky-mug", render_jpeg(_NEW))
         item = item_pb2.Item(
             id=NEW_ID,
             title=_NEW_TITLE,
@@ -119,75 +119,79 @@ class Tour:
             price=13.9,
         )
         item.image.data = path.read_bytes()
-        for name, text in (("type", _NEW.kind), ("colour", _NEW.colour), ("pattern", _NEW.pattern)):
+        for name, text in (("type", _NEW.kind), ("colour", _NEW.color), ("pattern", _NEW.pattern)):
             item.attributes.add(name=name, texts=[text])
-        outcome, took = self._gateway.renew(item)
+        outcome, milliseconds = self._gateway.renew(item)
         if outcome.HasField("error"):
             raise RuntimeError(f"{NEW_ID} was not written: {outcome.error.message}")
         upsert = Section(
             "A brand-new item",
-            "Written a moment ago. Nobody has seen, clicked or bought it. Its acknowledgement carries a "
-            "sequence number, and calls that pass it as min_sequence see the item.",
+            "Just written, without any event. The response has a sequence number; calls that pass it as "
+            "min_sequence include the item.",
             self._gateway.call("BatchUpsertItems", pb.BatchUpsertItemsRequest(items=[item]), path),
             (Strip("Written", (self._gateway.card(NEW_ID),)),),
-            (f"acknowledged in {took:.0f} ms as change {outcome.sequence}",),
+            (f"acknowledged in {milliseconds:.0f} ms as change {outcome.sequence}",),
         )
-        return [upsert, *self._find_newcomer(path, outcome.sequence)]
+        return [upsert, *self._find_new_item(path, outcome.sequence)]
 
-    def _find_newcomer(self, path: Path, sequence: int) -> list[Section]:
+    def _find_new_item(self, path: Path, sequence: int) -> list[Section]:
         by_text = pb.SearchItemsRequest(
-            text="dark blue cup with stars", page_size=SHOWN, min_sequence=sequence
+            text="dark blue cup with stars", page_size=PAGE_SIZE, min_sequence=sequence
         )
-        response, took = self._gateway.search(by_text)
-        near = [card.item_id for card in self._gateway.cards(response) if not card.is_the_new_one][:2]
-        found = Section(
+        response, milliseconds = self._gateway.search(by_text)
+        similar = [card.item_id for card in self._gateway.cards(response) if not card.is_the_new_one][:2]
+        text_section = Section(
             "The new item, found by a text",
-            "In other words than its own.",
+            "The query uses other words than the title.",
             self._gateway.call("SearchItems", by_text),
             (Strip("Found", self._gateway.cards(response)),),
-            (_place(response), f"answered in {took:.0f} ms"),
+            (_rank_remark(response), f"answered in {milliseconds:.0f} ms"),
         )
-        by_picture = pb.SearchItemsRequest(
-            image=photograph(Sketch(_NEW.kind, _NEW.colour, _NEW.pattern, _NEW.style, _NEW.form, 13)),
-            page_size=SHOWN,
+        by_image = pb.SearchItemsRequest(
+            image=render_jpeg(Sketch(_NEW.kind, _NEW.color, _NEW.pattern, _NEW.style, _NEW.form, 13)),
+            page_size=PAGE_SIZE,
             min_sequence=sequence,
         )
-        another = self._picture("night-sky-mug-again", by_picture.image)
-        seen = self._image_search(
-            by_picture, "The new item, found by a photograph", "Another photograph of it.", another
+        another = self._picture("night-sky-mug-again", by_image.image)
+        image_section = self._image_search(
+            by_image, "The new item, found by a photograph", "Another photograph of it.", another
         )
-        request = pb.RecommendRequest(session=session_of(near), page_size=SHOWN, min_sequence=sequence)
-        answer, took = self._gateway.recommend(request)
+        request = pb.RecommendRequest(session=session_of(similar), page_size=PAGE_SIZE, min_sequence=sequence)
+        recommendation, milliseconds = self._gateway.recommend(request)
         recommended = Section(
             "The new item, recommended",
-            "To a stranger who looked at two items near it.",
+            "To an anonymous user who viewed two similar items.",
             self._gateway.call("Recommend", request),
             (
-                Strip("Looked at in this visit", tuple(self._gateway.card(i) for i in near)),
-                Strip("Recommended", self._gateway.cards(answer)),
+                Strip("Viewed in this session", tuple(self._gateway.card(i) for i in similar)),
+                Strip("Recommended", self._gateway.cards(recommendation)),
             ),
-            (*degraded(answer), self._place_further_down(request), f"answered in {took:.0f} ms"),
+            (
+                *degraded(recommendation),
+                self._rank_in_longest_page(request),
+                f"answered in {milliseconds:.0f} ms",
+            ),
         )
-        return [found, seen, recommended]
+        return [text_section, image_section, recommended]
 
     def _image_search(self, request: pb.SearchItemsRequest, title: str, prose: str, path: Path) -> Section:
         call = self._gateway.call("SearchItems", request, path)
-        asked = Strip("Asked with", (page.picture_card(path),))
+        query = Strip("Query image", (page.image_card(path),))
         try:
-            response, took = self._gateway.search(request)
+            response, milliseconds = self._gateway.search(request)
         except grpc.RpcError as error:
-            # A bundle without an image encoder is whole; the tour goes on and says what it lacks.
+            # A bundle may have no image encoder: the tour shows the error and continues.
             remark = f"{error.code().name}: {error.details()}"
-            return Section(title, prose, call, (asked,), (remark,))
-        place = (_place(response),) if request.min_sequence else ()
-        remarks = (*place, f"answered in {took:.0f} ms")
-        return Section(title, prose, call, (asked, Strip("Found", self._gateway.cards(response))), remarks)
+            return Section(title, prose, call, (query,), (remark,))
+        place = (_rank_remark(response),) if request.min_sequence else ()
+        remarks = (*place, f"answered in {milliseconds:.0f} ms")
+        return Section(title, prose, call, (query, Strip("Found", self._gateway.cards(response))), remarks)
 
-    def _place_further_down(self, request: pb.RecommendRequest) -> str:
+    def _rank_in_longest_page(self, request: pb.RecommendRequest) -> str:
         longer = pb.RecommendRequest()
         longer.CopyFrom(request)
-        longer.page_size = MOST
-        return _place(self._gateway.recommend(longer)[0])
+        longer.page_size = MAX_PAGE_SIZE
+        return _rank_remark(self._gateway.recommend(longer)[0])
 
     def _picture(self, name: str, content: bytes) -> Path:
         path = self._pictures / f"{name}.jpg"
@@ -195,7 +199,7 @@ class Tour:
         return path
 
 
-def _place(response: pb.RecommendResponse | pb.SearchItemsResponse) -> str:
+def _rank_remark(response: pb.RecommendResponse | pb.SearchItemsResponse) -> str:
     ids = [item.item_id for item in response.items]
     if NEW_ID not in ids:
         return f"the new item is not among the first {len(ids)}"
@@ -203,13 +207,13 @@ def _place(response: pb.RecommendResponse | pb.SearchItemsResponse) -> str:
 
 
 def run(address: str, data: Path, out: Path, console: Console) -> Path:
-    """Take the tour; the path of the HTML page, which lies in `out` with the pictures that it asks with.
+    """Take the tour and return the path of its HTML page in `out`.
 
     Raises:
         grpc.RpcError: the gateway does not answer.
     """
     shop = read_shop(data)
-    gateway = Gateway(address, shop.items, shop.photographs)
+    gateway = Gateway(address, shop.items, shop.images)
     sections: list[Section] = []
     try:
         for step in Tour(gateway, shop, out / "pictures").steps:
@@ -223,15 +227,17 @@ def run(address: str, data: Path, out: Path, console: Console) -> Path:
     return path
 
 
-def say_how_to_go_on(address: str, path: Path, console: Console) -> None:
-    """Print calls to make by hand, and where the page lies."""
-    asks: tuple[tuple[str, object], ...] = (
+def print_next_calls(address: str, path: Path, console: Console) -> None:
+    """Print further calls to try, and the path of the page."""
+    calls: tuple[tuple[str, object], ...] = (
         ("SearchItems", {"text": "warm winter boots", "page_size": 5}),
         ("SimilarItems", {"item_id": NEW_ID, "page_size": 5}),
         ("DeleteItems", {"item_ids": [NEW_ID]}),
     )
     lines = [f"grpcurl -plaintext {address} {verb}" for verb in ("list", f"describe {SERVICE}")]
-    lines += [f"grpcurl -plaintext -d '{json.dumps(body)}' {address} {SERVICE}/{what}" for what, body in asks]
+    lines += [
+        f"grpcurl -plaintext -d '{json.dumps(body)}' {address} {SERVICE}/{method}" for method, body in calls
+    ]
     console.rule("[bold]Go on with grpcurl")
     for line in (*lines, "", f"The page: {path.resolve()}"):
         console.print(line, markup=False, soft_wrap=True, highlight=False)
@@ -246,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     console = Console()
     path = run(options.address, options.data, options.out, console)
-    say_how_to_go_on(options.address, path, console)
+    print_next_calls(options.address, path, console)
 
 
 if __name__ == "__main__":

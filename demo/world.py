@@ -1,4 +1,4 @@
-"""What exists in the made-up shop: kinds of product, colours, patterns, styles, brands.
+"""What exists in the made-up shop: kinds of product, colors, patterns, styles, brands.
 
 Only data and how it is grouped; knows nothing of prose, pictures or people.
 """
@@ -23,8 +23,8 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Colour:
-    """A colour by its plain name, with shades that prose may call it and a group of taste."""
+class Color:
+    """A color by its plain name, with shades that prose may call it and a group of taste."""
 
     name: str
     rgb: Rgb
@@ -113,23 +113,23 @@ KINDS = (
     Kind("bicycle", ("bicycle", "city bike", "bike"), "outdoors", 540, ("steel", "aluminium"), 1.0),
 )
 
-COLOURS = (
-    Colour("red", (205, 42, 46), ("crimson", "cherry", "poppy red", "scarlet"), "warm"),
-    Colour("orange", (238, 126, 36), ("tangerine", "apricot", "pumpkin", "burnt orange"), "warm"),
-    Colour("yellow", (246, 205, 58), ("mustard", "lemon", "sunflower", "saffron"), "warm"),
-    Colour("green", (58, 152, 78), ("emerald", "leaf green", "grass green", "jade"), "cool"),
-    Colour("olive", (124, 128, 62), ("olive", "moss", "khaki", "fern"), "earth"),
-    Colour("teal", (24, 136, 140), ("teal", "petrol", "lagoon", "sea green"), "cool"),
-    Colour("light blue", (126, 190, 232), ("sky blue", "powder blue", "ice blue", "pale blue"), "cool"),
-    Colour("blue", (38, 92, 200), ("cobalt", "royal blue", "azure", "ultramarine"), "cool"),
-    Colour("navy", (28, 40, 84), ("navy", "midnight blue", "ink blue", "dark blue"), "dark"),
-    Colour("purple", (122, 66, 158), ("violet", "plum", "aubergine", "amethyst"), "bright"),
-    Colour("pink", (242, 142, 178), ("rose", "blush", "bubblegum", "candy pink"), "bright"),
-    Colour("brown", (122, 78, 46), ("chestnut", "walnut", "chocolate", "cognac"), "earth"),
-    Colour("beige", (220, 196, 158), ("sand", "camel", "oatmeal", "biscuit"), "earth"),
-    Colour("white", (246, 245, 240), ("ivory", "snow", "chalk", "off-white"), "light"),
-    Colour("grey", (142, 146, 152), ("stone", "ash", "slate", "silver grey"), "light"),
-    Colour("black", (38, 37, 40), ("charcoal", "jet black", "onyx", "coal"), "dark"),
+COLORS = (
+    Color("red", (205, 42, 46), ("crimson", "cherry", "poppy red", "scarlet"), "warm"),
+    Color("orange", (238, 126, 36), ("tangerine", "apricot", "pumpkin", "burnt orange"), "warm"),
+    Color("yellow", (246, 205, 58), ("mustard", "lemon", "sunflower", "saffron"), "warm"),
+    Color("green", (58, 152, 78), ("emerald", "leaf green", "grass green", "jade"), "cool"),
+    Color("olive", (124, 128, 62), ("olive", "moss", "khaki", "fern"), "earth"),
+    Color("teal", (24, 136, 140), ("teal", "petrol", "lagoon", "sea green"), "cool"),
+    Color("light blue", (126, 190, 232), ("sky blue", "powder blue", "ice blue", "pale blue"), "cool"),
+    Color("blue", (38, 92, 200), ("cobalt", "royal blue", "azure", "ultramarine"), "cool"),
+    Color("navy", (28, 40, 84), ("navy", "midnight blue", "ink blue", "dark blue"), "dark"),
+    Color("purple", (122, 66, 158), ("violet", "plum", "aubergine", "amethyst"), "bright"),
+    Color("pink", (242, 142, 178), ("rose", "blush", "bubblegum", "candy pink"), "bright"),
+    Color("brown", (122, 78, 46), ("chestnut", "walnut", "chocolate", "cognac"), "earth"),
+    Color("beige", (220, 196, 158), ("sand", "camel", "oatmeal", "biscuit"), "earth"),
+    Color("white", (246, 245, 240), ("ivory", "snow", "chalk", "off-white"), "light"),
+    Color("grey", (142, 146, 152), ("stone", "ash", "slate", "silver grey"), "light"),
+    Color("black", (38, 37, 40), ("charcoal", "jet black", "onyx", "coal"), "dark"),
 )
 
 PATTERNS = ("plain", "striped", "dotted", "checked", "floral", "zigzag", "wavy", "starry")
@@ -159,4 +159,4 @@ BRANDS: dict[str, tuple[tuple[str, float], ...]] = {
 """Of each style the brands that make it, with how their prices compare."""
 
 KIND_NAMES = tuple(kind.name for kind in KINDS)
-COLOUR_NAMES = tuple(colour.name for colour in COLOURS)
+COLOR_NAMES = tuple(colour.name for colour in COLORS)

@@ -13,4 +13,5 @@ mkdir -p "$out"
   --grpc_python_out="$out" --mypy_grpc_out="quiet:$out" \
   --include_imports --include_source_info --descriptor_set_out="$out/vitrine.binpb" \
   $(find vitrine -name '*.proto' | sort)
+touch "$out/vitrine/py.typed" # type checkers of callers read the stubs
 "$python" document.py "$out/vitrine.binpb" "$out/api.md"

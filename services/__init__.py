@@ -1,1 +1,1 @@
-"""Vitrine's services: every folder is a process, every file beside them is shared by all."""
+"""The gateway, ranking and embedding services, what they share, and `serving`, which runs them."""

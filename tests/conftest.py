@@ -1,12 +1,13 @@
-"""Databases and clocks for the suite; a skip of something in VITRINE_REQUIRE is a failure."""
+"""Fixtures of the whole suite: databases, clocks and the small shop."""
 
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -15,30 +16,41 @@ import pytest
 import sqlalchemy as sa
 import torch
 
-from services import heap, runtime, store
-from tests.foretelling import components
-from tests.recommending import Shop
-from tests.shops import make_bundle
+from services.core import gc_tuning
+from services.storage import store
+from tests.support.prediction_models import write_prediction_models
+from tests.support.shop_server import Shop, Stub
+from tests.support.shops import make_bundle
 
-runtime.prepare()
+# A shell that runs the suite in the background makes it and its children ignore SIGINT.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _REQUIRED = frozenset(filter(None, os.environ.get("VITRINE_REQUIRE", "").split(",")))
+_END_TO_END = Path(__file__).parent / "e2e"
 
 
 def skip_without(what: str, reason: str) -> None:
+    """Skip the test; fail it instead if VITRINE_REQUIRE lists what is missing."""
     if what in _REQUIRED:
         pytest.fail(f"{what} is in VITRINE_REQUIRE: {reason}")
     pytest.skip(f"{what}: {reason}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the end-to-end tests as slow."""
+    for item in items:
+        if item.path.is_relative_to(_END_TO_END):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A skip must not hide: the summary ends in how many there were, and why."""
+    """End the summary with the number of skips and their reasons."""
     reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
     line = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common()) or "none"
     terminalreporter.write_line(f"skipped: {line}")
 
 
 class Clock:
-    """A time that moves only when told to."""
+    """A clock that moves only when a test advances it."""
 
     def __init__(self) -> None:
         self.now = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -51,19 +63,19 @@ class Clock:
 
 
 @pytest.fixture
-def own_heap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The heap as of a process that serves; the collector has it back afterwards."""
+def tuned_gc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tune the garbage collector as a server does, and undo it after the test."""
     thresholds = gc.get_threshold()
-    monkeypatch.setattr(heap, "_owned", False)
-    heap.own()
+    monkeypatch.setattr(gc_tuning, "_enabled", False)
+    gc_tuning.enable()
     yield
     gc.unfreeze()
     gc.set_threshold(*thresholds)
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Batches as small as a test's gain nothing from threads, and lose much where cores are shared."""
+def single_thread() -> Iterator[None]:
+    """Use one thread in torch: threads slow the small batches of tests down when cores are shared."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -77,13 +89,13 @@ def clock() -> Clock:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own, on a socket in a folder that only we know."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
-    pg_ctl = str(found[-1]) if found else shutil.which("pg_ctl")
+    """The URL template of a PostgreSQL server of the suite, on a socket in a private folder."""
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl"))
+    pg_ctl = str(installed[-1]) if installed else shutil.which("pg_ctl")
     if pg_ctl is None:
         skip_without("postgres", "pg_ctl is not installed")
         return
-    # Not under pytest's own folder, which another run of pytest closes to other users.
+    # Pytest makes its own temporary folder unreadable for other users, such as postgres.
     binaries, root = Path(pg_ctl).parent, Path(tempfile.mkdtemp(prefix="vitrine-postgres-"))
     # The server refuses to run as root.
     as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -105,7 +117,7 @@ def postgres() -> Iterator[str]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty database, once of each kind."""
+    """An empty database: the test runs once on SQLite and once on PostgreSQL."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'state.sqlite'}"
     template: str = request.getfixturevalue("postgres")
@@ -126,29 +138,50 @@ def engine(database_url: str) -> Iterator[sa.Engine]:
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small shop's bundle, which nobody changes."""
+    """The bundle of the small shop; tests only read it."""
     return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture(params=["one", "three"])
 def shop(request: pytest.FixtureRequest, bundle: Path, tmp_path: Path) -> Shop:
-    """The small shop in one process' worth of services, and in three."""
+    """The small shop, served by one app with all services and by three apps."""
     return Shop(bundle, tmp_path / "state", request.param)
 
 
 @pytest.fixture
-def one(bundle: Path, tmp_path: Path) -> Shop:
-    """The same in one alone."""
+def all_in_one(bundle: Path, tmp_path: Path) -> Shop:
+    """The small shop, served by one app with all services."""
     return Shop(bundle, tmp_path / "state", "one")
 
 
+@pytest.fixture
+async def stub(shop: Shop) -> AsyncIterator[Stub]:
+    """A stub of the small shop, served by one app and by three apps."""
+    async with shop.serve() as stub:
+        yield stub
+
+
+@pytest.fixture
+async def all_in_one_stub(all_in_one: Shop) -> AsyncIterator[Stub]:
+    """A stub of the small shop, served by one app."""
+    async with all_in_one.serve() as stub:
+        yield stub
+
+
 @pytest.fixture(scope="session")
-def foretelling_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small shop's with models that foretell, which nobody changes."""
-    return make_bundle(tmp_path_factory.mktemp("foretelling"), more=components)
+def prediction_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of the small shop with prediction models; tests only read it."""
+    return make_bundle(tmp_path_factory.mktemp("prediction_shop"), more=write_prediction_models)
 
 
 @pytest.fixture(params=["one", "three"])
-def foretelling(foretelling_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Shop:
-    """A shop over it, whose clock runs."""
-    return Shop(foretelling_bundle, tmp_path / "state", request.param, clock=None)
+def prediction_shop(prediction_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Shop:
+    """The shop with prediction models, with the real clock."""
+    return Shop(prediction_bundle, tmp_path / "state", request.param, clock=None)
+
+
+@pytest.fixture
+async def prediction_stub(prediction_shop: Shop) -> AsyncIterator[Stub]:
+    """A stub of the shop with prediction models, served by one app and by three apps."""
+    async with prediction_shop.serve() as stub:
+        yield stub

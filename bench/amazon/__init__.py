@@ -1,1 +1,1 @@
-"""The published Amazon splits: behaviour with short texts or none, which stay outside the repository."""
+"""The published Amazon splits: behavior with short texts or none, which stay outside the repository."""

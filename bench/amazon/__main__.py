@@ -1,11 +1,11 @@
-"""Train on a published Amazon split, answer its questions through the serving path, and score them.
+"""Trains on a published Amazon split, answers its queries with the services, and scores the answers.
 
     python -m bench.amazon sports_lattice --split val
     python -m bench.amazon sports_lattice --split test     # appends to docs/test-ledger.jsonl
 
-One bundle, made of what the protocol calls train, answers both splits; with --untrained the item graph of the
-same events answers, nothing learned. Recall@k and nDCG@k are means over people, ideal DCG over
-min(answers, k). Everything lands under --out: the shop directory, bundles, RUN.jsonl and SCORE.json of each
+One bundle, trained on the protocol's train set, answers both splits. With --untrained the item graph of the
+same events answers without training. Recall@k and nDCG@k are means over users; the ideal DCG has
+min(targets, k) hits. All output is under --out: the shop directory, bundles, RUN.jsonl and SCORE.json of each
 split.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from bench.amazon.shops import BENCHMARKS, DAY, Benchmark, write_shop
 from bench.amazon.untrained import run_untrained
 from bench.runs import ROOT, record, vitrine
-from training import metrics
+from training.core import metrics
 
 
 def main() -> None:
@@ -35,25 +35,25 @@ def main() -> None:
     default = os.environ.get("VITRINE_BENCH", str(ROOT.parent / "shared" / "data" / "bench"))
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "amazon")
-    parser.add_argument("--limit", type=int, default=0, help="only the first questions of val; 0 means all")
-    parser.add_argument("--untrained", action="store_true", help="ask the untrained graph alone")
+    parser.add_argument("--limit", type=int, default=0, help="only the first queries of val; 0 means all")
+    parser.add_argument("--untrained", action="store_true", help="evaluate the untrained graph only")
     options = parser.parse_args()
     benchmark = BENCHMARKS[options.benchmark]
     if not (options.data / benchmark.name).is_dir():
-        sys.exit(f"{options.data / benchmark.name} is not there: set VITRINE_BENCH to the benchmarks' data")
+        sys.exit(f"{options.data / benchmark.name} does not exist: set VITRINE_BENCH to the benchmarks' data")
     out = options.out / benchmark.name
     validated, shop = out / "val-score.json", out / "shop"
     if options.split == "test" and (options.limit or not (validated.is_file() or options.untrained)):
-        sys.exit("a configuration is chosen on val, then all of test is asked once: run --split val first")
+        sys.exit("configurations are selected on val, then test runs once, in full: run --split val first")
     write_shop(benchmark, options.data / benchmark.name, shop)
     questions = shop / f"queries_{options.split}.jsonl"
     if options.untrained:
         run, until = out / f"{options.split}-untrained.jsonl", datetime.combine(DAY, time(), UTC)
         run_untrained(shop, options.split, until, run, ordered=benchmark.ordered, limit=options.limit)
-        found = scored(benchmark, questions, run)
-        print(json.dumps(found, indent=1))  # noqa: T201 - the benchmark's answer
-        if options.split == "test":  # nothing is chosen by it
-            record(f"{benchmark.name}-untrained", "untrained", {}, _means(found))
+        score = scored(benchmark, questions, run)
+        print(json.dumps(score, indent=1))  # noqa: T201 - the benchmark's answer
+        if options.split == "test":  # no choice depends on it
+            record(f"{benchmark.name}-untrained", "untrained", {}, _means(score))
         return
     bundle = vitrine("train", f"--data={shop}", f"--out={out / 'bundles'}", f"--until={DAY}").split()[-1]
     run = out / f"{options.split}.jsonl"
@@ -65,27 +65,27 @@ def main() -> None:
         f"--out={run}",
         f"--limit={options.limit}",
     )
-    found = scored(benchmark, questions, run)
-    (out / f"{options.split}-score.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
+    score = scored(benchmark, questions, run)
+    (out / f"{options.split}-score.json").write_text(json.dumps(score, indent=1) + "\n")
+    print(report, json.dumps(score, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
-        chosen = json.loads(validated.read_text())
-        record(benchmark.name, bundle, _means(chosen), _means(found))
+        val_score = json.loads(validated.read_text())
+        record(benchmark.name, bundle, _means(val_score), _means(score))
 
 
 def scored(benchmark: Benchmark, queries: Path, run: Path) -> dict[str, Any]:
-    """Recall and nDCG at the benchmark's k of the answers of a run, with 95% intervals over people."""
-    asked = [json.loads(line) for line in queries.read_text().splitlines()]
+    """Recall and nDCG of a run at the benchmark's k, with 95 % intervals over users."""
+    query_lines = [json.loads(line) for line in queries.read_text().splitlines()]
     pages = [json.loads(line)["items"] for line in run.read_text().splitlines()]
     code: dict[str, int] = {}
 
     def coded(items: list[str]) -> np.ndarray:
         return np.array([code.setdefault(item, len(code)) for item in items], np.int64)
 
-    targets = [coded(query["targets"]) for query in asked[: len(pages)]]
-    found = metrics.per_query([coded(page) for page in pages], targets, benchmark.k)
-    each = {name: metrics.interval(found[name]).to_dict() for name in ("recall", "ndcg")}
-    return {"benchmark": benchmark.name, "k": benchmark.k, "questions": len(pages), **each}
+    targets = [coded(query["targets"]) for query in query_lines[: len(pages)]]
+    figures = metrics.per_query([coded(page) for page in pages], targets, benchmark.k)
+    intervals = {name: metrics.interval(figures[name]).to_dict() for name in ("recall", "ndcg")}
+    return {"benchmark": benchmark.name, "k": benchmark.k, "queries": len(pages), **intervals}
 
 
 def _means(score: dict[str, Any]) -> dict[str, float]:

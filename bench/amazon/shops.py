@@ -1,10 +1,10 @@
-"""The Amazon benchmarks as shop directories: their rows under Vitrine's names, with days that order them.
+"""Writes the Amazon benchmarks as shop directories, with days that order the events.
 
-None of them has days of its own. Where each person's order is known (leave one out), the latest item
-that may be learned from lies on the day before the question, the one before it a day earlier, and so
-on. Where the split is a random draw, a tenth of each person's items, one at least, is drawn once more to
-lie on one of the last eight days, the same number of people on each, and the rest before; so what is
-learned from a day is what the split asks, and the days are alike. A person's events are one basket.
+The benchmarks have no dates. If the order of a user's items is known (leave one out), the latest training
+item is on the day before the query, the one before it a day earlier, and so on. If the split is random, a
+random tenth of each user's items, at least one, is on one of the last eight days, with the same number of
+users on each day, and the other items are before. So training days resemble the split's queries and each
+other. The events of a user are one basket.
 """
 
 import json
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 DAY = date(2021, 1, 1)
-"""The day of the val questions."""
+"""The day of the val queries."""
 
 _TRAIN, _VAL, _TEST = 0, 1, 2
-_DRAWN_DAYS, _DRAWN_SHARE = 8, 0.1
+_SAMPLE_DAYS, _SAMPLE_SHARE = 8, 0.1
 _COMMON = """
 [items]
 text_attributes = [{attributes}]
@@ -28,27 +28,27 @@ text_attributes = [{attributes}]
 granularity = "day"
 [task]
 queries = {{ val = "queries_val.jsonl", test = "queries_test.jsonl" }}
-exclude_bought = true
+exclude_purchased = true
 [text]
-layers = 2
+trainable_layers = 2
 steps = 150
 learning_rate = 1e-4
-head_steps = 600
+projection_steps = 600
 [sequence]
 epochs = 24
 dropout = 0.5
 [ranking]
-days = 2
-queries = 10000
-unsold = 0.0
-judged = 500
+ranking_days = 2
+max_queries = 10000
+cold_start_dropout = 0.0
+eval_queries = 500
 """
-_ASKED_BARE = "bare = 1.0\n"
+_NO_SESSIONS = "no_session_share = 1.0\n"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A published split: its folder's name, the depth of its metrics, and whether order is known."""
+    """A published split: its folder's name, the depth of its metrics, and whether it has an order."""
 
     name: str
     k: int
@@ -68,7 +68,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Interactions:
-    """What may be learned from, as (person, item, day, basket), and each split's answers by person."""
+    """The training events as (user, item, day, basket), and the targets of each split by user."""
 
     events: Sequence[tuple[str, str, date, str]]
     answers: Mapping[str, Mapping[str, Sequence[str]]]
@@ -77,68 +77,70 @@ class Interactions:
 def write_shop(benchmark: Benchmark, source: Path, directory: Path) -> None:
     """Write a benchmark's folder as a shop directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    found = _in_order(source) if benchmark.ordered else _drawn(source)
+    interactions = _in_order(source) if benchmark.ordered else _random_split(source)
     items = _items(source)
     _lines(directory / "items.jsonl", items)
     rows = ("user_id", "item_id", "time", "session_id")
     _lines(
         directory / "events.jsonl",
-        (dict(zip(rows, (u, i, str(d), s or None), strict=True)) for u, i, d, s in found.events),
+        (dict(zip(rows, (u, i, str(d), s or None), strict=True)) for u, i, d, s in interactions.events),
     )
-    for split, answers in found.answers.items():
+    for split, answers in interactions.answers.items():
         day = DAY + timedelta(days=benchmark.ordered and split == "test")
-        asked = [{"user_id": u, "date": str(day), "session": [], "targets": t} for u, t in answers.items()]
-        # The files sort people by what they know of them: the first ones are the hardest.
-        random.Random(0).shuffle(asked)  # noqa: S311 - no secret
-        _lines(directory / f"queries_{split}.jsonl", asked)
-    labelled = any("_labels" in item for item in items)
-    text = _COMMON.format(attributes='"_labels"' if labelled else "")
-    (directory / "shop.toml").write_text(text + ("" if benchmark.ordered else _ASKED_BARE))
+        query_rows = [
+            {"user_id": u, "date": str(day), "session": [], "targets": t} for u, t in answers.items()
+        ]
+        # The files sort users by the length of their history: the first ones are the hardest.
+        random.Random(0).shuffle(query_rows)  # noqa: S311 - no secret
+        _lines(directory / f"queries_{split}.jsonl", query_rows)
+    has_labels = any("_labels" in item for item in items)
+    text = _COMMON.format(attributes='"_labels"' if has_labels else "")
+    (directory / "shop.toml").write_text(text + ("" if benchmark.ordered else _NO_SESSIONS))
 
 
 def _items(source: Path) -> list[dict[str, object]]:
-    """Titles where there are any, or the catalogue number; numbered labels are no text for BERT."""
+    """Items with titles, or with catalog numbers as titles; numeric labels are attributes, not text."""
     lines = (source / "items.tsv").read_text().splitlines()
     header = lines[0].split("\t")
-    made = []
+    items = []
     for line in lines[1:]:
         row = dict(zip(header, line.split("\t"), strict=False))
         item: dict[str, object] = {"id": row["itemID"], "title": row.get("textual_id") or row["asin"]}
         if row.get("s3rec_attribute_ids"):
             item["_labels"] = row["s3rec_attribute_ids"].split()
-        made.append(item)
-    return made
+        items.append(item)
+    return items
 
 
 def _in_order(source: Path) -> Interactions:
-    """Leave one out: the last item is test's, the one before it val's, and history for test."""
+    """Leave one out: the last item is the target of test, the one before it the target of val."""
     events, val, test = [], {}, {}
     for line in (source / "sequences.txt").read_text().splitlines():
-        person, *items = line.split()
-        *known, asked, last = items
-        val[person], test[person] = [asked], [last]
-        days = range(-len(known), 1)
+        user, *items = line.split()
+        *history, val_item, test_item = items
+        val[user], test[user] = [val_item], [test_item]
+        days = range(-len(history), 1)
         events += [
-            (person, item, DAY + timedelta(days=day), "")
-            for item, day in zip([*known, asked], days, strict=True)
+            (user, item, DAY + timedelta(days=day), "")
+            for item, day in zip([*history, val_item], days, strict=True)
         ]
     return Interactions(events, {"val": val, "test": test})
 
 
-def _drawn(source: Path) -> Interactions:
-    """A random draw of each person's items; everybody's events are one basket."""
+def _random_split(source: Path) -> Interactions:
+    """A random split of each user's items; all events of a user are one basket."""
     rows = np.loadtxt(source / "inter.tsv", skiprows=1, dtype=np.int64)
-    learned = rows[rows[:, 2] == _TRAIN]
+    training = rows[rows[:, 2] == _TRAIN]
     generator = np.random.default_rng(0)
-    learned = learned[np.lexsort((generator.random(len(learned)), learned[:, 0]))]
-    _, start, size = np.unique(learned[:, 0], return_index=True, return_counts=True)
-    place = np.arange(len(learned)) - np.repeat(start, size)
-    drawn = place < np.repeat(np.maximum(1, size * _DRAWN_SHARE).astype(int), size)
-    day = np.repeat(1 + generator.permutation(len(size)) % _DRAWN_DAYS, size)
-    ago = np.where(drawn, day, _DRAWN_DAYS + 1)
+    training = training[np.lexsort((generator.random(len(training)), training[:, 0]))]
+    _, start, size = np.unique(training[:, 0], return_index=True, return_counts=True)
+    place = np.arange(len(training)) - np.repeat(start, size)
+    sampled = place < np.repeat(np.maximum(1, size * _SAMPLE_SHARE).astype(int), size)
+    day = np.repeat(1 + generator.permutation(len(size)) % _SAMPLE_DAYS, size)
+    age = np.where(sampled, day, _SAMPLE_DAYS + 1)
     events = [
         (str(user), str(item), DAY - timedelta(days=days), str(user))
-        for (user, item, _), days in zip(learned.tolist(), ago.tolist(), strict=True)
+        for (user, item, _), days in zip(training.tolist(), age.tolist(), strict=True)
     ]
     answers: dict[str, dict[str, list[str]]] = {"val": {}, "test": {}}
     for user, item, label in rows[rows[:, 2] != _TRAIN].tolist():

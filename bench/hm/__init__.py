@@ -1,1 +1,1 @@
-"""The H&M benchmark: real purchases, texts and photographs, which stay outside the repository."""
+"""The H&M benchmark: real purchases, texts and images, which stay outside the repository."""

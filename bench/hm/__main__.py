@@ -1,11 +1,11 @@
-"""Train on H&M before a day, answer that day's queries through the serving path, and score them.
+"""Trains on H&M before a day, answers that day's queries with the services, and scores the answers.
 
     python -m bench.hm --split val
     python -m bench.hm --split test     # appends to docs/test-ledger.jsonl; needs a val run before
-    python -m bench.hm --split val --universe all    # ranks the never-sold articles as well
-    python -m bench.hm --split val --training bench/hm/smaller.toml --out build/hm-smaller
+    python -m bench.hm --split val --universe all    # also ranks articles without sales
+    python -m bench.hm --split val --training-config bench/hm/smaller.toml --out build/hm-smaller
 
-Everything lands under --out: bundles, RUN.jsonl and SCORE.json of each split.
+All output is under --out: bundles, RUN.jsonl and SCORE.json of each split.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.runs import ROOT, record, vitrine
-from services.replay import read_queries
+from cli.evaluate import read_queries
 
 SHOP = Path(__file__).parent / "shop.toml"
 
@@ -32,36 +32,36 @@ def main() -> None:
     default = os.environ.get("VITRINE_HM", str(ROOT.parent / "shared" / "data" / "hm"))
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "hm")
-    parser.add_argument("--training", type=Path, help="as `vitrine train` takes it")
+    parser.add_argument("--training-config", dest="training", type=Path, help="as `vitrine train` takes it")
     options = parser.parse_args()
     if not options.data.is_dir():
-        sys.exit(f"{options.data} is not there: set VITRINE_HM to the H&M data")
+        sys.exit(f"{options.data} does not exist: set VITRINE_HM to the H&M data")
     validated = options.out / f"{_name('val', options.universe)}-score.json"
     if options.split == "test" and not validated.is_file():
-        sys.exit("a configuration is chosen on val: run --split val first")
+        sys.exit("configurations are selected on val: run --split val first")
     options.out.mkdir(parents=True, exist_ok=True)
     day, _ = read_queries(options.data, SHOP, options.split)
     shop = [f"--data={options.data}", f"--shop={SHOP}"]
     bundles = options.out / "bundles"
-    # What each part is worth is asked before test is.
-    judged = ["--unjudged"] if options.split == "test" else []
-    training = [f"--training={options.training}"] if options.training else []
+    # The ablation belongs to val, not to test.
+    evaluation_flags = ["--skip-evaluation"] if options.split == "test" else []
+    training = [f"--training-config={options.training}"] if options.training else []
     until = f"--until={day:%Y-%m-%d}"
-    bundle = vitrine("train", *shop, *training, *judged, f"--out={bundles}", until).split()[-1]
+    bundle = vitrine("train", *shop, *training, *evaluation_flags, f"--out={bundles}", until).split()[-1]
     name = _name(options.split, options.universe)
-    run, score = options.out / f"{name}.jsonl", options.out / f"{name}-score.json"
-    more = ["--unfiltered"] if options.universe == "all" else []
-    asked = f"--bundle={bundle}", f"--split={options.split}", f"--out={run}"
-    report = vitrine("evaluate", *shop, *asked, *more)
-    found = scored(options.data, options.split, options.universe, run)
-    score.write_text(json.dumps(found, indent=1) + "\n")
-    print(report, json.dumps(found, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
+    run, score_file = options.out / f"{name}.jsonl", options.out / f"{name}-score.json"
+    filter_flags = ["--unfiltered"] if options.universe == "all" else []
+    run_flags = f"--bundle={bundle}", f"--split={options.split}", f"--out={run}"
+    report = vitrine("evaluate", *shop, *run_flags, *filter_flags)
+    score = scored(options.data, options.split, options.universe, run)
+    score_file.write_text(json.dumps(score, indent=1) + "\n")
+    print(report, json.dumps(score, indent=1), sep="\n")  # noqa: T201 - the benchmark's answer
     if options.split == "test":
         record(
             _name("hm", options.universe),
             bundle,
             summary(json.loads(validated.read_text())),
-            summary(found),
+            summary(score),
         )
 
 
@@ -73,9 +73,9 @@ def scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
     """The score of a run, by the script that defines the task."""
     script = data.parents[1] / "bench" / "score_run.py"
     command = [sys.executable, str(script), str(data), split, str(run), "--universe", universe]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer
+    score: dict[str, Any] = json.loads(process.stdout)
+    return score
 
 
 def summary(score: dict[str, Any]) -> dict[str, float]:

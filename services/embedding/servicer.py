@@ -1,9 +1,10 @@
-"""`EmbeddingService` over a catalogue: decodes, calls, encodes. Raises the domain's errors."""
+"""gRPC servicer of `EmbeddingService`: converts messages and calls the catalog. Raises domain errors."""
 
 import asyncio
 import base64
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +13,17 @@ from vitrine.catalog.v1 import item_pb2
 from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.embedding.v1 import embedding_service_pb2_grpc as pb_grpc
 
-from services import status, wire
-from services.catalog import identifier_problem
-from services.embedding.catalogue import Catalogue, Upserted, numbers_of
-from services.embedding.index import Neighbours, centre
-from services.embedding.item_rows import Record
-from services.embedding.item_writes import Outcome
-from services.errors import FailedPrecondition, InvalidArgument, VitrineError
-from services.filters import Filter
+from services.catalog.filters import Filter
+from services.catalog.items import identifier_problem
+from services.catalog.query_vectors import QueryGroup
+from services.core import slices
+from services.core.errors import FailedPrecondition, InvalidArgument, VitrineError, quoted, storage_refusal
+from services.embedding.catalog.writer import CatalogWriter, UpsertResult, resolve_item_hashes
+from services.embedding.index.vector_index import SearchHits, weighted_centroid
+from services.embedding.store.mutations import WriteOutcome
+from services.embedding.store.schema import StoredItem
+from services.rpc import proto_conversions, status
+from services.rpc.request_limits import check, checked
 
 MAX_ITEMS = 1000
 MAX_TEXTS = 4096
@@ -30,68 +34,70 @@ MAX_LIMIT = 2000
 MAX_EXCLUDED = 100_000
 MAX_CHUNK_BYTES = 32 << 20
 MAX_TEXT_BYTES = 2 << 20
-_MOST_BYTES = 4  # of a character of UTF-8
+_FEED_BYTES = 2 << 20
+_MAX_CHARACTER_BYTES = 4  # of UTF-8
 _TOKEN_BYTES = 8
-_CHUNKS = 3
-_VALUES = bytes([pb.Vectors.VALUES_FIELD_NUMBER << 3 | 2])  # the tag of a field that says its length
+_MAX_CHUNKS = 3
+_VALUES = bytes([pb.Vectors.VALUES_FIELD_NUMBER << 3 | 2])  # the tag of a length-delimited field
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
-_NUMBER_OF_SPACE = {name: number for number, name in _SPACES.items()}
+_SPACE_ENUM = {name: number for number, name in _SPACES.items()}
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A chunk of items on its way: their ids, and what it will be answered with."""
+    """A chunk of items in progress: their ids and the future response."""
 
     ids: set[str]
-    answer: asyncio.Future[pb.UpsertItemsResponse]
+    response: asyncio.Future[pb.UpsertItemsResponse]
 
 
+@checked(pb.DESCRIPTOR.services_by_name["EmbeddingService"])
 class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
-    """The service over one catalogue, answering for one bundle; `bundles` are those that calls may name."""
+    """The service over one catalog and one bundle; `bundles` are the ones that `ListBundles` returns."""
 
-    def __init__(self, catalogue: Catalogue, bundle: str, bundles: Sequence[str]) -> None:
-        self._catalogue, self._view, self._bundle, self._bundles = catalogue, catalogue.view, bundle, bundles
+    def __init__(self, writer: CatalogWriter, bundle: str, bundles: Sequence[str]) -> None:
+        self._writer, self._view, self._bundle, self._bundles = writer, writer.view, bundle, bundles
 
     async def EmbedTexts(self, request: pb.EmbedTextsRequest, context: Any) -> pb.EmbedTextsResponse:
-        """Encode texts; one that is too long has an error in its row."""
+        """Encode texts; a text that is too long gets an error for its row."""
         self._check_bundle(request.bundle)
         texts = list(request.texts)
         _check_count(len(texts), MAX_TEXTS, "texts")
         problems = [_text_problem(text, "texts[{}]", row) for row, text in enumerate(texts)]
-        good = [row for row, problem in enumerate(problems) if problem is None]
-        encoded = await self._catalogue.encoding.texts([texts[row] for row in good])
+        valid = [row for row, problem in enumerate(problems) if problem is None]
+        encoded = await self._writer.encoders.texts([texts[row] for row in valid])
         vectors = encoded.vectors
-        if len(good) < len(texts):
+        if len(valid) < len(texts):
             vectors = np.zeros((len(texts), vectors.shape[1]), np.float32)
-            vectors[good] = encoded.vectors
+            vectors[valid] = encoded.vectors
         return pb.EmbedTextsResponse(
-            vectors=_block(vectors),
-            truncated_rows=[good[n] for n in np.flatnonzero(encoded.truncated)],
+            vectors=vectors_message(vectors),
+            truncated_rows=[valid[n] for n in np.flatnonzero(encoded.truncated)],
             errors=_row_errors(problems),
-            encoder_digest=self._catalogue.encoding.text.digest,
+            encoder_digest=self._writer.encoders.text.digest,
         )
 
     async def EmbedImages(self, request: pb.EmbedImagesRequest, context: Any) -> pb.EmbedImagesResponse:
-        """Encode photographs; one that cannot be read has an error in its row."""
+        """Encode images; an image that cannot be read gets an error for its row."""
         self._check_bundle(request.bundle)
         _check_count(len(request.images), MAX_IMAGES, "images")
-        rows = await self._catalogue.encoding.photographs(request.images, "images[{}]")
-        vectors = np.zeros((len(rows), self._catalogue.encoding.image.dimension), np.float32)
+        rows = await self._writer.encoders.images(request.images, "images[{}]")
+        vectors = np.zeros((len(rows), self._writer.encoders.image.dimension), np.float32)
         for row, vector in enumerate(rows):
             if not isinstance(vector, InvalidArgument):
                 vectors[row] = vector
         return pb.EmbedImagesResponse(
-            vectors=_block(vectors),
+            vectors=vectors_message(vectors),
             errors=_row_errors([row if isinstance(row, InvalidArgument) else None for row in rows]),
-            encoder_digest=self._catalogue.encoding.image.digest,
+            encoder_digest=self._writer.encoders.image.digest,
         )
 
     async def UpsertItems(
         self, requests: AsyncIterator[pb.UpsertItemsRequest], context: Any
     ) -> AsyncIterator[pb.UpsertItemsResponse]:
-        """Write chunks of items, each answered in its turn once committed and searchable.
+        """Write chunks of items; each is answered in order once it is committed and searchable.
 
-        A few chunks are on their way at once, so that encoders do not wait for commits.
+        A few chunks are in progress at once, so that encoders do not wait for commits.
         """
         chunks: deque[_Chunk] = deque()
         incoming: asyncio.Future[pb.UpsertItemsRequest | None] | None = asyncio.ensure_future(
@@ -99,26 +105,34 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         )
         try:
             while chunks or incoming:
-                awaited: list[asyncio.Future[Any]] = [chunks[0].answer] if chunks else []
-                if incoming and len(chunks) < _CHUNKS:
+                awaited: list[asyncio.Future[Any]] = [chunks[0].response] if chunks else []
+                if incoming and len(chunks) < _MAX_CHUNKS:
                     awaited.append(incoming)
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 if incoming in awaited and incoming.done():
+                    if isinstance(error := incoming.exception(), VitrineError):
+                        chunks.append(_failed_chunk(error))  # answered after the earlier chunks
+                        incoming = None
+                        continue
                     request = incoming.result()
                     incoming = None if request is None else asyncio.ensure_future(anext(requests, None))
                     if request is not None:
-                        chunks.append(self._begin(request, chunks))
-                if chunks and chunks[0].answer.done():
-                    yield chunks.popleft().answer.result()
+                        chunks.append(self._start_chunk(request, chunks))
+                if chunks and chunks[0].response.done():
+                    yield chunks.popleft().response.result()
         finally:
-            for left in (incoming, *(chunk.answer for chunk in chunks)):
-                if left is not None:
-                    left.cancel()
+            for future in (incoming, *(chunk.response for chunk in chunks)):
+                if future is not None:
+                    future.cancel()
 
-    def _begin(self, request: pb.UpsertItemsRequest, others: Iterable["_Chunk"]) -> "_Chunk":
-        """Write a chunk after those of `others` that share an id with it, so that its last write wins."""
+    def _start_chunk(self, request: pb.UpsertItemsRequest, others: Iterable["_Chunk"]) -> "_Chunk":
+        """Write a chunk after the `others` that share an id with it, so that the last write wins."""
+        try:
+            check(request)
+        except InvalidArgument as error:
+            return _failed_chunk(error)
         ids = {message.id for message in request.items}
-        before = [other.answer for other in others if ids & other.ids]
+        before = [other.response for other in others if ids & other.ids]
 
         async def write() -> pb.UpsertItemsResponse:
             if before:
@@ -129,18 +143,23 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
 
     async def upsert_chunk(self, request: pb.UpsertItemsRequest) -> pb.UpsertItemsResponse:
         """Write one chunk."""
+        check(request)
         _check_count(len(request.items), MAX_ITEMS, "items")
         if request.ByteSize() > MAX_CHUNK_BYTES:
             raise InvalidArgument.of("items", f"exceed {MAX_CHUNK_BYTES} bytes in all")
-        mask = wire.mask_from(request.update_mask.paths)
-        outcomes = await self._catalogue.upsert([_item(message) for message in request.items], mask)
+        mask = proto_conversions.mask_from(request.update_mask.paths)
+        outcomes = await self._writer.upsert(await slices.convert(_item, request.items), mask)
+        if refusal := storage_refusal([outcome.error for outcome in outcomes]):
+            raise refusal
         ids = [message.id for message in request.items]
         return pb.UpsertItemsResponse(outcomes=_outcomes(ids, outcomes, "items"))
 
     async def DeleteItems(self, request: pb.DeleteItemsRequest, context: Any) -> pb.DeleteItemsResponse:
         """Delete items."""
         _check_count(len(request.item_ids), MAX_ITEMS, "item_ids")
-        outcomes = await self._catalogue.delete(request.item_ids)
+        outcomes = await self._writer.delete(request.item_ids)
+        if refusal := storage_refusal([outcome.error for outcome in outcomes]):
+            raise refusal
         return pb.DeleteItemsResponse(outcomes=_outcomes(request.item_ids, outcomes, "item_ids"))
 
     async def GetItems(self, request: pb.GetItemsRequest, context: Any) -> pb.GetItemsResponse:
@@ -149,26 +168,29 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         if request.item_ids:
             _check_count(len(request.item_ids), MAX_ITEMS, "item_ids")
             ids = list(request.item_ids)
-            found = await self._view.read(lambda: items.get(i for i in ids if not identifier_problem(i)))
+            records = await self._view.read(lambda: items.get(i for i in ids if not identifier_problem(i)))
             return pb.GetItemsResponse(
-                items=[_record(found[i]) for i in ids if i in found],
-                missing_item_ids=[i for i in ids if i not in found],
+                items=[_record(records[i]) for i in ids if i in records],
+                missing_item_ids=[i for i in ids if i not in records],
             )
-        size = wire.check_limit(request.page_size, MAX_ITEMS, "page_size", default=100)
+        size = proto_conversions.check_limit(request.page_size, MAX_ITEMS, "page_size", default=100)
         after = _after(request.page_token)
         page = await self._view.read(lambda: items.page(after, size))
-        token = _token(page[-1].number) if len(page) == size else ""
+        token = _token(page[-1].item_hash) if len(page) == size else ""
         return pb.GetItemsResponse(items=[_record(record) for record in page], next_page_token=token)
 
     async def Search(self, request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
-        """Find the items nearest to each query, in each space that it fits."""
+        """Find the items nearest to each query, in each space that applies to it."""
         self._check_bundle(request.bundle)
-        limit = wire.check_limit(request.limit, MAX_LIMIT, "limit")
-        if len(request.exclude_item_numbers) > MAX_EXCLUDED:
-            raise InvalidArgument.of("exclude_item_numbers", f"has more than {MAX_EXCLUDED}")
-        condition = wire.filter_from(request.filter) if request.HasField("filter") else None
+        limit = proto_conversions.check_limit(request.limit, MAX_LIMIT, "limit")
+        if len(request.exclude_item_hashes) > MAX_EXCLUDED:
+            raise InvalidArgument.of("exclude_item_hashes", f"has more than {MAX_EXCLUDED}")
+        condition = proto_conversions.filter_from(request.filter) if request.HasField("filter") else None
         await self._view.wait_for(request.min_sequence)
         sequence = self._view.sequence
+        if request.merge_groups:
+            results = await self._search_groups(request, limit, condition)
+            return pb.SearchResponse(results=results, sequence=sequence, bundle=self._bundle)
         results = []
         for space, queries in (await self._queries(request)).items():
             results += await self._search(space, queries, limit, condition, request)
@@ -178,81 +200,109 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     async def WatchItems(
         self, request: pb.WatchItemsRequest, context: Any
     ) -> AsyncIterator[pb.WatchItemsResponse]:
-        """Send what changed after a position, then follow."""
+        """Send the changes after a position, then follow new ones."""
         self._check_bundle(request.bundle)
         feed = self._view.changes(request.after_sequence, until_current=request.until_current)
         async for records, vectors, sequence in feed:
-            yield _changes(records, vectors, sequence)
+            for message in _messages(records, vectors, sequence):
+                yield message
 
     async def ListBundles(self, request: pb.ListBundlesRequest, context: Any) -> pb.ListBundlesResponse:
-        """The bundles that calls may name."""
+        """List the bundles that a request may name."""
         return pb.ListBundlesResponse(bundles=self._bundles)
 
     def _check_bundle(self, bundle: str) -> None:
         if bundle and bundle != self._bundle:
-            raise FailedPrecondition(f"bundle {bundle!r} is not loaded; this server has {self._bundle!r}")
+            raise FailedPrecondition(
+                f"bundle {quoted(bundle)} is not loaded; this server has {self._bundle!r}"
+            )
 
     async def _queries(self, request: pb.SearchRequest) -> dict[str, list[tuple[int, np.ndarray]]]:
-        """Space to (query number, vector) of what the request asks for."""
-        asked = [_space(s) for s in request.spaces] or list(self._view.spaces)
-        if missing := [space for space in asked if space not in self._view.spaces]:
-            raise FailedPrecondition(f"this bundle has no {missing[0]} space")
-        queries: dict[str, list[tuple[int, np.ndarray]]] = {space: [] for space in asked}
-        at = self._add_groups(request, queries)
-        at = self._add_vectors(request, queries, at)
+        """The queries of the request by space: (query index, vector)."""
+        spaces = self._spaces(request)
+        queries: dict[str, list[tuple[int, np.ndarray]]] = {space: [] for space in spaces}
+        count = self._add_groups(request, queries)
+        count = self._add_vectors(request, queries, count)
         if request.text:
             if problem := _text_problem(request.text, "text"):
                 raise problem
             if "text" in queries:
                 queries["text"].append(
-                    (at, (await self._catalogue.encoding.texts([request.text])).vectors[0])
+                    (count, (await self._writer.encoders.texts([request.text])).vectors[0])
                 )
             if "image" in queries:
-                vectors = await self._catalogue.encoding.captions([request.text])
-                queries["image"].append((at, vectors[0]))
-            at += 1
+                vectors = await self._writer.encoders.captions([request.text])
+                queries["image"].append((count, vectors[0]))
+            count += 1
         if request.image and not request.spaces:
-            _ = self._catalogue.encoding.image  # a photograph cannot be searched for without its encoder
+            _ = self._writer.encoders.image  # raises if there is no image encoder
         if request.image and "image" in queries:
-            vector = (await self._catalogue.encoding.photographs([request.image], "image"))[0]
+            vector = (await self._writer.encoders.images([request.image], "image"))[0]
             if isinstance(vector, InvalidArgument):
                 raise vector
-            queries["image"].append((at, vector))
-            at += 1
-        if not at:
+            queries["image"].append((count, vector))
+            count += 1
+        if not count:
             raise InvalidArgument.of("groups", "one of groups, vectors, text and image is required")
-        return {space: found for space, found in queries.items() if found}
+        return {space: vectors for space, vectors in queries.items() if vectors}
 
     def _add_groups(
         self, request: pb.SearchRequest, queries: Mapping[str, list[tuple[int, np.ndarray]]]
     ) -> int:
-        _check_most(len(request.groups), MAX_GROUPS, "groups")
-        for at, group in enumerate(request.groups):
-            numbers = numbers_of(group.item_numbers, group.item_ids)
-            weights = (
-                np.fromiter(group.weights, np.float32) if group.weights else np.ones(len(numbers), np.float32)
-            )
-            if len(weights) != len(numbers) or not np.isfinite(weights).all():
-                raise InvalidArgument.of(f"groups[{at}].weights", "needs one finite weight per item")
-            for space, found in queries.items():
-                known, vectors = self._view.spaces[space].vectors(numbers)
-                if len(known):
-                    found.append((at, centre(vectors, weights[known])))
+        for index, (hashes, weight_list) in enumerate(self._groups(request)):
+            weights = np.array(weight_list, np.float32)
+            for space, space_queries in queries.items():
+                positions, vectors = self._view.spaces[space].vectors(hashes)
+                if len(positions):
+                    space_queries.append((index, weighted_centroid(vectors, weights[positions])))
         return len(request.groups)
 
     def _add_vectors(
-        self, request: pb.SearchRequest, queries: Mapping[str, list[tuple[int, np.ndarray]]], at: int
+        self, request: pb.SearchRequest, queries: Mapping[str, list[tuple[int, np.ndarray]]], first: int
     ) -> int:
         if not request.vectors.values:
-            return at
-        rows = wire.rows_of(request.vectors.values, request.vectors.dimension, "vectors.values")
-        _check_most(len(rows), MAX_VECTORS, "vectors")
-        fitting = [s for s in queries if self._view.spaces[s].dimension == rows.shape[1]]
-        if not fitting:
+            return first
+        rows = proto_conversions.rows_of(request.vectors.values, request.vectors.dimension, "vectors.values")
+        _check_max(len(rows), MAX_VECTORS, "vectors")
+        matching = [s for s in queries if self._view.spaces[s].dimension == rows.shape[1]]
+        if not matching:
             raise InvalidArgument.of("vectors.dimension", f"{rows.shape[1]} is no searched space's dimension")
-        for space in fitting:
-            queries[space].extend((at + n, row) for n, row in enumerate(rows))
-        return at + len(rows)
+        for space in matching:
+            queries[space].extend((first + n, row) for n, row in enumerate(rows))
+        return first + len(rows)
+
+    async def _search_groups(
+        self, request: pb.SearchRequest, limit: int, condition: Filter | None
+    ) -> list[pb.SearchResult]:
+        """The merged hits of the groups of items, one result per space."""
+        if request.text or request.image or request.vectors.values:
+            raise InvalidArgument.of("merge_groups", "merges groups; vectors, text and image must be empty")
+        groups = [QueryGroup(*group) for group in self._groups(request)]
+        if not groups:
+            raise InvalidArgument.of("groups", "is required")
+        as_of = proto_conversions.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
+        excluded = np.array(request.exclude_item_hashes, np.int64)
+        hits = await self._view.search_groups(
+            groups, self._spaces(request), limit, condition, excluded, as_of
+        )
+        readable = request.view == item_pb2.VIEW_READABLE
+        return [self._result(0, space, hits[space], readable) for space in sorted(hits)]
+
+    def _spaces(self, request: pb.SearchRequest) -> list[str]:
+        """The spaces that a request names, or all."""
+        spaces = [_space(s) for s in request.spaces] or list(self._view.spaces)
+        if missing := [space for space in spaces if space not in self._view.spaces]:
+            raise FailedPrecondition(f"this bundle has no {missing[0]} space")
+        return spaces
+
+    def _groups(self, request: pb.SearchRequest) -> Iterator[tuple[list[int], list[float]]]:
+        """The item hashes and weights of each group."""
+        _check_max(len(request.groups), MAX_GROUPS, "groups")
+        for index, group in enumerate(request.groups):
+            hashes, weights = resolve_item_hashes(group.item_hashes, group.item_ids), list(group.weights)
+            if weights and (len(weights) != len(hashes) or not all(map(math.isfinite, weights))):
+                raise InvalidArgument.of(f"groups[{index}].weights", "needs one finite weight per item")
+            yield hashes, weights or [1.0] * len(hashes)
 
     async def _search(
         self,
@@ -263,42 +313,54 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         request: pb.SearchRequest,
     ) -> list[pb.SearchResult]:
         vectors = np.stack([vector for _, vector in queries])
-        as_of = wire.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
-        found = await self._view.search(space, vectors, limit, condition, request.exclude_item_numbers, as_of)
+        as_of = proto_conversions.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
+        results = await self._view.search(
+            space, vectors, limit, condition, request.exclude_item_hashes, as_of
+        )
         readable = request.view == item_pb2.VIEW_READABLE
-        return [self._result(at, space, near, readable) for (at, _), near in zip(queries, found, strict=True)]
+        return [
+            self._result(query, space, hits, readable)
+            for (query, _), hits in zip(queries, results, strict=True)
+        ]
 
-    def _result(self, query: int, space: str, near: Neighbours, readable: bool) -> pb.SearchResult:
-        result = pb.SearchResult(query=query, space=_NUMBER_OF_SPACE[space])
+    def _result(self, query: int, space: str, hits: SearchHits, readable: bool) -> pb.SearchResult:
+        result = pb.SearchResult(query=query, space=_SPACE_ENUM[space])
         if not readable:
-            result.item_numbers.extend(near.numbers.tolist())
-            result.scores.extend(near.scores.tolist())
+            result.item_hashes.extend(hits.hashes.tolist())
+            result.scores.extend(hits.scores.tolist())
             return result
         table = self._view.table
-        for item_id, score in zip(table.ids(table.rows(near.numbers)), near.scores.tolist(), strict=True):
+        for item_id, score in zip(table.ids(table.rows(hits.hashes)), hits.scores.tolist(), strict=True):
             result.hits.add(item_id=item_id, score=score)
         return result
 
 
+def _failed_chunk(error: VitrineError) -> _Chunk:
+    """A chunk that cannot be read; its error ends the stream when its turn comes."""
+    response: asyncio.Future[pb.UpsertItemsResponse] = asyncio.get_running_loop().create_future()
+    response.set_exception(error)
+    return _Chunk(set(), response)
+
+
 def _item(message: item_pb2.Item) -> Any:
     try:
-        return wire.item_from(message)
+        return proto_conversions.item_from(message)
     except VitrineError as error:
         return error
 
 
-def _check_count(count: int, most: int, field: str) -> None:
-    if not 1 <= count <= most:
-        raise InvalidArgument.of(field, f"has {count}, 1 to {most} are allowed")
+def _check_count(count: int, limit: int, field: str) -> None:
+    if not 1 <= count <= limit:
+        raise InvalidArgument.of(field, f"has {count}, 1 to {limit} are allowed")
 
 
-def _check_most(count: int, most: int, field: str) -> None:
-    if count > most:
-        raise InvalidArgument.of(field, f"has {count}, at most {most} are allowed")
+def _check_max(count: int, limit: int, field: str) -> None:
+    if count > limit:
+        raise InvalidArgument.of(field, f"has {count}, at most {limit} are allowed")
 
 
 def _text_problem(text: str, field: str, row: int = 0) -> InvalidArgument | None:
-    if len(text) * _MOST_BYTES <= MAX_TEXT_BYTES:
+    if len(text) * _MAX_CHARACTER_BYTES <= MAX_TEXT_BYTES:
         return None
     size = len(text.encode())
     if size <= MAX_TEXT_BYTES:
@@ -312,17 +374,19 @@ def _space(value: int) -> str:
     return _SPACES[value]  # type: ignore[index]
 
 
-def _block(vectors: np.ndarray) -> pb.Vectors:
+def vectors_message(vectors: np.ndarray) -> pb.Vectors:
+    """The message that carries the rows of a matrix of vectors."""
     block = pb.Vectors(dimension=vectors.shape[1])
     floats = vectors.astype("<f4", copy=False).tobytes()
     if floats:
-        # On the wire a packed field is its floats' bytes; made one by one they take twenty times as long.
+        # The wire format of a packed field is the bytes of its floats. Setting floats one by one takes 20
+        # times as long.
         block.MergeFromString(_VALUES + _varint(len(floats)) + floats)
     return block
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first (the encoding guide of Protocol Buffers)."""
+    """A varint: seven bits per byte, the lowest first (Protocol Buffers encoding guide)."""
     groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
@@ -335,13 +399,13 @@ def _row_errors(problems: Sequence[VitrineError | None]) -> list[pb.RowError]:
     ]
 
 
-def _outcomes(ids: Sequence[str], outcomes: Sequence[Upserted], field: str) -> list[item_pb2.ItemOutcome]:
+def _outcomes(ids: Sequence[str], outcomes: Sequence[UpsertResult], field: str) -> list[item_pb2.ItemOutcome]:
     messages = []
-    for at, (item_id, outcome) in enumerate(zip(ids, outcomes, strict=True)):
+    for index, (item_id, outcome) in enumerate(zip(ids, outcomes, strict=True)):
         if outcome.error is not None:
             error = outcome.error
             if isinstance(error, InvalidArgument):
-                error = error.under(f"{field}[{at}]")
+                error = error.under(f"{field}[{index}]")
             messages.append(
                 item_pb2.ItemOutcome(
                     item_id=item_id,
@@ -350,11 +414,11 @@ def _outcomes(ids: Sequence[str], outcomes: Sequence[Upserted], field: str) -> l
                 )
             )
             continue
-        written = outcome.outcome or Outcome.UNCHANGED
+        code = outcome.outcome or WriteOutcome.UNCHANGED
         messages.append(
             item_pb2.ItemOutcome(
                 item_id=item_id,
-                code=int(written),  # type: ignore[arg-type]
+                code=int(code),  # type: ignore[arg-type]
                 sequence=outcome.sequence,
                 text_state=int(outcome.text_state),  # type: ignore[arg-type]
                 image_state=int(outcome.image_state),  # type: ignore[arg-type]
@@ -364,26 +428,40 @@ def _outcomes(ids: Sequence[str], outcomes: Sequence[Upserted], field: str) -> l
     return messages
 
 
-def _record(record: Record) -> item_pb2.ItemRecord:
+def _record(record: StoredItem) -> item_pb2.ItemRecord:
     return item_pb2.ItemRecord(
-        item=wire.item_to(record.item),
-        number=record.number,
+        item=proto_conversions.item_to(record.item),
+        item_hash=record.item_hash,
         sequence=record.sequence,
         text_state=int(record.text_state),  # type: ignore[arg-type]
         image_state=int(record.image_state),  # type: ignore[arg-type]
         image_error=record.image_error,
-        create_time=wire.time_to(record.created),
-        update_time=wire.time_to(record.updated),
+        image_hash=record.item.image_hash,
+        create_time=proto_conversions.time_to(record.created),
+        update_time=proto_conversions.time_to(record.updated),
     )
 
 
+def _messages(
+    records: Sequence[StoredItem], vectors: Mapping[str, Mapping[int, np.ndarray]], sequence: int
+) -> Iterator[pb.WatchItemsResponse]:
+    """Changes in messages of at most 2 MiB, except a single item that is larger."""
+    message = _changes(records, vectors, sequence)
+    if len(records) > 1 and message.ByteSize() > _FEED_BYTES:
+        half = len(records) // 2
+        yield from _messages(records[:half], vectors, records[half - 1].sequence)
+        yield from _messages(records[half:], vectors, sequence)
+    else:
+        yield message
+
+
 def _changes(
-    records: Sequence[Record], vectors: Mapping[str, Mapping[int, np.ndarray]], sequence: int
+    records: Sequence[StoredItem], vectors: Mapping[str, Mapping[int, np.ndarray]], sequence: int
 ) -> pb.WatchItemsResponse:
     live = [record for record in records if not record.deleted]
     message = pb.WatchItemsResponse(
         items=[_record(record) for record in live],
-        deleted_item_numbers=[record.number for record in records if record.deleted],
+        deleted_item_hashes=[record.item_hash for record in records if record.deleted],
         sequence=sequence,
         caught_up=not records,
     )
@@ -391,14 +469,11 @@ def _changes(
         ("text", message.text_rows, message.text_vectors),
         ("image", message.image_rows, message.image_vectors),
     ):
-        found = [
-            (row, vectors[space][r.number])
-            for row, r in enumerate(live)
-            if r.number in vectors.get(space, {})
-        ]
-        if found:
-            rows.extend(row for row, _ in found)
-            block.CopyFrom(_block(np.stack([vector for _, vector in found])))
+        space_vectors = vectors.get(space, {})
+        present = [row for row, record in enumerate(live) if record.item_hash in space_vectors]
+        if present:
+            rows.extend(present)
+            block.CopyFrom(vectors_message(np.stack([space_vectors[live[row].item_hash] for row in present])))
     return message
 
 

@@ -1,1 +1,1 @@
-"""The ranking service: behaviour, the candidates it proposes, and their order."""
+"""The ranking service: events, candidates and their scores."""

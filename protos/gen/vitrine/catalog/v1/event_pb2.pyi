@@ -28,30 +28,30 @@ class _EventOutcomeCode:
 class _EventOutcomeCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventOutcomeCode.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EVENT_OUTCOME_CODE_UNSPECIFIED: _EventOutcomeCode.ValueType  # 0
-    """Not stated."""
+    """Not specified."""
     EVENT_OUTCOME_CODE_RECORDED: _EventOutcomeCode.ValueType  # 1
     """Committed."""
     EVENT_OUTCOME_CODE_DUPLICATE: _EventOutcomeCode.ValueType  # 2
-    """The same event was committed before; it counts once."""
+    """The same event is already committed; it counts once."""
     EVENT_OUTCOME_CODE_FAILED: _EventOutcomeCode.ValueType  # 3
-    """Not written; error says why. The rest of the batch is not touched."""
+    """Not written; error gives the reason. The rest of the batch is not affected."""
 
 class EventOutcomeCode(_EventOutcomeCode, metaclass=_EventOutcomeCodeEnumTypeWrapper):
-    """What became of one event of a batch."""
+    """The outcome of one event of a batch."""
 
 EVENT_OUTCOME_CODE_UNSPECIFIED: EventOutcomeCode.ValueType  # 0
-"""Not stated."""
+"""Not specified."""
 EVENT_OUTCOME_CODE_RECORDED: EventOutcomeCode.ValueType  # 1
 """Committed."""
 EVENT_OUTCOME_CODE_DUPLICATE: EventOutcomeCode.ValueType  # 2
-"""The same event was committed before; it counts once."""
+"""The same event is already committed; it counts once."""
 EVENT_OUTCOME_CODE_FAILED: EventOutcomeCode.ValueType  # 3
-"""Not written; error says why. The rest of the batch is not touched."""
+"""Not written; error gives the reason. The rest of the batch is not affected."""
 Global___EventOutcomeCode: _TypeAlias = EventOutcomeCode  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """Something a person did, or was shown."""
+    """Something a user did with items, or an impression of items."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -65,36 +65,36 @@ class Event(_message.Message):
     ATTRIBUTION_TOKEN_FIELD_NUMBER: _builtins.int
     CHANNEL_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
-    """Required. The sender's unique id, 1 to 128 characters. The same id with the
-    same content is acknowledged as DUPLICATE and counted once; with other
-    content the event fails with ALREADY_EXISTS.
+    """Required. The sender's unique id, 1 to 128 characters. The same id with the same
+    content is acknowledged as DUPLICATE and counts once; with other content the event
+    fails with ALREADY_EXISTS.
     """
     type: _builtins.str
     """Required. One of the shop's event types, such as "purchase" or "impression"."""
     user_id: _builtins.str
-    """The shop's id of a known person, at most 128 characters. One of user_id and
-    visitor_id is required.
+    """The shop's id of a user, at most 128 characters. One of user_id and visitor_id is
+    required.
     """
     visitor_id: _builtins.str
-    """The id of an unknown person's browser or device, at most 128 characters."""
+    """The id of an unknown browser or device, at most 128 characters."""
     session_id: _builtins.str
-    """Optional. The visit it belongs to, at most 128 characters."""
+    """Optional. The visit the event belongs to, at most 128 characters."""
     attribution_token: _builtins.str
-    """Optional. The token of the answer that showed the items."""
+    """Optional. The attribution_token of the response that showed the items."""
     channel: _builtins.str
-    """Optional. Where it happened, such as "web", "app" or "store", at most 128
-    characters. What sells where is learned from it. A shop has at most 16; what
-    comes through a further one counts as unknown.
+    """Optional. The channel, such as "web", "app" or "store", at most 128 characters.
+    Models learn which items sell in which channel. A shop has at most 16 channels; any
+    further channel counts as unknown.
     """
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EventItem]:
-        """Required. What it is about: 1 to 500 items. An item may be written after its
+        """Required. The items of the event: 1 to 5000. An item may be written after its
         events.
         """
 
     @_builtins.property
     def occurred_at(self) -> _timestamp_pb2.Timestamp:
-        """Optional. When it happened; absent means now. At most a day ahead of now."""
+        """Optional. The time of the event; absent means now. At most a day ahead of now."""
 
     def __init__(
         self,
@@ -130,11 +130,11 @@ class EventItem(_message.Message):
     item_id: _builtins.str
     """Required. The item's id."""
     quantity: _builtins.int
-    """Optional. How many, from 1; absent means 1."""
+    """Optional. The quantity, from 1; absent means 1."""
     price: _builtins.float
-    """Optional. The price of one, not negative, at most 1e12."""
+    """Optional. The unit price, not negative, at most 1e12."""
     position: _builtins.int
-    """Optional. Where on the page it stood, from 1 for the first."""
+    """Optional. The item's position on the page, from 1 for the first."""
     def __init__(
         self,
         *,
@@ -164,7 +164,7 @@ Global___EventItem: _TypeAlias = EventItem  # noqa: Y015
 
 @_typing.final
 class SessionItem(_message.Message):
-    """Something done in the running session, told with a request instead of written."""
+    """An event of the current session, sent with a request instead of written."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -201,9 +201,9 @@ class EventOutcome(_message.Message):
     event_id: _builtins.str
     """The id as sent."""
     code: Global___EventOutcomeCode.ValueType
-    """What became of it."""
+    """The outcome."""
     sequence: _builtins.int
-    """The sequence number it was committed under."""
+    """The sequence number of the commit."""
     @_builtins.property
     def error(self) -> _status_pb2.Status:
         """Set when code is FAILED: a google.rpc status, with details."""
@@ -226,7 +226,7 @@ Global___EventOutcome: _TypeAlias = EventOutcome  # noqa: Y015
 
 @_typing.final
 class StoredEvent(_message.Message):
-    """An event as it is kept."""
+    """An event as stored."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -234,14 +234,14 @@ class StoredEvent(_message.Message):
     RECORDED_AT_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The sequence number it was committed under."""
+    """The sequence number of the commit."""
     @_builtins.property
     def event(self) -> Global___Event:
         """The event."""
 
     @_builtins.property
     def recorded_at(self) -> _timestamp_pb2.Timestamp:
-        """When it was committed."""
+        """The time of the commit."""
 
     def __init__(
         self,

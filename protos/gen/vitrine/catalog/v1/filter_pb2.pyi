@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 @_typing.final
 class Filter(_message.Message):
     """A condition on items. At most 8 levels deep and 256 conditions in all.
-    INVALID_ARGUMENT names the path of the offending part.
+    INVALID_ARGUMENT names the path of the invalid part.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -34,23 +34,23 @@ class Filter(_message.Message):
     RANGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def all_of(self) -> Global___AllOf:
-        """Every one of these; an empty list holds for every item."""
+        """All of these hold; an empty list holds for every item."""
 
     @_builtins.property
     def any_of(self) -> Global___AnyOf:
-        """At least one of these; an empty list holds for no item."""
+        """At least one of these holds; an empty list holds for no item."""
 
     @_builtins.property
     def none_of(self) -> Global___Filter:
-        """Not this one. Holds for an item that lacks the attribute."""
+        """This condition does not hold. An item without the attribute matches."""
 
     @_builtins.property
     def equals(self) -> Global___Equals:
-        """One value."""
+        """An attribute has this value."""
 
     @_builtins.property
     def range(self) -> Global___Range:
-        """A span of numbers."""
+        """A number is in a range."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class AllOf(_message.Message):
     FILTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
-        """The conditions."""
+        """The conditions; at most 256 in a whole filter."""
 
     def __init__(
         self,
@@ -97,14 +97,14 @@ Global___AllOf: _TypeAlias = AllOf  # noqa: Y015
 
 @_typing.final
 class AnyOf(_message.Message):
-    """One condition holds at least."""
+    """At least one condition holds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
-        """The conditions."""
+        """The conditions; at most 256 in a whole filter."""
 
     def __init__(
         self,
@@ -121,8 +121,8 @@ Global___AnyOf: _TypeAlias = AnyOf  # noqa: Y015
 
 @_typing.final
 class Equals(_message.Message):
-    """An attribute holds a value: any of its texts or numbers equals it. An item
-    without the attribute does not qualify.
+    """An attribute equals a value: one of its texts or numbers equals it. An item without
+    the attribute does not match.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -155,7 +155,7 @@ Global___Equals: _TypeAlias = Equals  # noqa: Y015
 
 @_typing.final
 class In(_message.Message):
-    """An attribute holds one of several texts."""
+    """An attribute has one of several texts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -165,7 +165,7 @@ class In(_message.Message):
     """Required. An attribute name, or one of the built-in "id" and "family_id"."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts; at most 200,000."""
+        """The texts; at most 200,000 in a whole filter."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ Global___In: _TypeAlias = In  # noqa: Y015
 
 @_typing.final
 class Range(_message.Message):
-    """An attribute lies within a span. An item without it does not qualify."""
+    """An attribute is in a range. An item without it does not match."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -191,11 +191,11 @@ class Range(_message.Message):
     MIN_FIELD_NUMBER: _builtins.int
     MAX_FIELD_NUMBER: _builtins.int
     attribute: _builtins.str
-    """Required. A number attribute, or the built-in "price"."""
+    """Required. A numeric attribute, or the built-in "price"."""
     min: _builtins.float
-    """Optional. The lowest number that qualifies."""
+    """Optional. The lowest number that matches."""
     max: _builtins.float
-    """Optional. The highest number that qualifies. One of min and max is required."""
+    """Optional. The highest number that matches. One of min and max is required."""
     def __init__(
         self,
         *,

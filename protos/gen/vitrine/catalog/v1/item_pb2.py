@@ -26,21 +26,21 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvitrine/catalog/v1/item.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xdd\x02\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x31\n\nattributes\x18\x04 \x03(\x0b\x32\x1d.vitrine.catalog.v1.Attribute\x12\x11\n\tfamily_id\x18\x05 \x01(\t\x12\x12\n\x05price\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12(\n\x05image\x18\x07 \x01(\x0b\x32\x19.vitrine.catalog.v1.Image\x12\x32\n\x0e\x61vailable_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x61vailable_until\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x0esource_version\x18\n \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_priceB\x11\n\x0f_source_version\"9\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0f\n\x07numbers\x18\x03 \x03(\x01\"0\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xbc\x02\n\nItemRecord\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x18.vitrine.catalog.v1.Item\x12\x0e\n\x06number\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x35\n\ntext_state\x18\x04 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x36\n\x0bimage_state\x18\x05 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x13\n\x0bimage_error\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x8d\x02\n\x0bItemOutcome\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x31\n\x04\x63ode\x18\x02 \x01(\x0e\x32#.vitrine.catalog.v1.ItemOutcomeCode\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x35\n\ntext_state\x18\x05 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x36\n\x0bimage_state\x18\x06 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x16\n\x0etext_truncated\x18\x07 \x01(\x08*\x9b\x01\n\rModalityState\x12\x1e\n\x1aMODALITY_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODALITY_STATE_ABSENT\x10\x01\x12\x18\n\x14MODALITY_STATE_READY\x10\x02\x12\x1a\n\x16MODALITY_STATE_PENDING\x10\x03\x12\x19\n\x15MODALITY_STATE_FAILED\x10\x04*\xed\x01\n\x0fItemOutcomeCode\x12!\n\x1dITEM_OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ITEM_OUTCOME_CODE_CREATED\x10\x01\x12\x1d\n\x19ITEM_OUTCOME_CODE_UPDATED\x10\x02\x12\x1f\n\x1bITEM_OUTCOME_CODE_UNCHANGED\x10\x03\x12\x1b\n\x17ITEM_OUTCOME_CODE_STALE\x10\x04\x12\x1d\n\x19ITEM_OUTCOME_CODE_DELETED\x10\x05\x12\x1c\n\x18ITEM_OUTCOME_CODE_FAILED\x10\x06*A\n\x04View\x12\x14\n\x10VIEW_UNSPECIFIED\x10\x00\x12\x10\n\x0cVIEW_COLUMNS\x10\x01\x12\x11\n\rVIEW_READABLE\x10\x02*?\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\x0e\n\nSPACE_TEXT\x10\x01\x12\x0f\n\x0bSPACE_IMAGE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dvitrine/catalog/v1/item.proto\x12\x12vitrine.catalog.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xdd\x02\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x31\n\nattributes\x18\x04 \x03(\x0b\x32\x1d.vitrine.catalog.v1.Attribute\x12\x11\n\tfamily_id\x18\x05 \x01(\t\x12\x12\n\x05price\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12(\n\x05image\x18\x07 \x01(\x0b\x32\x19.vitrine.catalog.v1.Image\x12\x32\n\x0e\x61vailable_from\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x61vailable_until\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1b\n\x0esource_version\x18\n \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06_priceB\x11\n\x0f_source_version\"9\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0f\n\x07numbers\x18\x03 \x03(\x01\"0\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\xd3\x02\n\nItemRecord\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x18.vitrine.catalog.v1.Item\x12\x11\n\titem_hash\x18\x02 \x01(\x06\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x35\n\ntext_state\x18\x04 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x36\n\x0bimage_state\x18\x05 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x13\n\x0bimage_error\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nimage_hash\x18\t \x01(\x0c\"\x8d\x02\n\x0bItemOutcome\x12\x0f\n\x07item_id\x18\x01 \x01(\t\x12\x31\n\x04\x63ode\x18\x02 \x01(\x0e\x32#.vitrine.catalog.v1.ItemOutcomeCode\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x35\n\ntext_state\x18\x05 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x36\n\x0bimage_state\x18\x06 \x01(\x0e\x32!.vitrine.catalog.v1.ModalityState\x12\x16\n\x0etext_truncated\x18\x07 \x01(\x08*\x9b\x01\n\rModalityState\x12\x1e\n\x1aMODALITY_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15MODALITY_STATE_ABSENT\x10\x01\x12\x18\n\x14MODALITY_STATE_READY\x10\x02\x12\x1a\n\x16MODALITY_STATE_PENDING\x10\x03\x12\x19\n\x15MODALITY_STATE_FAILED\x10\x04*\xed\x01\n\x0fItemOutcomeCode\x12!\n\x1dITEM_OUTCOME_CODE_UNSPECIFIED\x10\x00\x12\x1d\n\x19ITEM_OUTCOME_CODE_CREATED\x10\x01\x12\x1d\n\x19ITEM_OUTCOME_CODE_UPDATED\x10\x02\x12\x1f\n\x1bITEM_OUTCOME_CODE_UNCHANGED\x10\x03\x12\x1b\n\x17ITEM_OUTCOME_CODE_STALE\x10\x04\x12\x1d\n\x19ITEM_OUTCOME_CODE_DELETED\x10\x05\x12\x1c\n\x18ITEM_OUTCOME_CODE_FAILED\x10\x06*A\n\x04View\x12\x14\n\x10VIEW_UNSPECIFIED\x10\x00\x12\x10\n\x0cVIEW_COLUMNS\x10\x01\x12\x11\n\rVIEW_READABLE\x10\x02*?\n\x05Space\x12\x15\n\x11SPACE_UNSPECIFIED\x10\x00\x12\x0e\n\nSPACE_TEXT\x10\x01\x12\x0f\n\x0bSPACE_IMAGE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'vitrine.catalog.v1.item_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODALITYSTATE']._serialized_start=1164
-  _globals['_MODALITYSTATE']._serialized_end=1319
-  _globals['_ITEMOUTCOMECODE']._serialized_start=1322
-  _globals['_ITEMOUTCOMECODE']._serialized_end=1559
-  _globals['_VIEW']._serialized_start=1561
-  _globals['_VIEW']._serialized_end=1626
-  _globals['_SPACE']._serialized_start=1628
-  _globals['_SPACE']._serialized_end=1691
+  _globals['_MODALITYSTATE']._serialized_start=1187
+  _globals['_MODALITYSTATE']._serialized_end=1342
+  _globals['_ITEMOUTCOMECODE']._serialized_start=1345
+  _globals['_ITEMOUTCOMECODE']._serialized_end=1582
+  _globals['_VIEW']._serialized_start=1584
+  _globals['_VIEW']._serialized_end=1649
+  _globals['_SPACE']._serialized_start=1651
+  _globals['_SPACE']._serialized_end=1714
   _globals['_ITEM']._serialized_start=112
   _globals['_ITEM']._serialized_end=461
   _globals['_ATTRIBUTE']._serialized_start=463
@@ -48,7 +48,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMAGE']._serialized_start=522
   _globals['_IMAGE']._serialized_end=570
   _globals['_ITEMRECORD']._serialized_start=573
-  _globals['_ITEMRECORD']._serialized_end=889
-  _globals['_ITEMOUTCOME']._serialized_start=892
-  _globals['_ITEMOUTCOME']._serialized_end=1161
+  _globals['_ITEMRECORD']._serialized_end=912
+  _globals['_ITEMOUTCOME']._serialized_start=915
+  _globals['_ITEMOUTCOME']._serialized_end=1184
 # @@protoc_insertion_point(module_scope)

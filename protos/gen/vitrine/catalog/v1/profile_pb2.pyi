@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class UserProfile(_message.Message):
-    """What a person's behaviour says of them, as of a moment."""
+    """A profile of a user's behavior, as of a point in time."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -36,46 +36,46 @@ class UserProfile(_message.Message):
     CHANNELS_FIELD_NUMBER: _builtins.int
     PURCHASE_PROPENSITY_FIELD_NUMBER: _builtins.int
     active_days: _builtins.int
-    """On how many of the last 30 days they did something."""
+    """The number of days with activity in the last 30 days."""
     segment: _builtins.str
-    """"champion", "loyal", "new", "promising", "cannot_lose", "at_risk", "sleeping", "lost" by
-    recency and frequency; "prospect" for who never bought, "stranger" for who did
-    nothing yet.
+    """"champion", "loyal", "new", "promising", "cannot_lose", "at_risk", "sleeping",
+    "lost" by recency and frequency; "prospect" for users who never purchased,
+    "unknown" for users without activity.
     """
     @_builtins.property
     def user_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Every user_id of the person."""
+        """Every user_id of the user."""
 
     @_builtins.property
     def visitor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Every visitor_id of the person."""
+        """Every visitor_id of the user."""
 
     @_builtins.property
     def affinities(self) -> _containers.RepeatedCompositeFieldContainer[Global___Affinity]:
-        """What they lean to, by attribute, the strongest ten values of each first. Older
-        behaviour counts less: half after 30 days.
+        """The user's preferences by attribute, the ten strongest values of each attribute,
+        strongest first. Older behavior counts less: half after 30 days.
         """
 
     @_builtins.property
     def price(self) -> Global___PriceAffinity:
-        """What they pay; absent when no price is known."""
+        """The prices the user pays; absent if no price is known."""
 
     @_builtins.property
     def activity(self) -> _containers.RepeatedCompositeFieldContainer[Global___Activity]:
-        """What they did, by event type."""
+        """The user's activity, by event type."""
 
     @_builtins.property
     def rfm(self) -> Global___Rfm:
-        """Recency, frequency and monetary value; absent when they never bought."""
+        """Recency, frequency and monetary value; absent if the user never purchased."""
 
     @_builtins.property
     def channels(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChannelShare]:
-        """Where they are, by channel."""
+        """The user's share of activity in each channel."""
 
     @_builtins.property
     def purchase_propensity(self) -> _containers.RepeatedCompositeFieldContainer[Global___PurchasePropensity]:
-        """How likely they are to buy soon, by days, rising; empty where that was not trained, and
-        for who did nothing yet.
+        """The probability that the user purchases soon, by number of days, ascending; empty
+        if no model was trained for it, and for users without activity.
         """
 
     def __init__(
@@ -115,10 +115,10 @@ class Affinity(_message.Message):
     text: _builtins.str
     """The value."""
     share: _builtins.float
-    """Its share of what the person engaged with, 0 to 1."""
+    """Its share of the user's interactions, 0 to 1."""
     lift: _builtins.float
-    """How many times as likely as in the whole shop, shrunk towards 1 for who did
-    little.
+    """How many times as likely as in the whole shop, shrunk towards 1 for users with
+    little activity.
     """
     def __init__(
         self,
@@ -138,7 +138,7 @@ Global___Affinity: _TypeAlias = Affinity  # noqa: Y015
 
 @_typing.final
 class PriceAffinity(_message.Message):
-    """What a person pays."""
+    """The prices a user pays."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -146,11 +146,11 @@ class PriceAffinity(_message.Message):
     PERCENTILE_FIELD_NUMBER: _builtins.int
     BAND_FIELD_NUMBER: _builtins.int
     mean: _builtins.float
-    """The mean of the prices, older ones counting less."""
+    """The mean price, with less weight on older prices."""
     percentile: _builtins.float
-    """Where the mean item stands among all prices of the catalogue, 0 to 1."""
+    """The percentile of the mean among all prices of the catalog, 0 to 1."""
     band: _builtins.str
-    """"low", "middle" or "high": the third that the percentile is in."""
+    """"low", "middle" or "high": the third that contains the percentile."""
     def __init__(
         self,
         *,
@@ -168,7 +168,7 @@ Global___PriceAffinity: _TypeAlias = PriceAffinity  # noqa: Y015
 
 @_typing.final
 class Activity(_message.Message):
-    """What a person did of one type."""
+    """A user's activity of one event type."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -179,14 +179,14 @@ class Activity(_message.Message):
     type: _builtins.str
     """The event type."""
     items: _builtins.int
-    """How many items of events."""
+    """The number of items of events."""
     @_builtins.property
     def first_at(self) -> _timestamp_pb2.Timestamp:
-        """The first time."""
+        """The time of the first event."""
 
     @_builtins.property
     def last_at(self) -> _timestamp_pb2.Timestamp:
-        """The last time."""
+        """The time of the last event."""
 
     def __init__(
         self,
@@ -206,8 +206,8 @@ Global___Activity: _TypeAlias = Activity  # noqa: Y015
 
 @_typing.final
 class Rfm(_message.Message):
-    """Recency, frequency and monetary value of purchases, each with its fifth among all
-    who bought, 5 the best.
+    """Recency, frequency and monetary value of purchases, each with its quintile among all
+    buyers, 5 the best.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -221,15 +221,15 @@ class Rfm(_message.Message):
     recency_days: _builtins.float
     """Days since the last purchase."""
     frequency: _builtins.int
-    """On how many different days they bought."""
+    """The number of different days with a purchase."""
     monetary: _builtins.float
-    """The sum of what was paid, as far as prices are known."""
+    """The sum of the prices paid, as far as prices are known."""
     recency_score: _builtins.int
-    """The fifth by recency, 1 to 5."""
+    """The quintile by recency, 1 to 5."""
     frequency_score: _builtins.int
-    """The fifth by frequency, 1 to 5."""
+    """The quintile by frequency, 1 to 5."""
     monetary_score: _builtins.int
-    """The fifth by monetary value, 1 to 5."""
+    """The quintile by monetary value, 1 to 5."""
     def __init__(
         self,
         *,
@@ -250,7 +250,7 @@ Global___Rfm: _TypeAlias = Rfm  # noqa: Y015
 
 @_typing.final
 class ChannelShare(_message.Message):
-    """A share of what a person did."""
+    """One channel's share of a user's activity."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -276,16 +276,18 @@ Global___ChannelShare: _TypeAlias = ChannelShare  # noqa: Y015
 
 @_typing.final
 class PurchasePropensity(_message.Message):
-    """How likely a person is to buy soon."""
+    """The probability that a user purchases soon."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DAYS_FIELD_NUMBER: _builtins.int
     PROBABILITY_FIELD_NUMBER: _builtins.int
     days: _builtins.int
-    """Within so many days."""
+    """The horizon in days."""
     probability: _builtins.float
-    """P(they buy anything within them), calibrated; the session does not count."""
+    """P(a purchase of any item within these days), calibrated; the session does not
+    count.
+    """
     def __init__(
         self,
         *,

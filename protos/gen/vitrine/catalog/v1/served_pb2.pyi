@@ -21,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ServedPage(_message.Message):
-    """A page as it was answered, kept so that what it led to can be judged later."""
+    """A page as served, stored so that its results can be evaluated later."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -43,60 +43,64 @@ class ServedPage(_message.Message):
     ITEM_ARMS_FIELD_NUMBER: _builtins.int
     EXPLORING_FIELD_NUMBER: _builtins.int
     SHADOW_FIELD_NUMBER: _builtins.int
-    ARM_PLACE_FIELD_NUMBER: _builtins.int
+    ARM_INDEX_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """Required. The answer's request id, which its attribution token holds as well."""
+    """Required. The response's request id, which its attribution token also contains."""
     user_id: _builtins.str
-    """Whom for; empty for none."""
+    """The user or visitor of the page; empty for none."""
     visitor_id: _builtins.str
-    """Whom for; empty for none."""
+    """The user or visitor of the page; empty for none."""
     session_id: _builtins.str
     """The visit; empty for none."""
     scenario: _builtins.str
-    """The place on the site."""
+    """The scenario."""
     experiment: _builtins.str
-    """The experiment it took part in; empty for none."""
+    """The experiment the request took part in; empty for none."""
     arm: _builtins.str
     """The arm of that experiment."""
     bundle: _builtins.str
-    """The bundle that answered."""
+    """The bundle that produced the page."""
     start: _builtins.int
-    """How many items stood on the pages before."""
+    """The number of items on the previous pages."""
     shadow: _builtins.bool
-    """Whether the page was made for comparison and not shown to anybody."""
-    arm_place: _builtins.int
-    """The arm's place in the experiment, from 0."""
+    """Whether the page was computed only for comparison and not shown to any user."""
+    arm_index: _builtins.int
+    """The arm's index in the experiment, from 0."""
     @_builtins.property
     def served_at(self) -> _timestamp_pb2.Timestamp:
-        """When it was answered."""
+        """Required. The time of the response: at most 5 minutes ahead of now, and no older
+        than the impression log's retention period, which is a day at least.
+        """
 
     @_builtins.property
     def item_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The items, in their order."""
+        """The items, in page order; at most 500."""
 
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The score of each."""
+        """The score of each item; at most 500."""
 
     @_builtins.property
     def propensities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """With which probability each was drawn into its slot; 1 for what was not drawn."""
+        """The probability with which exploration drew each item into its slot; 1 for an item
+        that was not drawn. At most 500.
+        """
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the sources of all items."""
+        """The names of the sources of all items; at most 32."""
 
     @_builtins.property
     def item_sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The sources of each item: bit n stands for sources[n]."""
+        """The sources of each item: bit n stands for sources[n]. At most 500."""
 
     @_builtins.property
     def item_arms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Of an interleaved page the arm that each item is from; empty otherwise."""
+        """The arm of each item on an interleaved page; empty otherwise. At most 500."""
 
     @_builtins.property
     def exploring(self) -> Global___Exploring:
-        """What exploring drew from; absent where nothing was explored."""
+        """The exploration pool and its draws; absent if there was no exploration."""
 
     def __init__(
         self,
@@ -119,11 +123,11 @@ class ServedPage(_message.Message):
         item_arms: _abc.Iterable[_builtins.str] | None = ...,
         exploring: Global___Exploring | None = ...,
         shadow: _builtins.bool = ...,
-        arm_place: _builtins.int = ...,
+        arm_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exploring", b"exploring", "served_at", b"served_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "arm_place", b"arm_place", "bundle", b"bundle", "experiment", b"experiment", "exploring", b"exploring", "item_arms", b"item_arms", "item_ids", b"item_ids", "item_sources", b"item_sources", "propensities", b"propensities", "request_id", b"request_id", "scenario", b"scenario", "scores", b"scores", "served_at", b"served_at", "session_id", b"session_id", "shadow", b"shadow", "sources", b"sources", "start", b"start", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "arm_index", b"arm_index", "bundle", b"bundle", "experiment", b"experiment", "exploring", b"exploring", "item_arms", b"item_arms", "item_ids", b"item_ids", "item_sources", b"item_sources", "propensities", b"propensities", "request_id", b"request_id", "scenario", b"scenario", "scores", b"scores", "served_at", b"served_at", "session_id", b"session_id", "shadow", b"shadow", "sources", b"sources", "start", b"start", "user_id", b"user_id", "visitor_id", b"visitor_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -131,35 +135,37 @@ Global___ServedPage: _TypeAlias = ServedPage  # noqa: Y015
 
 @_typing.final
 class Exploring(_message.Message):
-    """The pool that exploring drew from, in columns of one length, and what it drew."""
+    """The pool that exploration drew from, in columns of equal length, and the draws."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    ITEM_NUMBERS_FIELD_NUMBER: _builtins.int
+    ITEM_HASHES_FIELD_NUMBER: _builtins.int
     RELEVANCES_FIELD_NUMBER: _builtins.int
     DRAWS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def item_numbers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The items, by number."""
+    def item_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The item hashes; at most 500."""
 
     @_builtins.property
     def relevances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The relevance of each, 0 for the worst candidate and 1 for the best."""
+        """The relevance of each item, 0 for the worst candidate and 1 for the best. At most
+        500.
+        """
 
     @_builtins.property
     def draws(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draw]:
-        """The draws, in the order of the page."""
+        """The draws, in the order of the page; at most 500."""
 
     def __init__(
         self,
         *,
-        item_numbers: _abc.Iterable[_builtins.int] | None = ...,
+        item_hashes: _abc.Iterable[_builtins.int] | None = ...,
         relevances: _abc.Iterable[_builtins.float] | None = ...,
         draws: _abc.Iterable[Global___Draw] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "item_numbers", b"item_numbers", "relevances", b"relevances"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draws", b"draws", "item_hashes", b"item_hashes", "relevances", b"relevances"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -167,35 +173,37 @@ Global___Exploring: _TypeAlias = Exploring  # noqa: Y015
 
 @_typing.final
 class Draw(_message.Message):
-    """One slot that was drawn."""
+    """One exploration draw."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLOT_FIELD_NUMBER: _builtins.int
-    DRAWN_FIELD_NUMBER: _builtins.int
-    LEFT_OUT_FIELD_NUMBER: _builtins.int
+    ITEM_INDEX_FIELD_NUMBER: _builtins.int
+    EXCLUDED_INDICES_FIELD_NUMBER: _builtins.int
     PROPENSITY_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     """The slot, from 0 for the first of the first page."""
-    drawn: _builtins.int
-    """What was drawn, as an index into the pool."""
+    item_index: _builtins.int
+    """The drawn item, as an index into the pool. INVALID_ARGUMENT if the index is out of
+    range.
+    """
     propensity: _builtins.float
-    """The probability of what was drawn."""
+    """The probability of the draw."""
     @_builtins.property
-    def left_out(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The indices that the page's rules or earlier slots left out."""
+    def excluded_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The indices of items that page rules or earlier slots excluded; at most 500."""
 
     def __init__(
         self,
         *,
         slot: _builtins.int = ...,
-        drawn: _builtins.int = ...,
-        left_out: _abc.Iterable[_builtins.int] | None = ...,
+        item_index: _builtins.int = ...,
+        excluded_indices: _abc.Iterable[_builtins.int] | None = ...,
         propensity: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drawn", b"drawn", "left_out", b"left_out", "propensity", b"propensity", "slot", b"slot"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["excluded_indices", b"excluded_indices", "item_index", b"item_index", "propensity", b"propensity", "slot", b"slot"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

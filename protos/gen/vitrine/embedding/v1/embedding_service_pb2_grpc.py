@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class EmbeddingServiceStub:
-    """The truth about items and their vectors.
+    """Stores items and their vectors. It is the system of record for the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def __init__(self, channel):
@@ -78,63 +82,71 @@ class EmbeddingServiceStub:
 
 
 class EmbeddingServiceServicer:
-    """The truth about items and their vectors.
+    """Stores items and their vectors. It is the system of record for the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def EmbedTexts(self, request, context):
-        """Encodes texts. One that cannot be encoded has an error in its place.
+        """Encodes texts. A text that cannot be encoded has an error in its place. At most 16
+        MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedImages(self, request, context):
-        """Encodes photographs. One that cannot be read has an error in its place.
+        """Encodes images. An image that cannot be read has an error in its place. At most 64
+        MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpsertItems(self, request_iterator, context):
-        """Writes items in chunks. Each chunk is answered, in order, once its items are
-        committed; a bad item never stops the rest.
+        """Writes items in chunks. The service responds to each chunk, in order, once its
+        items are committed; an invalid item never stops the rest. A chunk that cannot be
+        read ends the stream after the responses to earlier chunks. At most 33 MiB a chunk.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteItems(self, request, context):
-        """Deletes items; an unknown one is NOT_FOUND in its outcome.
+        """Deletes items; an unknown item is NOT_FOUND in its outcome.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetItems(self, request, context):
-        """Reads items by id, or a page of all of them in the order of their numbers.
+        """Reads items by id, or a page of all items in item hash order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Search(self, request, context):
-        """Finds the items nearest to items, vectors, a text or a photograph.
+        """Finds the items nearest to items, vectors, a text or an image. At most 48 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchItems(self, request, context):
-        """Sends every change after a position, then follows. OUT_OF_RANGE when the
-        position is older than what is kept: start again from 0.
+        """Sends every change after a position, then follows new changes. OUT_OF_RANGE if the
+        position is older than the stored changes: start again from 0.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBundles(self, request, context):
-        """Tells which bundles calls may name. One that calls do name, this call among them, is
-        served on beside newer ones until a minute has passed without such a call.
+        """Lists the bundles that calls may name. The server serves a named bundle next to
+        newer ones until a minute passes without a call that names it. This call counts as
+        one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,7 +204,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class EmbeddingService:
-    """The truth about items and their vectors.
+    """Stores items and their vectors. It is the system of record for the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     @staticmethod

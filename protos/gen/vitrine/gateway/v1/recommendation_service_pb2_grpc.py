@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class RecommendationServiceStub:
-    """Recommendations, search, events and the catalogue.
+    """Recommendations, search, events and the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and a
+    sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def __init__(self, channel):
@@ -113,109 +117,116 @@ class RecommendationServiceStub:
 
 
 class RecommendationServiceServicer:
-    """Recommendations, search, events and the catalogue.
+    """Recommendations, search, events and the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and a
+    sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def Recommend(self, request, context):
-        """A page of items for a person. A neighbour that is ill never fails the call:
-        degraded says what was done without.
+        """Returns a page of items for a user. An unavailable backend never fails the call:
+        the response lists each skipped stage in degraded. At most 8 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExplainItem(self, request, context):
-        """What became of one item in a Recommend: its place, or what kept it off the page.
-        Records nothing.
+        """Explains the status of one item in a Recommend request: its position, or the reason
+        it is not on the page. Records nothing. At most 8 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Converse(self, request, context):
-        """A turn of a dialogue: what a person says, likes and dislikes refines the page.
-        A message of which nothing is understood is answered with a page all the same.
+        """Handles one turn of a dialogue: the user's message, likes and dislikes refine the
+        page. The response has a page even if the service does not understand the message.
+        At most 8 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SimilarItems(self, request, context):
-        """Items like one item, by behaviour, text and photograph. NOT_FOUND when the
-        item does not exist.
+        """Returns items similar to one item, by behavior, text and image. NOT_FOUND if the
+        item does not exist. At most 8 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SearchItems(self, request, context):
-        """Items that match a text, a photograph, or both.
+        """Returns items that match a text, an image, or both. At most 28 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteEvents(self, request, context):
-        """Records what people did and were shown.
+        """Records user events and impressions. At most 16 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUser(self, request, context):
-        """Deletes all that is known of a person: events with their idempotency keys and
-        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
-        stays until they are trained again.
+        """Deletes all data of a user: events with their idempotency keys and counts, the
+        pages served to the user, and every id that was ever joined to the given id.
+        Trained models do not change until they are trained again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUserProfile(self, request, context):
-        """What a person's behaviour says of them. Of nobody that is known the profile of a
-        stranger.
+        """Returns the profile of a user's behavior. An unknown user gets the profile of an
+        anonymous user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PredictEvents(self, request, context):
-        """What people are likely to do: with items they are shown, and whether they buy soon at all.
+        """Predicts what users are likely to do: event probabilities for items they are shown,
+        and the probability that they purchase soon.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RecommendOffers(self, request, context):
-        """Which of a shop's offers (coupons, discounts) to make to a person, under a budget.
+        """Selects which of a shop's offers (coupons, discounts) to make to a user, under a
+        budget.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportUser(self, request, context):
-        """Reads all that is known of a person, page by page.
+        """Reads all data of a user, page by page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchUpsertItems(self, request, context):
-        """Writes items; each has its own outcome.
+        """Writes items; each has its own outcome. At most 33 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetItem(self, request, context):
-        """Reads one item. NOT_FOUND when it does not exist.
+        """Reads one item. NOT_FOUND if it does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListItems(self, request, context):
-        """Reads the catalogue page by page, in the order of item numbers.
+        """Reads the catalog page by page, in item hash order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -315,7 +326,11 @@ def add_RecommendationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RecommendationService:
-    """Recommendations, search, events and the catalogue.
+    """Recommendations, search, events and the catalog.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and a
+    sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     @staticmethod

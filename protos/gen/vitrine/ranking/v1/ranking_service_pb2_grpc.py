@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class RankingServiceStub:
-    """The truth about behaviour.
+    """Stores events. It is the system of record for behavior.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def __init__(self, channel):
@@ -88,78 +92,85 @@ class RankingServiceStub:
 
 
 class RankingServiceServicer:
-    """The truth about behaviour.
+    """Stores events. It is the system of record for behavior.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     def WriteEvents(self, request, context):
-        """Commits events. The outcome of each says what became of it.
+        """Commits events; each has its own outcome. At most 16 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteUser(self, request, context):
-        """Deletes all that is known of a person: events with their idempotency keys and
-        counts, the pages they were answered, and every id that was ever joined to the one given. What models learned
-        stays until they are trained again.
+        """Deletes all data of a user: events with their idempotency keys and counts, the
+        pages served to the user, and every id that was ever joined to the given id.
+        Trained models do not change until they are trained again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUserProfile(self, request, context):
-        """What a person's behaviour says of them. Of nobody that is known the profile of a
-        stranger.
+        """Returns the profile of a user's behavior. An unknown user gets the profile of an
+        anonymous user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportUser(self, request, context):
-        """Reads all that is known of a person, page by page.
+        """Reads all data of a user, page by page.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Retrieve(self, request, context):
-        """A person's state and the candidates behaviour proposes, in one round trip.
+        """Returns a user's state and the candidates of the behavior sources, in one round
+        trip. At most 18 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LogPages(self, request, context):
-        """Keeps pages that were answered.
+        """Stores served pages. At most 16 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rank(self, request, context):
-        """Orders candidates for a person.
+        """Scores candidates for a user.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Explain(self, request, context):
-        """Tells what candidates' scores rest on.
+        """Explains the scores of candidates.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """What people are likely to do: with items, and at all. Each has their own outcome.
+        """Predicts what users are likely to do: with items, and in general. Each user has
+        their own outcome.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBundles(self, request, context):
-        """Tells which bundles calls may name. One that calls do name, this call among them, is
-        served on beside newer ones until a minute has passed without such a call.
+        """Lists the bundles that calls may name. The server serves a named bundle next to
+        newer ones until a minute passes without a call that names it. This call counts as
+        one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,7 +238,11 @@ def add_RankingServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RankingService:
-    """The truth about behaviour.
+    """Stores events. It is the system of record for behavior.
+
+    A request has at most 4 MiB unless its method says otherwise. A request that is
+    larger or cannot be parsed, a list that is longer than its field's limit, and an item
+    hash or a sequence number of more than 63 bits are INVALID_ARGUMENT.
     """
 
     @staticmethod

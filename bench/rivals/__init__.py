@@ -1,1 +1,0 @@
-"""Other libraries, asked what Vitrine is asked."""

@@ -1,0 +1,1 @@
+"""Load tests of the running services: latency under open-loop load, CPU per request, memory and writes."""

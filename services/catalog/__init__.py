@@ -1,0 +1,1 @@
+"""Items, filters and the item table that all services share."""

@@ -1,0 +1,1 @@
+"""Basics for all parts: errors, deadlines, threads. Imports no other part of Vitrine, no gRPC, no torch."""

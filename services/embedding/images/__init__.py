@@ -1,0 +1,1 @@
+"""Fetching and decoding image files, which may be malicious."""

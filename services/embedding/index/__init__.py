@@ -1,0 +1,1 @@
+"""Vector indices: FAISS segments, Milvus, an exact scan."""

@@ -1,0 +1,1 @@
+"""Devices, dynamic batching and thread pools."""

@@ -1,0 +1,1 @@
+"""The backends of the gateway, in process or over gRPC, and their circuit breakers."""

@@ -1,0 +1,1 @@
+"""What messages of a conversation mean, and the words of its replies."""

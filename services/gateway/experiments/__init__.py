@@ -1,0 +1,1 @@
+"""Scenarios, and which arm of an experiment a request belongs to."""

@@ -1,0 +1,1 @@
+"""The RecommendOffers and PredictEvents RPCs."""

@@ -1,0 +1,1 @@
+"""The Recommend call: parse, retrieve, filter, rank, build the page, respond, log."""

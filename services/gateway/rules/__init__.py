@@ -1,0 +1,1 @@
+"""Page rules over arrays: caps, quotas, boosts, exploration, rank fusion."""

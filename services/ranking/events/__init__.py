@@ -1,0 +1,1 @@
+"""Events, impressions and identities in SQL."""

@@ -1,0 +1,1 @@
+"""One function that builds the feature rows of training and of serving."""

@@ -1,0 +1,40 @@
+"""The parts of a bundle and the items that candidate sources and features read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from services.catalog.item_table import ItemTable
+from services.ranking.features.tfidf_similarity import TfidfSimilarity
+from services.ranking.features.value_codes import AttributeValues
+from services.ranking.models.co_occurrence import GraphView
+from services.ranking.models.sequence import SequenceView
+
+
+@dataclass(frozen=True)
+class RankingContext:
+    """An item table, and an item graph and optionally a sequence model over its rows.
+
+    `attributes` and `numeric_attributes` name the text and number attributes that features read.
+    """
+
+    table: ItemTable
+    graph: GraphView
+    attributes: Sequence[str] = ()
+    numeric_attributes: Sequence[str] = ()
+    sequence: SequenceView | None = None
+
+    @cached_property
+    def attribute_similarity(self) -> TfidfSimilarity:
+        """Similarity by the values of attributes."""
+        return TfidfSimilarity.of_attributes(self.table, self.attributes)
+
+    @cached_property
+    def title_similarity(self) -> TfidfSimilarity:
+        """Similarity by the words of titles."""
+        return TfidfSimilarity.of_titles(self.table)
+
+    @cached_property
+    def values(self) -> AttributeValues:
+        """The values of text attributes."""
+        return AttributeValues(self.table)

@@ -1,0 +1,298 @@
+"""The one function that builds a feature row, for training and serving alike.
+
+A row describes a candidate for a user at a point in time. Its sources are the events recorded before that
+time, the session of the request, the item graph, the sequence model, and the vectors, titles, attributes and
+numbers of items. A missing value stays NaN. Knows nothing of transport or models.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from services.core.accumulator import Accumulator
+from services.core.errors import FailedPrecondition
+from services.ranking.features.context import RankingContext
+from services.ranking.features.numeric_rank import RANK_PARTS, NumericRank
+from services.ranking.models.half_precision import as_float32
+from services.ranking.state.item_stats import ITEM_COLUMNS, WINDOWS, ItemStats, item_columns
+from services.ranking.state.user_query import SEEDS, UserQuery, recency
+
+_SPACES = ("text", "image")
+# Pseudo-counts of the shop's distribution, added to the interactions of an item and to those of a user.
+_CHANNEL_PRIOR = 5.0
+_HABIT_PRIOR = 2.0
+_GRAPH_PARTS = ("session", "session_most", "history", "latest")
+_SIMILARITIES = ("session", "session_most", "history", "history_most", "latest")
+_ATTRIBUTE_PARTS = ("session", "history", "latest")
+# The scores of the sequence model: of the candidate as it is, and as if it were new.
+SEQUENCE_COLUMNS = ("sequence_next", "sequence_as_new")
+
+# Columns of the candidate itself and of the user, without vectors and attributes.
+CANDIDATE_COLUMNS = (
+    *ITEM_COLUMNS,
+    "price",
+    "price_to_session",
+    "price_to_history",
+    "markdown",
+    "markdown_to_session",
+    "session_length",
+    "history_length",
+    "days_since_last",
+    "bought_before",
+    "family_in_session",
+    "family_in_history",
+    "family_popular_7d",
+    "channel_fit",
+)
+
+Column = np.ndarray | np.float32
+"""One feature: float32 (C,), or the same value for every candidate."""
+
+
+class Features:
+    """Feature rows over the items, events and models of a ranking context."""
+
+    def __init__(self, context: RankingContext) -> None:
+        self._table, self._graph, self._sequence = context.table, context.graph, context.sequence
+        self._attributes = tuple(context.attributes)
+        self._numeric_attributes = tuple(context.numeric_attributes)
+        self._attribute_similarity = context.attribute_similarity
+        self._title_similarity = context.title_similarity
+        self._numeric_rank = NumericRank(context.table, context.numeric_attributes)
+        self._values, self._accumulator = context.values, Accumulator()
+        self._relations = tuple(name for name in context.graph.names if name not in _SPACES)
+        self.parts: dict[str, tuple[str, ...]] = {
+            "counts": CANDIDATE_COLUMNS,
+            "graph": tuple(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
+            **{space: tuple(f"{space}_{part}" for part in _SIMILARITIES) for space in _SPACES},
+            "sequence": SEQUENCE_COLUMNS,
+            "words": tuple(f"words_{part}" for part in _SIMILARITIES),
+            "labels": (
+                *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
+                *(f"{a}_{part}" for a in self._attributes for part in ("session", "history", "share_7d")),
+                *(f"{a}_{part}" for a in self._numeric_attributes for part in RANK_PARTS),
+            ),
+        }
+        """The column names of each of `blocks`, in their order."""
+        self.names: tuple[str, ...] = tuple(name for names in self.parts.values() for name in names)
+        if duplicates := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise FailedPrecondition(
+                f"the name of an attribute gives the feature {duplicates[0]!r} a second time"
+            )
+
+    def matrix(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
+        """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`."""
+        matrix = np.empty((len(self.names), len(rows)), np.float32)
+        columns = (column for _, block in self.blocks(query, rows, stats) for column in block)
+        for target, column in zip(matrix, columns, strict=True):
+            target[:] = column
+        return np.ascontiguousarray(matrix.T)
+
+    def blocks(
+        self, query: UserQuery, rows: np.ndarray, stats: ItemStats
+    ) -> Iterator[tuple[str, list[Column]]]:
+        """The columns of `matrix`, part by part; each part is computed when the iterator reaches it."""
+        yield (
+            "counts",
+            [
+                *item_columns(rows, stats),
+                *self._price(query, rows, stats),
+                *self._user(query, rows),
+                *self._family(query, rows, stats),
+                channel_fit(query, rows, stats),
+            ],
+        )
+        yield "graph", [c for r in self._relations for c in self._co_occurrence(r, query, rows)]
+        for space in _SPACES:
+            yield space, self._similarity(space, query, rows)
+        yield "sequence", self._next_item(query, rows)
+        yield "words", self._title_words(query, rows, stats)
+        labels = self._attribute_similarities(query, rows, stats)
+        for attribute in self._attributes:
+            labels += self._attribute(attribute, query, rows, stats)
+        for attribute in self._numeric_attributes:
+            labels += self._numeric_rank.columns(attribute, query, rows, stats)
+        yield "labels", labels
+
+    def without_interactions(self, matrix: np.ndarray, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
+        """The `matrix` (C, F) of table rows (C,) as if no user had ever interacted with the candidate.
+
+        Each candidate by itself. Training masks some rows in this way: the models learn to rank items
+        without interactions by their content (DropoutNet, Volkovs et al., 2017).
+        """
+        column = {name: position for position, name in enumerate(self.names)}
+        event_columns = [*(f"popular_{days}d" for days in WINDOWS), "popular_ever", "bought_before"]
+        event_columns += [f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS]
+        masked, own_popularity = matrix.copy(), matrix[:, column["popular_7d"]]
+        masked[:, column["family_popular_7d"]] -= own_popularity
+        masked[:, [column[name] for name in event_columns]] = 0
+        masked[:, column["rising"]] = 1
+        next_item, as_new = (column[name] for name in SEQUENCE_COLUMNS)
+        masked[:, next_item] = masked[:, as_new]
+        masked[:, column["channel_fit"]] *= 0  # NaN stays NaN
+        unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
+        masked[:, [column[name] for name in unknown]] = np.nan
+        list_price = self._table.numbers("price")
+        price = np.full(len(rows), np.nan) if list_price is None else list_price[rows, 0]
+        ratio = _ratio(price, matrix[:, column["price"]])
+        masked[:, column["price"]] = price
+        for name in ("price_to_session", "price_to_history"):
+            masked[:, column[name]] *= ratio
+        for attribute in self._attributes:
+            values, share = self._values.get(attribute, stats), column[f"{attribute}_share_7d"]
+            if values is not None:
+                total = float(values.total.sum())
+                rest = np.maximum(total - own_popularity, 1.0)
+                masked[:, share] = (masked[:, share] * max(total, 1.0) - own_popularity) / rest
+        return masked
+
+    @staticmethod
+    def _price(query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        price, session = stats.price[rows], query.session
+        markdown = _ratio(price, stats.highest[rows])
+        return [
+            price,
+            price / _mean(stats.price[session]),
+            price / _mean(stats.price[query.history]),
+            markdown,
+            markdown / _mean(_ratio(stats.price[session], stats.highest[session])),
+        ]
+
+    @staticmethod
+    def _user(query: UserQuery, rows: np.ndarray) -> list[Column]:
+        last = query.ages[0] if len(query.ages) else np.nan
+        bought = np.isin(rows, query.history[query.purchased])
+        return [np.float32(len(query.session)), np.float32(len(query.history)), np.float32(last), bought]
+
+    def _family(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        values = self._values.get("family_id", stats)
+        if values is None:
+            return [np.float32(np.nan)] * 3
+        codes, total = values.codes, values.total
+        families, size = codes[rows], len(total)
+        return [
+            _share(families, codes[query.session], size) * len(query.session),
+            _share(families, codes[query.history], size) * len(query.history),
+            np.where(families >= 0, np.append(total, np.nan)[families], np.nan),
+        ]
+
+    def _co_occurrence(self, relation: str, query: UserQuery, rows: np.ndarray) -> list[Column]:
+        session = query.session[:SEEDS]
+        index, edge_weights = self._edges(relation, session, np.ones(len(session), np.float32), rows)
+        total = np.bincount(index, edge_weights, len(rows))
+        highest = np.zeros(len(rows), np.float32)
+        np.maximum.at(highest, index, edge_weights)
+        weights = recency(query.ages[:SEEDS]) * query.weights[:SEEDS]
+        columns: list[Column] = [total, highest]
+        for seeds, seed_weights in ((query.history[:SEEDS], weights), query.latest_seeds()):
+            columns.append(np.bincount(*self._edges(relation, seeds, seed_weights, rows), len(rows)))
+        return columns
+
+    def _edges(
+        self, relation: str, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The edges of weighted seeds to rows (C,): the index in `rows`, int64 (E,), and float32 (E,)."""
+        nodes, edge_weights, _ = self._graph.edges(relation, seeds, weights)
+        index = self._accumulator.indices(self._graph.nodes(rows), nodes, self._graph.size)
+        used = np.flatnonzero(index >= 0)
+        return index[used], edge_weights[used]
+
+    def _similarity(self, space: str, query: UserQuery, rows: np.ndarray) -> list[Column]:
+        column = self._table.vectors(space)
+        if column is None:
+            return [np.float32(np.nan)] * len(_SIMILARITIES)
+        values, present = column
+        vectors = as_float32(values[rows])
+        columns: list[Column] = []
+        for items in (query.session[:SEEDS], query.history[:SEEDS]):
+            seeds = items[present[items]]
+            if not len(seeds):
+                columns += [np.float32(np.nan)] * 2
+                continue
+            cosine = vectors @ as_float32(values[seeds]).T
+            cosine[~present[rows]] = np.nan
+            columns += [cosine.mean(1), cosine.max(1)]
+        seeds, weights = query.latest_seeds()
+        seeds, weights = seeds[present[seeds]], weights[present[seeds]]
+        if not len(seeds):
+            return [*columns, np.float32(np.nan)]
+        center = weights @ as_float32(values[seeds]) / max(float(weights.sum()), 1e-9)
+        return [*columns, np.where(present[rows], vectors @ center, np.nan)]
+
+    def _next_item(self, query: UserQuery, rows: np.ndarray) -> list[Column]:
+        user = self._sequence.user(query) if self._sequence else None
+        if self._sequence is None or user is None:
+            return [np.float32(np.nan)] * len(SEQUENCE_COLUMNS)
+        return list(self._sequence.scores(user, rows))
+
+    def _title_words(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        session, history = query.session[:SEEDS], query.history[:SEEDS]
+        cosine = self._title_similarity.each(np.concatenate([session, history]), rows, stats)
+        columns: list[Column] = []
+        for part in (cosine[:, : len(session)], cosine[:, len(session) :]):
+            columns += [part.mean(1), part.max(1)] if part.shape[1] else [np.float32(np.nan)] * 2
+        return [*columns, self._title_similarity.to(*query.latest_seeds(), rows, stats)]
+
+    def _attribute_similarities(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        parts = [(items, np.ones(len(items), np.float32)) for items in (query.session, query.history[:SEEDS])]
+        return [self._attribute_similarity.to(*part, rows, stats) for part in (*parts, query.latest_seeds())]
+
+    def _attribute(self, name: str, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        attribute = self._values.get(name, stats)
+        if attribute is None:
+            return [np.float32(np.nan)] * 3
+        codes, total = attribute.codes, attribute.total
+        values, size = codes[rows], len(total)
+        share = total / max(float(total.sum()), 1.0)
+        return [
+            _share(values, codes[query.session], size),
+            _share(values, codes[query.history], size),
+            np.where(values >= 0, np.append(share, np.nan)[values], np.nan),
+        ]
+
+
+def channel_fit(query: UserQuery, rows: np.ndarray, stats: ItemStats) -> Column:
+    """How well candidates (C,) fit the channel that the user probably uses: float32 (C,).
+
+    log sum over channels c of P(c | user) P(c | item) / P(c). P(c | user) follows from the channels in which
+    the items of the session sell, taken as independent, and from the channels of the user's history. NaN
+    with fewer than two known channels.
+    """
+    total = stats.channels.sum(0, dtype=np.float64)
+    if np.count_nonzero(total) < 2:  # noqa: PLR2004 - one channel carries no information
+        return np.float32(np.nan)
+    used = total > 0
+    share = total[used] / total.sum()
+
+    def lift(items: np.ndarray) -> np.ndarray:
+        counts = stats.channels[items][:, used].astype(np.float64)
+        size = counts.sum(1, keepdims=True) + _CHANNEL_PRIOR
+        return np.asarray((counts + _CHANNEL_PRIOR * share) / size / share)
+
+    channels = query.channels[:SEEDS]
+    valid = (channels >= 0) & (channels < len(total))  # `stats` may be older than a channel
+    visits = np.bincount(channels[valid], recency(query.ages[:SEEDS])[valid], len(total))[used]
+    habit = (visits + _HABIT_PRIOR * share) / (visits.sum() + _HABIT_PRIOR)
+    log_odds = np.log(habit) + np.log(lift(query.session[:SEEDS])).sum(0)
+    odds = np.exp(log_odds - log_odds.max())
+    return np.asarray(np.log(lift(rows) @ (odds / odds.sum())), np.float32)
+
+
+def _mean(prices: np.ndarray) -> np.float32:
+    valid = prices[~np.isnan(prices)]
+    return np.float32(valid.mean()) if len(valid) and valid.mean() > 0 else np.float32(np.nan)
+
+
+def _ratio(price: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """`price` over `base`, both (C,); NaN for a base of 0, as for a free item, or an unknown one."""
+    unknown = np.full(np.broadcast_shapes(price.shape, base.shape), np.nan, np.result_type(price, base))
+    return np.asarray(np.divide(price, base, out=unknown, where=base > 0))
+
+
+def _share(codes: np.ndarray, reference: np.ndarray, size: int) -> np.ndarray:
+    """The share of each code in `reference`; NaN for an empty reference and for a missing code."""
+    if not len(reference):
+        return np.full(len(codes), np.nan, np.float32)
+    share = np.bincount(reference[reference >= 0], minlength=size) / len(reference)
+    return np.where(codes >= 0, np.append(share, np.nan)[codes], np.nan).astype(np.float32)

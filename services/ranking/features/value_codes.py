@@ -1,0 +1,95 @@
+"""The first value of a text attribute of each item, and how popular each value is."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from services.catalog.item_table import ItemTable
+from services.core.growing_array import appended
+from services.core.ranges import concatenated
+from services.ranking.state.item_stats import ItemStats
+from services.ranking.state.tick_cache import TickCache
+
+
+class ValueCodes:
+    """An attribute as of one tick.
+
+    `codes` int32 (N,), -1 for none. `total` float64 (V,) is the weight of last week's interactions with the
+    items of each value. `rows_of` gives the rows of a value.
+    """
+
+    def __init__(self, codes: np.ndarray, vocabulary: Mapping[str, int], popularity: np.ndarray) -> None:
+        self._codes, self.vocabulary, self.count = codes.astype(np.int32), vocabulary, len(codes)
+        valid = codes >= 0
+        self.total = np.bincount(codes[valid], popularity[valid], int(codes.max(initial=-1)) + 1)
+        self._first_count = len(codes)
+        order = np.argsort(codes, kind="stable")
+        self._rows = order[np.count_nonzero(~valid) :]
+        self._starts = np.searchsorted(codes[self._rows], np.arange(len(self.total) + 1))
+
+    @property
+    def codes(self) -> np.ndarray:
+        """See the class."""
+        return self._codes[: self.count]
+
+    def rows_of(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of some values, distinct codes int64 (K,), and the index of each row's value in them."""
+        known = np.flatnonzero((values >= 0) & (values < len(self._starts) - 1))
+        starts, ends = self._starts[values[known]], self._starts[values[known] + 1]
+        sizes = ends - starts
+        index = np.repeat(known, sizes)
+        rows = self._rows[concatenated(starts, sizes)]
+        new = self.codes[self._first_count :]
+        if len(new):
+            new_row, new_index = np.nonzero(new[:, None] == values[None, :])
+            rows = np.concatenate([rows, new_row + self._first_count])
+            index = np.concatenate([index, new_index])
+        return rows, index
+
+    def append(self, codes: np.ndarray) -> None:
+        """Add rows, which nobody has interacted with."""
+        more = int(codes.max(initial=-1)) + 1 - len(self.total)
+        if more > 0:
+            self.total = np.append(self.total, np.zeros(more))
+        self._codes = appended(self._codes, self.count, codes.astype(np.int32))
+        self.count += len(codes)  # last: a reader sees complete rows
+
+
+class AttributeValues:
+    """The value codes of the text attributes of one item table, as of the latest tick."""
+
+    def __init__(self, table: ItemTable) -> None:
+        self._table = table
+        self._by_name: dict[str, TickCache[ValueCodes]] = {}
+
+    def get(self, attribute: str, stats: ItemStats) -> ValueCodes | None:
+        """The values of an attribute, None if no item has it; it may have more rows than `stats`.
+
+        As of the first use of the statistics: the change feed may write other values later.
+        """
+        if attribute not in self._table.text_attributes:
+            return None
+        cache = self._by_name.get(attribute)
+        if cache is None:
+            cache = self._by_name[attribute] = TickCache(
+                lambda stats: self._compute(attribute, stats),
+                lambda values, stats: self._extend(attribute, values, stats),
+            )
+        return cache.get(stats)
+
+    def _compute(self, attribute: str, stats: ItemStats) -> ValueCodes:
+        codes, vocabulary = self._codes(attribute, np.arange(stats.length))
+        return ValueCodes(codes, vocabulary, stats.popular[:, 2])
+
+    def _extend(self, attribute: str, values: ValueCodes, stats: ItemStats) -> bool:
+        codes, vocabulary = self._codes(attribute, np.arange(values.count, stats.length))
+        if vocabulary is not values.vocabulary:  # codes have changed
+            return False
+        values.append(codes)
+        return True
+
+    def _codes(self, attribute: str, rows: np.ndarray) -> tuple[np.ndarray, Mapping[str, int]]:
+        column = self._table.texts_of_rows(attribute, rows)
+        if column is None:  # its last item was changed meanwhile
+            return np.full(len(rows), -1, np.int32), {}
+        return column[0][:, 0], column[1]

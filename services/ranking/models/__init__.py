@@ -1,0 +1,1 @@
+"""Models that training fits and ranking loads."""

@@ -1,0 +1,35 @@
+"""The ranker of a bundle without a trained one: hand-set weights over feature columns.
+
+Every trained ranker must beat this baseline.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+WEIGHTS = {
+    "baskets_session": 1.0,
+    "baskets_history": 0.5,
+    "people_history": 0.25,
+    "people_latest": 0.5,
+    "family_in_session": 0.10,
+    "family_in_history": 0.05,
+    "text_session_most": 0.10,
+    "text_history_most": 0.05,
+    "image_session_most": 0.05,
+    "image_history_most": 0.03,
+    "sequence_next": 0.06,
+    "words_session_most": 0.10,
+    "words_history_most": 0.04,
+}
+_POPULARITY = 0.01
+
+
+def baseline_scores(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
+    """Scores float32 (C,) of feature rows (C, F) with columns `names`; a missing value adds nothing."""
+    column = {name: index for index, name in enumerate(names)}
+    total = _POPULARITY * np.log1p(np.nan_to_num(matrix[:, column["popular_7d"]]))
+    for name, weight in WEIGHTS.items():
+        if name in column:
+            total = total + weight * np.nan_to_num(matrix[:, column[name]])
+    return np.asarray(total, np.float32)

@@ -1,0 +1,75 @@
+"""The reranker: a weighted sum of features, corrected by LightGBM trees. Knows columns, not items."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from services.core import native_threads
+from services.core.errors import FailedPrecondition
+from services.ranking.models.linear import ConditionalLogit
+from services.ranking.models.scaler import FeatureScaler
+
+# LightGBM loads these for interfaces that nothing here uses; docs/capacity.md has what they cost.
+with native_threads.hidden("sklearn", "pandas", "pyarrow", "dask"):
+    import lightgbm
+
+MODEL_FILE = "model.txt"
+CHOICE_FILE = "choice.json"
+
+
+@dataclass(frozen=True)
+class RerankerModel:
+    """A choice model, and trees boosted from its scores if they improve on it."""
+
+    choice: ConditionalLogit
+    trees: lightgbm.Booster | None
+
+    def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
+        """Scores float64 (C,) of rows (C, F); `threads` 0 uses every core."""
+        score = self.choice.terms(matrix).sum(1, dtype=np.float64)
+        if self.trees is not None:
+            score += self.trees.predict(matrix, num_threads=threads)
+        return np.asarray(score)
+
+    def contributions(self, matrix: np.ndarray) -> np.ndarray:
+        """The contribution of each column, up to a constant: float64 (C, F), of the trees by TreeSHAP."""
+        terms = self.choice.terms(matrix).astype(np.float64)
+        if self.trees is not None:
+            terms += np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
+        return terms
+
+
+class Reranker:
+    """A model on disk over feature rows whose columns are `names`.
+
+    Raises:
+        FailedPrecondition: the model reads a column that `names` lacks.
+    """
+
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+        parameters = json.loads((directory / CHOICE_FILE).read_text())
+        choice = ConditionalLogit(**parameters | {"scales": FeatureScaler(**parameters["scales"])})
+        index = {name: position for position, name in enumerate(names)}
+        if missing := [name for name in choice.columns if name not in index]:
+            raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is not a feature here")
+        self._columns = np.array([index[name] for name in choice.columns])
+        self.columns_read = tuple(choice.columns)
+        trees = directory / MODEL_FILE
+        self._model = RerankerModel(
+            choice, lightgbm.Booster(model_file=str(trees)) if trees.is_file() else None
+        )
+
+    def score(self, matrix: np.ndarray) -> np.ndarray:
+        """Scores float32 (C,) of rows (C, F) in the order of `names`; they order items and have no unit."""
+        # One thread: requests run in parallel.
+        return np.asarray(self._model.score(matrix[:, self._columns], threads=1), np.float32)
+
+
+def write_reranker(directory: Path, model: RerankerModel) -> None:
+    """Write a model: the trees, if any, in LightGBM's text format, the choice model as JSON."""
+    if model.trees is not None:
+        model.trees.save_model(str(directory / MODEL_FILE))
+    (directory / CHOICE_FILE).write_text(json.dumps(asdict(model.choice), indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""Candidate sources, and candidates for exploration."""

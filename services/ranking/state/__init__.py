@@ -1,0 +1,1 @@
+"""The state of users and items in memory, as of a point in time."""

@@ -1,0 +1,145 @@
+"""Statistics of every item as of a point in time: popularity, age and price.
+
+Only events recorded before that time count. The time is a tick of the shop's granularity: training and
+serving use the same ticks.
+"""
+
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+
+from services.catalog.item_table import ItemTable
+from services.core.growing_array import appended
+from services.core.sorted_arrays import find
+from services.ranking.state.event_columns import EventState
+
+HOUR = 3_600_000_000
+DAY = 24 * HOUR
+TICKS = {"hour": HOUR, "day": DAY}
+WINDOWS = (1, 3, 7, 30)
+ITEM_COLUMNS = (
+    *(f"popular_{days}d" for days in WINDOWS),
+    "popular_ever",
+    "rising",
+    "age_days",
+    "idle_days",
+)
+"""The columns of an item that need no user: see `item_columns`."""
+
+
+@dataclass(frozen=True)
+class ItemStats:
+    """Columns over the N rows of an item table, float32, NaN for unknown.
+
+    `tick` is the time, microseconds since 1970; `counted` rows were there when they were computed, the others
+    are new. `popular` (N, 5): weight of the interactions in the last 1,
+    3, 7 and 30 days and ever; `age` and `idle` (N,): days since the first and the last interaction; `price`
+    (N,): the last one paid, else the list price; `highest` (N,): the highest one paid; `channels` (N, K):
+    weight of the interactions of the last 30 days in each of the shop's channels. Statistics with rows for
+    new items have the `origin` of those that they extend: what is derived from one holds for the other.
+    """
+
+    tick: int
+    counted: int
+    popular: np.ndarray
+    age: np.ndarray
+    idle: np.ndarray
+    price: np.ndarray
+    highest: np.ndarray
+    channels: np.ndarray
+    origin: object = field(default_factory=object, repr=False)
+
+    @property
+    def length(self) -> int:
+        """The number of rows."""
+        return len(self.age)
+
+
+def item_columns(rows: np.ndarray, stats: ItemStats) -> list[np.ndarray]:
+    """The columns `ITEM_COLUMNS` of table rows, int64 (C,): each float32 (C,), NaN for unknown."""
+    popular = stats.popular[rows]
+    rising = (popular[:, 0] + 1) / (popular[:, 2] / 7 + 1)
+    return [*popular.T, rising, stats.age[rows], stats.idle[rows]]
+
+
+class StatsGrowth:
+    """Extends the statistics of one tick by rows for new items; one thread at a time may use it.
+
+    The columns keep room for more items, so that a new one costs no copy of them.
+    """
+
+    def __init__(self) -> None:
+        self._origin: object = None
+        self._columns: dict[str, np.ndarray] = {}
+
+    def extended(self, stats: ItemStats, table: ItemTable) -> ItemStats:
+        """The same statistics with rows for the items that the table got since they were computed."""
+        length, more = stats.length, table.length - stats.length
+        if more <= 0:
+            return stats
+        if self._origin is not stats.origin:
+            self._origin = stats.origin
+            self._columns = {name: getattr(stats, name) for name in _COLUMNS}
+        list_price = table.numbers("price")
+        price = np.full(more, np.nan) if list_price is None else list_price[length : length + more, 0]
+        unknown = np.full(more, np.nan, np.float32)
+        new = {
+            "popular": np.zeros((more, stats.popular.shape[1]), np.float32),
+            "age": unknown,
+            "idle": unknown,
+            "price": price.astype(np.float32),
+            "highest": unknown,
+            "channels": np.zeros((more, stats.channels.shape[1]), np.float32),
+        }
+        for name, rows in new.items():
+            self._columns[name] = appended(self._columns[name], length, rows)
+        columns = {name: values[: length + more] for name, values in self._columns.items()}
+        return ItemStats(stats.tick, stats.counted, origin=stats.origin, **columns)
+
+
+_COLUMNS = tuple(f.name for f in fields(ItemStats) if f.name not in ("tick", "counted", "origin"))
+
+
+def item_stats(state: EventState, table: ItemTable, tick: int) -> ItemStats:
+    """The statistics as of `tick`, microseconds since 1970."""
+    events = state.all()
+    weights = np.where(events.kind >= 0, state.weights[np.maximum(events.kind, 0)], 0)
+    counted = np.flatnonzero((events.recorded < tick) & (weights > 0))
+    events, weights = events.take(counted), weights[counted]
+    count = table.length  # the change feed may add items meanwhile
+    hashes = table.item_hashes[:count]
+    order = np.argsort(hashes)
+    position = find(hashes[order], events.item_hash)
+    valid = position >= 0
+    events, weights, rows = events.take(np.flatnonzero(valid)), weights[valid], order[position[valid]]
+    popular = np.zeros((count, len(WINDOWS) + 1), np.float32)
+    for column, days in enumerate((*WINDOWS, None)):
+        recent = slice(None) if days is None else events.recorded >= tick - days * DAY
+        popular[:, column] = np.bincount(rows[recent], weights[recent], count)
+    first, last = np.full(count, np.inf), np.full(count, -np.inf)
+    np.minimum.at(first, rows, events.recorded)
+    np.maximum.at(last, rows, events.recorded)
+    price = _price(table, count, rows, events.price)
+    highest = _highest(count, rows, events.price)
+    recent_channel = (events.channel >= 0) & (events.recorded >= tick - WINDOWS[-1] * DAY)
+    channels = np.zeros((count, len(state.channels)), np.float32)
+    np.add.at(channels, (rows[recent_channel], events.channel[recent_channel]), weights[recent_channel])
+    return ItemStats(tick, count, popular, _days(tick - first), _days(tick - last), price, highest, channels)
+
+
+def _days(span: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(span), span / DAY, np.nan).astype(np.float32)
+
+
+def _price(table: ItemTable, count: int, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
+    list_price = table.numbers("price")
+    price = np.full(count, np.nan) if list_price is None else list_price[:count, 0].copy()
+    valid = ~np.isnan(paid)
+    price[rows[valid]] = paid[valid]  # rows are in time order: the last one stays
+    return price.astype(np.float32)
+
+
+def _highest(count: int, rows: np.ndarray, paid: np.ndarray) -> np.ndarray:
+    highest = np.full(count, np.nan)
+    np.fmax.at(highest, rows, np.where(paid > 0, paid, np.nan))
+    return highest.astype(np.float32)

@@ -1,0 +1,48 @@
+"""The user of a request, and the query built from their events.
+
+Apart from `user_query`, which models read without the event columns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.catalog.item_table import ItemTable
+from services.ranking.state.event_columns import EventColumns, EventState
+from services.ranking.state.item_stats import DAY
+from services.ranking.state.user_query import UserQuery
+
+
+@dataclass(frozen=True)
+class User:
+    """The user of a request: either id may be empty; `session` has (item hash, event type), oldest first."""
+
+    user_id: str = ""
+    visitor_id: str = ""
+    session: tuple[tuple[int, str], ...] = ()
+
+
+def make_query(
+    state: EventState,
+    table: ItemTable,
+    user: User,
+    past: EventColumns,
+    cutoff: int,
+    targets: np.ndarray,
+) -> UserQuery:
+    """The user in rows of the table; items that the table lacks and events of weight 0 are left out."""
+    session = [(h, w) for h, t in reversed(user.session) if (w := state.weights[state.kinds[t]]) > 0]
+    session_rows = table.rows(h for h, _ in session)
+    in_table = session_rows >= 0
+    rows = table.rows(past.item_hash)
+    events = rows >= 0
+    kinds = past.kind[events]
+    return UserQuery(
+        session=session_rows[in_table],
+        session_weights=np.array([w for _, w in session], np.float32)[in_table],
+        history=rows[events],
+        ages=((cutoff - past.occurred[events]) / DAY).astype(np.float32),
+        weights=state.weights[kinds],
+        purchased=np.isin(kinds, targets),
+        channels=past.channel[events],
+    )

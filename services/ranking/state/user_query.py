@@ -1,0 +1,69 @@
+"""The user of a request, in rows of the item table: the input of sources, features and models."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+MAX_HISTORY = 200
+SEEDS = 30
+MAX_SEQUENCE = 50
+_HALF_LIFE_DAYS = 14.0
+# The weight of each of the latest items, relative to the item after it.
+_STEP_DECAY = 0.7
+
+
+@dataclass(frozen=True)
+class ItemSequence:
+    """The items of a user's interactions, oldest first: the input of the sequence model.
+
+    `rows` int64 (L,), at most 50; `gaps` float32 (L,), days from each to the next, from the last to the time
+    of the query; `weights` float32 (L,), those of the event types.
+    """
+
+    rows: np.ndarray
+    gaps: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class UserQuery:
+    """A user at a point in time, in rows of the item table, newest first.
+
+    `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), in days, and `weights` float32,
+    those of the event types; `purchased` bool says which were purchased, `channels` int16 by which channel,
+    -1 unknown.
+    """
+
+    session: np.ndarray
+    session_weights: np.ndarray
+    history: np.ndarray
+    ages: np.ndarray
+    weights: np.ndarray
+    purchased: np.ndarray
+    channels: np.ndarray
+
+    def seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seed rows, session first, at most 30 of each, and their weights by event type and recency."""
+        past = self.weights[:SEEDS] * recency(self.ages[:SEEDS])
+        rows = np.concatenate([self.session[:SEEDS], self.history[:SEEDS]])
+        weights = np.concatenate([self.session_weights[:SEEDS], past])
+        return rows, weights.astype(np.float32)
+
+    def latest_seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """At most 30 rows, session first; each later item lowers the weight of those before it."""
+        rows = np.concatenate([self.session, self.history])[:SEEDS]
+        weights = np.concatenate([self.session_weights, self.weights])[:SEEDS]
+        return rows, (weights * _STEP_DECAY ** np.arange(len(rows))).astype(np.float32)
+
+    def item_sequence(self) -> ItemSequence:
+        """The latest items in their order; those of the session have age 0."""
+        rows = np.concatenate([self.session, self.history])[:MAX_SEQUENCE][::-1]
+        weights = np.concatenate([self.session_weights, self.weights])[:MAX_SEQUENCE][::-1]
+        ages = np.concatenate([np.zeros(len(self.session)), self.ages])[:MAX_SEQUENCE][::-1]
+        gaps = np.maximum(ages - np.append(ages[1:], 0), 0)
+        return ItemSequence(rows.copy(), gaps.astype(np.float32), weights.astype(np.float32))
+
+
+def recency(days: np.ndarray) -> np.ndarray:
+    """The weight of an interaction so many days ago: halved every 14 days."""
+    return np.asarray(np.exp2(-days / _HALF_LIFE_DAYS))

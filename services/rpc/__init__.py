@@ -1,0 +1,1 @@
+"""gRPC on the server side, and connections between the services."""

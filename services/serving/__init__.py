@@ -1,0 +1,1 @@
+"""The composition root: a process, its loaded bundles, and how they are swapped."""

@@ -1,0 +1,1 @@
+"""SQL databases and files that outlive the process: engine, locks, errors, health of writes."""

@@ -1,0 +1,1 @@
+"""Progress, stages and metrics. Imports nothing else of training."""

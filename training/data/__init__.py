@@ -1,0 +1,1 @@
+"""A shop directory: its settings, items, events and images."""

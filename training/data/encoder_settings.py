@@ -1,0 +1,44 @@
+"""The sections of shop.toml for the encoders, in their own module: other settings then retrain no encoder."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A section of shop.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextTraining(Section):
+    """How the text encoder is trained."""
+
+    base: str = Field("minilm", description="a Hugging Face BERT: hub name or directory")
+    mode: Literal["full", "lora", "frozen"] = "full"
+    trainable_layers: int = Field(
+        0, ge=0, description="number of top layers to fine-tune; 0 means the whole model"
+    )
+    steps: int = Field(300, ge=0)
+    batch: int = Field(128, ge=2)
+    learning_rate: float = Field(3e-5, gt=0)
+    max_tokens: int = Field(64, ge=4, le=512)
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto",
+        description="precision of text encoding: auto is bf16 where it is fast, else fp32; int8 is for CPUs, "
+        "about 1.4 times as fast as fp32 and less exact, and needs the extra int8",
+    )
+    projection_steps: int = Field(300, ge=0, description="steps of the projection, which is fitted last")
+
+
+class ImageTraining(Section):
+    """How the image encoder is trained; a shop without images has none."""
+
+    base: str = Field(
+        "small",
+        description='"small", trained from scratch, or an open_clip "model:pretrained tag", or a directory',
+    )
+    epochs: int = Field(6, ge=0)
+    batch: int = Field(64, ge=2, description="small for small shops: the number of steps counts")
+    learning_rate: float = Field(5e-4, gt=0)
+    projection_steps: int = Field(300, ge=0, description="steps of the projection, which is fitted last")

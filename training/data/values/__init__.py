@@ -1,0 +1,1 @@
+"""Cells of tables: numbers, times, item ids."""

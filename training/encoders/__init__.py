@@ -1,0 +1,1 @@
+"""Fine-tunes and quantizes the encoders."""

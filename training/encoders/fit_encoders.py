@@ -1,0 +1,288 @@
+"""The encoders of a bundle and the vectors of its catalog, stage by stage.
+
+A body (BERT, CLIP) is fine-tuned on behavior before the ranking days. The projection after it is cheap, so it
+is fitted twice: on the same events, for the training rows of the rankers, and on all events.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from services.catalog.items import item_text
+from services.embedding.encoders import encoders
+from services.embedding.encoders.encoders import TextSettings
+from training.core import base_models, metrics
+from training.core.stages import Stages, digest_of
+from training.data import images
+from training.data.config import ShopConfig
+from training.data.encoder_settings import ImageTraining
+from training.data.images import examples
+from training.data.shop import ShopData
+from training.encoders import image_encoder, image_vectors, projections, text_encoder, text_vectors
+from training.encoders.contrastive import apply_head
+from training.examples.positive_pairs import PositivePairs, make_pairs, pair_recall
+from training.examples.queries import baskets
+
+_HELD_OUT = 3000
+# If fewer engagements share a basket with another, all items of a user form one basket.
+_MIN_SHARED = 0.1
+_K = 20
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class FittedEncoders:
+    """Encoders and vectors by space, in the order of the shop's items.
+
+    `encoders` are directories that the services load. `base`, `fold` and `final` are float16 (M, D): vectors
+    of the bodies, with the projections fitted before the ranking days, and with the published projections.
+    `present` is bool (M,). `base_keys` and `fold_keys` are the keys of their stages. `image_hashes` maps an
+    item id to its file's hash. `unreadable` lists the files that cannot be decoded, with reasons.
+    `pair_recall` is the recall on held-out pairs.
+    """
+
+    encoders: dict[str, Path] = field(default_factory=dict)
+    base: dict[str, np.ndarray] = field(default_factory=dict)
+    fold: dict[str, np.ndarray] = field(default_factory=dict)
+    final: dict[str, np.ndarray] = field(default_factory=dict)
+    present: dict[str, np.ndarray] = field(default_factory=dict)
+    base_keys: list[str] = field(default_factory=list)
+    fold_keys: list[str] = field(default_factory=list)
+    image_hashes: dict[str, bytes] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    pair_recall: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _BasketPairs:
+    """Pairs of items of one basket, or of one user: before the ranking days, during them, and of all days."""
+
+    before: PositivePairs
+    during: PositivePairs
+    all: PositivePairs
+
+
+def encode(stages: Stages, shop: ShopData, settings: ShopConfig, split_time: int) -> FittedEncoders:
+    """Fit the encoders and encode the catalog; `split_time` is in microseconds since 1970."""
+    pairs = _basket_pairs(shop, split_time)
+    encoded = FittedEncoders()
+    _text(stages, shop, settings, pairs, encoded)
+    if any(item.id in shop.images for item in shop.items):
+        _image(stages, shop, settings, pairs, encoded)
+        files, errors = sum(item.id in shop.images for item in shop.items), encoded.unreadable
+        if errors:
+            _log.warning("%d of %d images cannot be decoded: %s", len(errors), files, examples(errors))
+    return encoded
+
+
+def _basket_pairs(shop: ShopData, split_time: int) -> _BasketPairs:
+    events = shop.events
+    row_of = {item.id: index for index, item in enumerate(shop.items)}
+    items = np.array([row_of.get(item_id, -1) for item_id in events.item_ids], np.int64)[events.item]
+    is_engagement = np.array(list(shop.settings.event_types.values()))[events.kind] > 0
+    groups, early = baskets(events), events.time < split_time
+    everything = make_pairs(items[is_engagement], groups[is_engagement], len(shop.items))
+    if len(everything) < _MIN_SHARED * is_engagement.sum():  # most baskets have one item
+        groups = events.user.astype(np.int64)
+
+    def of(mask: np.ndarray) -> PositivePairs:
+        return make_pairs(items[mask], groups[mask], len(shop.items))
+
+    return _BasketPairs(of(is_engagement & early), of(is_engagement & ~early), of(is_engagement))
+
+
+def _text(
+    stages: Stages, shop: ShopData, settings: ShopConfig, pairs: _BasketPairs, encoded: FittedEncoders
+) -> None:
+    training = settings.text
+    chosen_precision = training.precision
+    if chosen_precision == "int8":
+        from training.encoders import quantization  # noqa: PLC0415 - an extra; fails before the training
+    shape = TextSettings(
+        training.max_tokens, precision() if chosen_precision in ("auto", "int8") else chosen_precision
+    )
+    texts = [item_text(item) for item in shop.items]
+    texts_digest = digest_of(*(text.encode() for text in texts))
+    base_path = base_models.locate(training.base)
+    identity = encoders.digest(Path(base_path)) if Path(base_path).is_dir() else base_path
+    fit_settings = training.model_dump(exclude={"projection_steps", "base", "precision"})
+    inputs = [
+        identity,
+        shape.__dict__,
+        fit_settings,
+        *_pair_inputs(pairs.before, texts_digest, training.mode != "frozen"),
+    ]
+    body = stages.run(
+        "text",
+        inputs,
+        text_encoder.fine_tune,
+        training.base,
+        shape,
+        training,
+        texts,
+        pairs.before,
+    )
+    if chosen_precision == "int8":
+        body_and_texts = [encoders.digest(body), texts_digest]
+        body = stages.run("text-int8", body_and_texts, quantization.quantize, body, texts)
+    body_and_texts = [encoders.digest(body), texts_digest]
+    vectors = stages.run("text-vectors", body_and_texts, text_vectors.write_text_vectors, body, texts)
+    _fit_projections(stages, "text", body, vectors, None, pairs, training.projection_steps, encoded)
+    if training.mode == "frozen":
+        return
+    base_and_shape = [identity, shape.__dict__]
+    frozen = stages.run("text-frozen", base_and_shape, text_encoder.save_frozen, training.base, shape)
+    _evaluate_text(stages, frozen, texts, pairs, encoded)
+
+
+def precision() -> str:
+    """The precision of text encoding on this machine: bf16 if it is fast, else fp32."""
+    return "bf16" if torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def _image(
+    stages: Stages, shop: ShopData, settings: ShopConfig, pairs: _BasketPairs, encoded: FittedEncoders
+) -> None:
+    training = settings.image
+    ids = [item.id for item in shop.items]
+    files = stages.run("photographs", [_image_stamps(shop, ids)], images.write_hashes, shop.images, ids)
+    hashes = json.loads((files / images.HASHES).read_text())
+    image_items = [(item.id, item_text(item)) for item in shop.items if item.id in hashes]
+    content_digest = digest_of(*(f"{i}\0{t}\0{hashes[i]}".encode() for i, t in image_items))
+    body = stages.run(
+        "image",
+        [training.model_dump(exclude={"projection_steps"}), content_digest],
+        image_encoder.train_image_encoder,
+        training,
+        shop.images,
+        image_items,
+    )
+
+    vectors = stages.run(
+        "image-vectors",
+        [encoders.digest(body), content_digest, digest_of(*(i.encode() for i in ids))],
+        image_vectors.write_image_vectors,
+        body,
+        shop.images,
+        ids,
+        [item_text(item) for item in shop.items],
+    )
+    encoded.unreadable = json.loads((vectors / image_vectors.UNREADABLE).read_text())
+    if not np.load(vectors / "present.npy").any():
+        _log.warning("no image can be read: the bundle has no image encoder")
+        return
+    captions = np.load(vectors / "captions.npy")
+    _fit_projections(stages, "image", body, vectors, captions, pairs, training.projection_steps, encoded)
+    readable = {item_id for item_id, ok in zip(ids, encoded.present["image"], strict=True) if ok}
+    encoded.image_hashes = {i: bytes.fromhex(value) for i, value in hashes.items() if i in readable}
+    _evaluate_image(stages, shop, training, pairs.during.restrict_to(encoded.present["image"]), encoded)
+
+
+def _evaluate_image(
+    stages: Stages,
+    shop: ShopData,
+    training: ImageTraining,
+    later_pairs: PositivePairs,
+    encoded: FittedEncoders,
+) -> None:
+    """Held-out pair recall of images alone, including that of the pretrained base."""
+    held_out = later_pairs.held_out(_HELD_OUT)
+    if not len(held_out[0]):
+        return
+    no_training = training.model_copy(update={"epochs": 0})
+    frozen = stages.run(
+        "image-frozen", [training.base], image_encoder.train_image_encoder, no_training, shop.images, []
+    )
+    ids = [shop.items[index].id for index in np.unique(np.concatenate(held_out))]
+
+    identity = [
+        encoders.digest(frozen),
+        digest_of(*(i.encode() + encoded.image_hashes[i] for i in ids)),
+    ]
+    entry = image_vectors.write_image_vectors_only
+    frozen_vectors = stages.run("image-frozen-vectors", identity, entry, frozen, shop.images, ids)
+    _evaluate("image", later_pairs, {"frozen": np.load(frozen_vectors / "vectors.npy")}, encoded)
+
+
+def _image_stamps(shop: ShopData, ids: list[str]) -> str:
+    return digest_of(*(f"{i}\0{shop.images.stamp(i)}".encode() for i in ids if i in shop.images))
+
+
+def _fit_projections(
+    stages: Stages,
+    space: str,
+    body: Path,
+    vectors: Path,
+    partners: np.ndarray | None,
+    pairs: _BasketPairs,
+    steps: int,
+    encoded: FittedEncoders,
+) -> None:
+    """Fit the projections of a space and add encoder, vectors and recall to `encoded`."""
+    base, present = np.load(vectors / "vectors.npy"), np.load(vectors / "present.npy")
+
+    def fitted(name: str, training_pairs: PositivePairs) -> Path:
+        return stages.run(
+            f"{space}-{name}",
+            [vectors.name, steps, *_pair_inputs(training_pairs, "")],
+            projections.write_projection,
+            base,
+            training_pairs.restrict_to(present),
+            steps=steps,
+            partners=partners,
+        )
+
+    fold, final = fitted("head-before", pairs.before), fitted("head", pairs.all)
+    encoded.base[space], encoded.present[space] = base, present
+    encoded.fold[space] = apply_head(base, np.load(fold / projections.HEAD)).astype(np.float16)
+    encoded.final[space] = apply_head(base, np.load(final / projections.HEAD)).astype(np.float16)
+    encoded.base_keys.append(vectors.name)
+    encoded.fold_keys.append(fold.name)
+
+    encoded.encoders[space] = stages.run(
+        f"{space}-encoder", [body.name, final.name], projections.write_projected_encoder, body, final
+    )
+    _evaluate(space, pairs.during.restrict_to(present), {}, encoded)
+
+
+def _evaluate(
+    space: str, later_pairs: PositivePairs, other_vectors: Mapping[str, np.ndarray], encoded: FittedEncoders
+) -> None:
+    """Held-out pair recall among the items of the held-out pairs, also for `other_vectors` of these items."""
+    held_out = later_pairs.held_out(_HELD_OUT)
+    if not len(held_out[0]):
+        return
+    pool, place = np.unique(np.concatenate(held_out), return_inverse=True)
+    sides = place[: len(held_out[0])], place[len(held_out[0]) :]
+    vectors = {**other_vectors, "body": encoded.base[space][pool], "tuned": encoded.fold[space][pool]}
+    encoded.pair_recall[space] = {
+        **{name: metrics.interval(pair_recall(v, sides, _K)).to_dict() for name, v in vectors.items()},
+        "chance": _K / (len(pool) - 1),
+        "pairs": len(held_out[0]),
+        "k": _K,
+    }
+
+
+def _evaluate_text(
+    stages: Stages, frozen: Path, texts: list[str], pairs: _BasketPairs, encoded: FittedEncoders
+) -> None:
+    """Held-out pair recall of texts, including that of the pretrained base."""
+    held_out = pairs.during.held_out(_HELD_OUT)
+    if not len(held_out[0]):
+        return
+    selected = [texts[index] for index in np.unique(np.concatenate(held_out))]
+    identity = [encoders.digest(frozen), digest_of(*(text.encode() for text in selected))]
+    entry = text_vectors.write_text_vectors
+    frozen_vectors = stages.run("text-frozen-vectors", identity, entry, frozen, selected)
+    _evaluate("text", pairs.during, {"frozen": np.load(frozen_vectors / "vectors.npy")}, encoded)
+
+
+def _pair_inputs(pairs: PositivePairs, content_digest: str, used: bool = True) -> list[str]:
+    """The inputs of a stage that depends on pairs; empty if it does not use them."""
+    return [content_digest, digest_of(pairs.item.tobytes(), pairs.start.tobytes())] if used else []

@@ -1,0 +1,1 @@
+"""Evaluation of fitted models, and the report."""

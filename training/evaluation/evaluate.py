@@ -1,0 +1,322 @@
+"""Evaluates the ranking of a bundle on the last days, in full and with each part ablated.
+
+The evaluated models are fitted on the earlier ranking days, on at most 6,000 baskets. The published models
+are fitted on all days and baskets.
+"""
+
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from services.catalog import filters
+from services.ranking.models.baseline_scorer import baseline_scores
+from training.core import metrics
+from training.data.config import ShopConfig
+from training.data.events import Events
+from training.data.shop import ShopData
+from training.evaluation.cumulative_ablation import COUNTS, STEPS, cumulative_ablation, step_milliseconds
+from training.examples.feature_rows import FeatureRows, evaluation_rows
+from training.examples.point_in_time import PointInTime
+from training.examples.queries import EvalQuery
+from training.examples.training_set import TrainingSet
+from training.ranking import ctr
+from training.ranking.first_phase import depth_losses, fit_first_phase
+from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, is_column_of
+
+FILE = "evaluation.json"
+PAGE = 20
+_TIMED_QUERIES = 50
+# A dozen models are fitted. On H&M, trees help significantly with 12,000 baskets, but not with 3,000.
+_TRAINING_QUERIES = 6000
+# The parts that describe new items come first, because a chart shows at most six curves.
+_COLD_START_PARTS = ("text", "image", "words", "reranker")
+# Feature parts whose candidate source has another name.
+_SOURCE_OF_PART = {"graph": "co_occurrence", "words": "title_keywords"}
+_SHAP_QUERIES = 100
+_SHAP_ROWS = 20_000
+_EXCLUDED = -np.inf
+_log = logging.getLogger(__name__)
+
+
+def write_empty(directory: Path) -> None:
+    """Write an evaluation without sections, for a shop without evaluation data."""
+    (directory / FILE).write_text("{}\n")
+
+
+def evaluate(
+    past: PointInTime,
+    shop: ShopData,
+    settings: ShopConfig,
+    data: TrainingSet,
+    eval_queries: Sequence[EvalQuery],
+    vectors: Mapping[str, np.ndarray],
+    since: int,
+    directory: Path,
+    depth: int,
+) -> None:
+    """Write the report's sections, evaluated on queries from `since` on, microseconds since 1970.
+
+    `depth` is how many candidates the first phase of the published bundle passes on.
+    """
+    queries = [q for q in eval_queries if q.as_of >= since]
+    sample = np.sort(np.random.default_rng(1).permutation(len(queries))[: settings.ranking.eval_queries])
+    queries = [queries[index] for index in sample]
+    training = data.before(since).sample(_TRAINING_QUERIES if queries else 0)
+    if not len(training.rows.size) or not len(training.ctr_rows.size):
+        write_empty(directory)
+        return
+    allowed = filters.evaluate(task_filter(settings), past.table)
+    rows = evaluation_rows(past, queries, allowed)
+    heads = CtrHeads(training, settings.ranking.ctr_epochs)
+    models = fit_models(training, settings, vectors, heads=heads)
+    matrix = models.matrix(rows, vectors)
+    matrix = models.matrix(rows, vectors)
+    pages = {"whole bundle": _pages(rows, models.model.score(matrix))}
+    pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
+    pages["item graph"] = _pages(rows, rows.matrix[:, _columns(rows, "baskets_", "people_")].sum(1))
+    for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
+        score = rows.matrix[:, rows.names.index(column)]
+        if not np.isnan(score).all():
+            pages[name] = _pages(rows, score)
+    pages["choice model alone"] = _pages(rows, models.model.choice.terms(matrix).sum(1))
+    if models.head is not None:
+        pages["CTR head alone"] = _pages(rows, ctr.score(models.head, rows, vectors)[:, -1])
+    counts = _counts(past, shop.events, since)
+    inputs = _metric_inputs(past, counts, queries, int(allowed.sum()))
+    results = {
+        "split": _split(training, queries, since),
+        "ranking": {name: metrics.ranking_metrics(p, **inputs) for name, p in pages.items()},
+        "ablation": {},
+        "cold_start": {},
+        "candidates": _candidates(past, rows, inputs),
+        "ctr": _ctr(data, training, models, settings, vectors, since, rows),
+        "reranker": _importance(models, rows, matrix),
+    }
+    missing = {part for part in ("text", "image") if part not in vectors}
+    missing |= {"sequence"} if "sequence model" not in pages else set()
+    missing |= {"ctr"} if models.head is None else set()
+    parts = [part for part in STEPS if part not in missing]
+    head_unused = not any(is_column_of(name, "ctr") for name in models.model.choice.columns)
+
+    def fitted_without(*removed_parts: str) -> list[np.ndarray]:
+        _log.info("evaluating without %s", ", ".join(removed_parts))
+        # The ablated models use a CTR head if and only if the full model does.
+        excluded = {*removed_parts, *({"ctr"} if head_unused else ())}
+        models_without = fit_models(training, settings, vectors, excluded, heads, check_head=False)
+        score = models_without.score(rows, vectors)
+        return _pages(rows, np.where(proposed_by_others(past, rows, removed_parts), score, _EXCLUDED))
+
+    targets = inputs["targets"]
+    without = {part: fitted_without(part) for part in parts if part != "trees"}
+    without |= {"trees": pages["choice model alone"], "reranker": pages["hand-set weights"]}
+    step_pages = {COUNTS: fitted_without(*parts)}
+    for index, part in enumerate(parts[:-2], 1):
+        step_pages[part] = fitted_without(*parts[index:])
+    step_pages |= {parts[-2]: pages["choice model alone"], parts[-1]: pages["whole bundle"]}
+    timed_rows = rows.take(np.sort(np.random.default_rng(3).permutation(len(rows.size))[:_TIMED_QUERIES]))
+    cost = step_milliseconds(past, timed_rows, models, vectors, allowed)
+    results["cumulative_ablation"] = cumulative_ablation(step_pages, targets, cost, PAGE)
+    for part, other_pages in without.items():
+        results["ablation"][part] = _difference(pages["whole bundle"], other_pages, targets)
+    results["cold_start"] = _cold_start(pages["whole bundle"], without, targets, counts)
+    losses = _first_phase_losses(training, rows, models.model.score(matrix), targets)
+    results["first_phase"] = {"recall_loss": losses, "depth": depth}
+    (directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _cold_start(
+    bundle_pages: Sequence[np.ndarray],
+    without: Mapping[str, Sequence[np.ndarray]],
+    targets: Sequence[np.ndarray],
+    counts: Mapping[int, int],
+) -> dict[str, Any]:
+    """Recall by the number of earlier interactions: of the bundle, then without each part."""
+    curves = {"whole bundle": bundle_pages}
+    for part in sorted(without, key=lambda part: part not in _COLD_START_PARTS):
+        curves[f"without {part}"] = without[part]
+    return {name: metrics.recall_by_count(curve, targets, counts, PAGE) for name, curve in curves.items()}
+
+
+def _first_phase_losses(
+    training: TrainingSet, rows: FeatureRows, second: np.ndarray, targets: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    first = fit_first_phase(training.rows).terms(rows.first_phase).sum(1)
+    return depth_losses(first, second, rows, targets)
+
+
+def task_filter(settings: ShopConfig) -> filters.Filter:
+    """The filter of the evaluated queries."""
+    return filters.AllOf(tuple(filters.Equals(name, text) for name, text in settings.task.filter.items()))
+
+
+def _pages(rows: FeatureRows, score: np.ndarray) -> list[np.ndarray]:
+    """The best 20 items of every query, ties by row."""
+    pages, start = [], 0
+    for size in rows.size.tolist():
+        query_score = score[start : start + size]
+        best = np.argsort(-query_score, kind="stable")[:PAGE]
+        pages.append(rows.items[start : start + size][best[np.isfinite(query_score[best])]])
+        start += size
+    return pages
+
+
+def _columns(rows: FeatureRows, *prefixes: str) -> list[int]:
+    return [index for index, name in enumerate(rows.names) if name.startswith(prefixes)]
+
+
+def proposed_by_others(past: PointInTime, rows: FeatureRows, parts: Collection[str]) -> np.ndarray:
+    """The rows that a source or graph relation outside of `parts` proposed: bool (N,).
+
+    Items that would move up within the graph's limit without the part are not counted.
+    """
+    names = past.source_names
+    own = [_SOURCE_OF_PART.get(part, part) for part in parts]
+    others = rows.sources & ~sum(1 << names.index(source) for source in own if source in names)
+    proposed = np.asarray(others != 0)
+    if "graph" in parts or not any(source in names for source in own):
+        return proposed
+    graph_only = np.flatnonzero(others == 1 << names.index(_SOURCE_OF_PART["graph"]))
+    query_of = rows.group()[graph_only]
+    for query in np.unique(query_of):
+        query_rows = graph_only[query_of == query]
+        stats = past.stats_at(rows.eval_queries[query].as_of)
+        by_relation = past.related(rows.user_queries[query], stats, rows.items[query_rows])
+        proposed[query_rows] = np.any(
+            [tied for relation, tied in by_relation.items() if relation not in parts], axis=0
+        )
+    return proposed
+
+
+def _counts(past: PointInTime, events: Events, since: int) -> dict[int, int]:
+    """Table row to number of engagements before `since`, for items that have any."""
+    engaged = past.state.weights[events.kind] > 0
+    hashes, counts = np.unique(events.number[engaged & (events.time < since)], return_counts=True)
+    rows = past.table.rows(hashes)
+    in_catalog = rows >= 0
+    return dict(zip(rows[in_catalog].tolist(), counts[in_catalog].tolist(), strict=True))
+
+
+def _metric_inputs(
+    past: PointInTime, counts: Mapping[int, int], queries: Sequence[EvalQuery], universe: int
+) -> dict[str, Any]:
+    bands = metrics.popularity_bands(counts)
+    targets = [past.table.rows(q.targets.tolist()) for q in queries]
+    warm = np.array([len(past.query(q).history) > 0 for q in queries])
+    return {"targets": targets, "bands": bands, "warm": warm, "universe": universe, "k": PAGE}
+
+
+def _split(training: TrainingSet, queries: Sequence[EvalQuery], since: int) -> dict[str, Any]:
+    return {
+        "learned_until": _iso(since),
+        "evaluated": [_iso(since), _iso(queries[-1].as_of)],
+        "queries": len(queries),
+        "note": f"The evaluated rankers are trained on {len(training.rows.size)} earlier baskets, "
+        "the published ones on all.",
+    }
+
+
+def _iso(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).isoformat()
+
+
+def _candidates(past: PointInTime, rows: FeatureRows, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    count = len(rows.size)
+    hits_by_band: dict[str, list[bool]] = {}
+    start = 0
+    for size, targets in zip(rows.size.tolist(), inputs["targets"], strict=True):
+        is_candidate = np.isin(targets, rows.items[start : start + size])
+        for item, is_hit in zip(targets.tolist(), is_candidate.tolist(), strict=True):
+            hits_by_band.setdefault(inputs["bands"].get(item, "strict_cold"), []).append(is_hit)
+        start += size
+    all_hits = [is_hit for band in hits_by_band.values() for is_hit in band]
+    return {
+        "per_query": {
+            name: float(((rows.sources >> bit) & 1).sum() / count)
+            for bit, name in enumerate(past.source_names)
+        },
+        "target_recall": float(np.mean(all_hits)),
+        "target_recall_by_band": {band: float(np.mean(hits)) for band, hits in hits_by_band.items()},
+    }
+
+
+def _ctr(
+    data: TrainingSet,
+    training: TrainingSet,
+    models: FittedModels,
+    settings: ShopConfig,
+    vectors: Mapping[str, np.ndarray],
+    since: int,
+    rows: FeatureRows,
+) -> dict[str, Any]:
+    """The metrics of the CTR head and of the plain head, on pages or candidates of the evaluation days."""
+    if models.head is None:
+        return {}
+    late = np.flatnonzero([q.as_of >= since for q in data.ctr_rows.eval_queries])
+    rows_seen, labels = rows, (rows.label[:, None] > 0).astype(np.float32)
+    if data.has_impressions:
+        if not len(late):
+            return {}
+        rows_seen, labels = data.ctr_rows.take(late), data.labels[np.isin(data.ctr_rows.group(), late)]
+    usable = ~rows_seen.no_interactions
+    shape = ctr.ctr_settings(
+        training.ctr_rows, vectors, training.types, shown=training.has_impressions, plain=True
+    )
+    plain = ctr.fit_ctr(shape, training.ctr_rows, training.labels, vectors, settings.ranking.ctr_epochs)
+    head = models.head.settings
+    results = {}
+    logits, plain_logits = (
+        ctr.score(model, rows_seen, vectors).astype(np.float64) for model in (models.head, plain)
+    )
+    for column, name in enumerate(training.types):
+        logit, plain_logit = logits[:, column], plain_logits[:, column]
+        if head.shown:
+            logit = head.slope[column] * logit + head.offset[column]
+        results[name] = {
+            "rows": int(usable.sum()),
+            "head": metrics.classification_metrics(1 / (1 + np.exp(-logit[usable])), labels[usable, column]),
+            "plain": metrics.classification_metrics(
+                1 / (1 + np.exp(-plain_logit[usable])), labels[usable, column]
+            ),
+        }
+    return results
+
+
+def _importance(models: FittedModels, rows: FeatureRows, matrix: np.ndarray) -> dict[str, Any]:
+    """How much each feature separates the candidates of a query, as a share of all features.
+
+    The mean absolute SHAP value relative to the query's mean, over a random sample of a hundred queries and
+    at most 20,000 of their candidates.
+    """
+    generator = np.random.default_rng(2)
+    queries = generator.permutation(len(rows.size))[:_SHAP_QUERIES]
+    sample = np.flatnonzero(np.isin(rows.group(), queries))
+    sample = np.sort(generator.permutation(sample)[:_SHAP_ROWS])
+    share: dict[str, float] = {}
+    if len(sample):
+        contributions = models.model.contributions(matrix[sample])
+        _, query_of, count = np.unique(rows.group()[sample], return_inverse=True, return_counts=True)
+        mean = np.stack([np.bincount(query_of, part) for part in contributions.T], axis=1) / count[:, None]
+        effect = np.abs(contributions - mean[query_of]).mean(0)
+        effect /= max(float(effect.sum()), 1e-12)
+        share = dict(zip(models.model.choice.columns, effect.tolist(), strict=True))
+    trees = models.model.trees
+    return {"importance": share, "trees": trees.num_trees() if trees is not None else 0}
+
+
+def _difference(
+    bundle_pages: Sequence[np.ndarray], other_pages: Sequence[np.ndarray], targets: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    figures, other_figures = (
+        metrics.per_query(bundle_pages, targets, PAGE),
+        metrics.per_query(other_pages, targets, PAGE),
+    )
+    results: dict[str, Any] = {}
+    for name in ("recall", "ndcg"):
+        results[name] = metrics.interval(other_figures[name]).to_dict()
+        results[f"{name}_difference"] = metrics.paired_interval(figures[name], other_figures[name]).to_dict()
+    return results

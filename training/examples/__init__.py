@@ -1,0 +1,1 @@
+"""Training examples: queries, point-in-time feature rows, ranking groups, positive pairs."""

@@ -1,0 +1,94 @@
+"""The training set of CTR head and reranker: rows of past queries and of logged pages."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.data.config import ShopConfig
+from training.data.events import Events
+from training.data.shop import ShopData
+from training.examples import queries
+from training.examples.feature_rows import FeatureRows, page_rows, training_rows
+from training.examples.point_in_time import PointInTime
+from training.examples.queries import DAY, EvalQuery
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Training data of the rankers.
+
+    `rows` are candidates of past queries. The CTR head is trained on `ctr_rows` with `labels`,
+    float32 (N, T): the rows of logged pages if the shop logs impressions (`has_impressions`), else `rows`.
+    The reranker is trained on logged pages as well.
+    """
+
+    rows: FeatureRows
+    ctr_rows: FeatureRows
+    labels: np.ndarray
+    types: list[str]
+    has_impressions: bool
+
+    def before(self, until: int) -> "TrainingSet":
+        """The part before `until`, microseconds since 1970."""
+        early = np.flatnonzero([q.as_of < until for q in self.rows.eval_queries])
+        early_ctr = np.flatnonzero([q.as_of < until for q in self.ctr_rows.eval_queries])
+        label_rows = np.isin(self.ctr_rows.group(), early_ctr)
+        early_rows = self.rows.take(early)
+        return TrainingSet(
+            early_rows,
+            self.ctr_rows.take(early_ctr),
+            self.labels[label_rows],
+            self.types,
+            self.has_impressions,
+        )
+
+    def sample(self, limit: int) -> "TrainingSet":
+        """A random sample of at most `limit` queries and `limit` pages, in their order."""
+        queries = _sample(len(self.rows.size), limit)
+        ctr_queries = _sample(len(self.ctr_rows.size), limit)  # the same sample if both are the same rows
+        label_rows = np.isin(self.ctr_rows.group(), ctr_queries)
+        return TrainingSet(
+            self.rows.take(queries),
+            self.ctr_rows.take(ctr_queries),
+            self.labels[label_rows],
+            self.types,
+            self.has_impressions,
+        )
+
+
+def first_day(events: Events, settings: ShopConfig) -> int:
+    """The first of the ranking days, in days since 1970; 0 without events."""
+    if not len(events):
+        return 0
+    return int(events.time[-1] // DAY) - settings.ranking.ranking_days + 1
+
+
+def make_training_set(
+    past: PointInTime, shop: ShopData, settings: ShopConfig, eval_queries: list[EvalQuery], since: int
+) -> TrainingSet | None:
+    """The training set of queries and pages from `since` on; None if no target is among the candidates."""
+    selected = _sample_queries(eval_queries, settings.ranking.max_queries)
+    rows = training_rows(
+        past, selected, settings.ranking.candidates_per_query, settings.ranking.cold_start_dropout
+    )
+    if rows is None:
+        return None
+    pages, page_labels, types = queries.make_pages(
+        shop.events, dict(settings.event_types), since, settings.ranking.max_queries
+    )
+    weights = np.array([settings.event_types[name] for name in types], np.float32)
+    page_data = page_rows(past, pages, page_labels, weights, settings.ranking.cold_start_dropout)
+    if page_data is not None:
+        return TrainingSet(rows, *page_data, types, has_impressions=True)
+    target = "_or_".join(settings.targets)
+    return TrainingSet(
+        rows, rows, (rows.label[:, None] > 0).astype(np.float32), [target], has_impressions=False
+    )
+
+
+def _sample_queries(eval_queries: list[EvalQuery], limit: int) -> list[EvalQuery]:
+    return [eval_queries[index] for index in _sample(len(eval_queries), limit)]
+
+
+def _sample(count: int, limit: int) -> np.ndarray:
+    return np.sort(np.random.default_rng(0).permutation(count)[:limit])

@@ -1,0 +1,1 @@
+"""Fits the CTR head, the reranker and the propensity model."""

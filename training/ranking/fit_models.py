@@ -1,0 +1,132 @@
+"""Fits CTR head and reranker together; the reranker is trained on the head's out-of-fold scores."""
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from services.ranking.models.ctr import CtrModel
+from services.ranking.models.reranker import RerankerModel
+from services.ranking.scoring.scorer import ctr_column
+from training.data.config import ShopConfig
+from training.examples.feature_rows import FeatureRows
+from training.examples.ranking_groups import RankingGroups
+from training.examples.training_set import TrainingSet
+from training.ranking import ctr
+from training.ranking.reranker import fit_reranker, improves_ndcg
+
+_log = logging.getLogger(__name__)
+# The prefixes of the feature columns of each part.
+_COLUMNS = {
+    "text": ("text_",),
+    "image": ("image_",),
+    "graph": ("baskets_", "people_"),
+    "sequence": ("sequence_",),
+    "words": ("words_",),
+    "ctr": ("ctr_",),
+}
+
+
+def is_column_of(column: str, *parts: str) -> bool:
+    """Whether a feature column belongs to one of the parts: text, image, words, graph, sequence or ctr."""
+    return any(column.startswith(_COLUMNS.get(part, ())) for part in parts)
+
+
+@dataclass(frozen=True)
+class FittedModels:
+    """Fitted models, and the reranker's columns: indices into the features followed by the head's scores."""
+
+    head: CtrModel | None
+    model: RerankerModel
+    columns: np.ndarray
+
+    def score(self, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Scores float64 (N,) of rows."""
+        return self.model.score(self.matrix(rows, vectors))
+
+    def matrix(self, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The reranker's input for rows, float32 (N, K)."""
+        matrix = rows.matrix
+        if self.head is not None:
+            matrix = np.concatenate([matrix, ctr.score(self.head, rows, vectors)], axis=1)
+        return matrix[:, self.columns]
+
+
+class CtrHeads:
+    """The CTR heads of a training set, each fitted once per set of vector spaces."""
+
+    def __init__(self, data: TrainingSet, epochs: int) -> None:
+        # Logged pages distinguish items that a user ignored from items that the user never saw.
+        self.sources = [data.rows, data.ctr_rows] if data.has_impressions else [data.rows]
+        self._data, self._epochs = data, epochs
+        self._models: dict[frozenset[str], tuple[CtrModel, list[np.ndarray]]] = {}
+
+    def fit(self, spaces: Mapping[str, np.ndarray]) -> tuple[CtrModel, list[np.ndarray]]:
+        """A head over the vectors (N, D) of these spaces, and out-of-fold logits (N, T) of each source."""
+        if (key := frozenset(spaces)) not in self._models:
+            data = self._data
+            shape = ctr.ctr_settings(data.ctr_rows, spaces, data.types, shown=data.has_impressions)
+            logits = ctr.out_of_fold_logits(
+                shape, data.ctr_rows, data.labels, self.sources, spaces, self._epochs
+            )
+            if data.has_impressions:
+                shape = ctr.calibrate(shape, data.ctr_rows, logits[1], data.labels)
+            head = ctr.fit_ctr(shape, data.ctr_rows, data.labels, spaces, self._epochs)
+            self._models[key] = head, logits
+        return self._models[key]
+
+
+def fit_models(
+    data: TrainingSet,
+    settings: ShopConfig,
+    vectors: Mapping[str, np.ndarray],
+    without: Collection[str] = (),
+    heads: CtrHeads | None = None,
+    *,
+    check_head: bool = True,
+) -> FittedModels:
+    """Fit both models without the parts in `without`, as in `is_column_of`, or "trees".
+
+    If the head's scores do not improve the reranker, the reranker does not read them; the head then serves
+    probabilities only, or is dropped. `check_head=False` skips this test.
+
+    `heads` are the heads of the same training set, if more models are fitted on it.
+    """
+    heads = heads or CtrHeads(data, settings.ranking.ctr_epochs)
+    spaces = {space: values for space, values in vectors.items() if space not in without}
+    matrices = [rows.matrix for rows in heads.sources]
+    names, head = tuple(data.rows.names), None
+    if "ctr" not in without and spaces:  # the head reads vectors only
+        head, logits = heads.fit(spaces)
+        names = (*names, *(ctr_column(t) for t in data.types))
+        matrices = [np.concatenate(pair, axis=1) for pair in zip(matrices, logits, strict=True)]
+    columns = np.array(
+        [index for index, name in enumerate(names) if not is_column_of(name, *without)], np.int64
+    )
+    sources = zip(heads.sources, matrices, strict=True)
+    groups = [_groups(rows, matrix[:, columns]) for rows, matrix in sources]
+    columns_read = [names[index] for index in columns]
+    page_groups = groups[1] if data.has_impressions else None
+    from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
+    if (
+        check_head
+        and from_head.any()
+        and not improves_ndcg(groups[0], columns_read, from_head, page_groups=page_groups)
+    ):
+        _log.info("the CTR head does not improve the ranking")
+        columns, columns_read = (
+            columns[~from_head],
+            [name for name in columns_read if not is_column_of(name, "ctr")],
+        )
+        groups = [part.select_columns(~from_head) for part in groups]
+        page_groups = groups[1] if data.has_impressions else None
+        head = head if data.has_impressions else None  # trained on pages, it also serves probabilities
+    trees = 0 if "trees" in without else settings.ranking.trees
+    model = fit_reranker(groups[0], columns_read, trees, page_groups=page_groups)
+    return FittedModels(head, model, columns)
+
+
+def _groups(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:
+    time = np.array([q.as_of for q in rows.eval_queries], np.int64)
+    return RankingGroups(matrix, rows.label, rows.weight, rows.size, time)

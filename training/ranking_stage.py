@@ -1,0 +1,83 @@
+"""The trained ranking models: evaluate CTR head and reranker on the last days, then fit them on all days."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from services.catalog import filters
+from services.ranking.models.ctr import write_ctr
+from services.ranking.models.first_phase import FirstPhase, write_first_phase
+from services.ranking.models.reranker import write_reranker
+from training.data.config import ShopConfig
+from training.data.shop import ShopData
+from training.evaluation import evaluate
+from training.examples import queries
+from training.examples.point_in_time import PointInTime
+from training.examples.queries import DAY
+from training.examples.training_set import first_day, make_training_set
+from training.ranking.first_phase import choose_depth, fit_first_phase
+from training.ranking.fit_models import fit_models
+from training.retrieval.daily_graphs import load_daily_graphs
+from training.retrieval.sequence_models import BEFORE
+
+CTR, RERANKER = "ctr", "reranker"
+PARTS = (CTR, RERANKER)
+_log = logging.getLogger(__name__)
+
+
+def write_rankers(
+    directory: Path,
+    shop: ShopData,
+    settings: ShopConfig,
+    vectors: Mapping[str, np.ndarray],
+    present: Mapping[str, np.ndarray],
+    graphs: Path,
+    sequences: Path,
+) -> None:
+    """Fit, evaluate and write the models of a shop, with the graphs and sequence models of earlier stages."""
+    if not len(shop.events):
+        evaluate.write_empty(directory)
+        return
+    model = sequences / BEFORE
+    past = PointInTime(shop, load_daily_graphs(graphs), vectors, present, model if model.is_dir() else None)
+    fit(past, shop, settings, vectors, directory)
+
+
+def fit(
+    past: PointInTime,
+    shop: ShopData,
+    settings: ShopConfig,
+    vectors: Mapping[str, np.ndarray],
+    directory: Path,
+) -> None:
+    """Fit and evaluate the models; write them and the evaluation into `directory`."""
+    since = first_day(shop.events, settings) * DAY
+    evaluated_from = (int(shop.events.time[-1] // DAY) - settings.split.test_days + 1) * DAY
+    weights = dict(settings.event_types)
+    engagement_types = tuple(name for name, weight in weights.items() if weight > 0)
+    # Train on all engagements, graded by weight; evaluate on the shop's targets only.
+    no_session_share = settings.ranking.no_session_share
+    training_queries = queries.make_eval_queries(
+        shop.events, weights, engagement_types, since, no_session_share=no_session_share
+    )
+    data = make_training_set(past, shop, settings, training_queries, since)
+    eval_queries = queries.make_eval_queries(
+        shop.events, weights, tuple(settings.targets), since, no_session_share=no_session_share
+    )
+    if data is None:
+        _log.warning("there is no basket to train on: the bundle ranks by hand-set weights")
+        evaluate.write_empty(directory)
+        return
+    fitted, first = fit_models(data, settings, vectors), fit_first_phase(data.rows)
+    allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
+    depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)
+    _log.info("the first phase passes on %d candidates", depth)
+    evaluate.evaluate(past, shop, settings, data, eval_queries, vectors, evaluated_from, directory, depth)
+    if fitted.head is not None:
+        (directory / CTR).mkdir()
+        write_ctr(directory / CTR, fitted.head)
+    (directory / RERANKER).mkdir()
+    write_reranker(directory / RERANKER, fitted.model)
+    write_first_phase(directory / RERANKER, FirstPhase(first, depth))

@@ -1,0 +1,1 @@
+"""Fits the item graph and the sequence model."""
