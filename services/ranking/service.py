@@ -170,11 +170,19 @@ class RankingService:
             # After each batch, so that no other call has to read all of a large write. The first call of a
             # duplicate may have ended before the state followed it.
             last = max((o.sequence for o in batch_outcomes if isinstance(o, RecordResult)), default=0)
-            services: tuple[EventFollower, ...] = (self, *self._followers.followers)
-            for service in services:
-                if service.event_sequence < last:
-                    await service.follow()
+            await self._follow_all(last)
         return outcomes
+
+    async def _follow_all(self, sequence: int) -> None:
+        """Let each service that answers calls reflect a change; a swap may register one meanwhile."""
+        followed = list[EventFollower]()
+        while True:
+            services: tuple[EventFollower, ...] = (self, *self._followers.followers)
+            lagging = [s for s in services if s.event_sequence < sequence and s not in followed]
+            if not lagging:
+                return
+            followed.append(lagging[0])  # one that is closed meanwhile stays behind
+            await lagging[0].follow()
 
     @property
     def event_sequence(self) -> int:

@@ -15,6 +15,7 @@ from vitrine.embedding.v1 import embedding_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2 as gateway_pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as gateway_grpc
 
+from services.catalog.items import item_hash
 from services.rpc.server import CHANNEL_OPTIONS
 from services.serving.app import App
 from services.serving.loaded_bundle import ALL, LoadedBundle
@@ -104,6 +105,39 @@ async def test_a_write_survives_the_close_of_another_bundle(tmp_path: Path) -> N
             gateway = gateway_grpc.RecommendationServiceStub(channel)
             answer = await gateway.WriteEvents(gateway_pb.WriteEventsRequest(events=[event]))
         assert answer.outcomes[0].code == event_pb2.EVENT_OUTCOME_CODE_RECORDED
+        new.close()
+
+
+async def test_a_write_in_progress_reaches_the_bundle_of_a_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_bundle(tmp_path)
+    event_item = event_pb2.EventItem(item_id="garden-03")
+    event = event_pb2.Event(event_id="e", type="purchase", user_id="ann", items=[event_item])
+    async with serve_app(tmp_path, ALL) as (app, stub, _):
+        old, followers = app.current, app._resources.event_followers
+        assert followers is not None
+        new = LoadedBundle(app._resources, app.bundle)
+        follow_items, follow_events = old.view.follow, old.ranking.follow
+
+        async def swap_items() -> None:
+            old.catalog.retarget(view=new.view, also_encode_for=[])
+            await follow_items()
+
+        async def swap_events() -> None:
+            followers.register(new.ranking)
+            await follow_events()
+
+        monkeypatch.setattr(old.view, "follow", swap_items)
+        monkeypatch.setattr(old.ranking, "follow", swap_events)
+        await upsert(stub, item("last", "tapir"))
+        assert new.view.table.rows([item_hash("last")])[0] >= 0
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}", options=CHANNEL_OPTIONS) as channel:
+            gateway = gateway_grpc.RecommendationServiceStub(channel)
+            await gateway.WriteEvents(gateway_pb.WriteEventsRequest(events=[event]))
+        assert new.ranking.event_sequence == 1
+        followers.unregister(new.ranking)
+        old.catalog.retarget(view=old.view, also_encode_for=[])
         new.close()
 
 

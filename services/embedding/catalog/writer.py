@@ -121,8 +121,15 @@ class CatalogWriter:
             for position, outcome in await self._write(batch, mask, lane):
                 outcomes[position] = outcome
             remaining = later
-        await self.view.follow()
+        await self._follow()
         return [outcome for outcome in outcomes if outcome is not None]
+
+    async def _follow(self) -> None:
+        """Let the view that is current on return follow the writes so far; a swap may change it meanwhile."""
+        followed = None
+        while followed is not self._view:
+            followed = self._view
+            await followed.follow()
 
     async def attach_image(self, record: StoredItem, image: bytes, error: str = "") -> None:
         """Store the image that was fetched for an item, or the `error` that prevented it.
@@ -145,7 +152,7 @@ class CatalogWriter:
             raise result
         with contextlib.suppress(WriteConflict):
             await asyncio.wrap_future(result)
-            await self.view.follow()
+            await self._follow()
 
     async def delete(self, item_ids: Sequence[str]) -> list[UpsertResult]:
         """Delete items; the outcome of an unknown id is NotFound."""
@@ -160,7 +167,7 @@ class CatalogWriter:
                     outcomes.append(UpsertResult(item_id, outcome=result.outcome, sequence=result.sequence))
                 except VitrineError as error:
                     outcomes.append(UpsertResult(item_id, error=error))
-        await self.view.follow()
+        await self._follow()
         return outcomes
 
     def _submit_deletion(self, item_id: str) -> "Future[WriteResult] | VitrineError":
