@@ -22,7 +22,7 @@ from services.embedding.catalog.writer import CatalogWriter, UpsertResult, resol
 from services.embedding.index.vector_index import SearchHits, weighted_centroid
 from services.embedding.store.mutations import WriteOutcome
 from services.embedding.store.schema import StoredItem
-from services.rpc import proto_conversions, status
+from services.rpc import packed_fields, proto_conversions, status
 from services.rpc.request_limits import check, checked
 
 MAX_ITEMS = 1000
@@ -38,7 +38,6 @@ _FEED_BYTES = 2 << 20
 _MAX_CHARACTER_BYTES = 4  # of UTF-8
 _TOKEN_BYTES = 8
 _MAX_CHUNKS = 3
-_VALUES = bytes([pb.Vectors.VALUES_FIELD_NUMBER << 3 | 2])  # the tag of a length-delimited field
 _SPACES = {item_pb2.SPACE_TEXT: "text", item_pb2.SPACE_IMAGE: "image"}
 _SPACE_ENUM = {name: number for number, name in _SPACES.items()}
 
@@ -281,7 +280,7 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
         if not groups:
             raise InvalidArgument.of("groups", "is required")
         as_of = proto_conversions.time_from(request.as_of, "as_of") if request.HasField("as_of") else None
-        excluded = np.array(request.exclude_item_hashes, np.int64)
+        excluded = np.asarray(request.exclude_item_hashes, np.int64)
         hits = await self._view.search_groups(
             groups, self._spaces(request), limit, condition, excluded, as_of
         )
@@ -326,8 +325,8 @@ class EmbeddingServicer(pb_grpc.EmbeddingServiceServicer):
     def _result(self, query: int, space: str, hits: SearchHits, readable: bool) -> pb.SearchResult:
         result = pb.SearchResult(query=query, space=_SPACE_ENUM[space])
         if not readable:
-            result.item_hashes.extend(hits.hashes.tolist())
-            result.scores.extend(hits.scores.tolist())
+            packed_fields.extend(result, "item_hashes", hits.hashes)
+            packed_fields.extend(result, "scores", hits.scores)
             return result
         table = self._view.table
         for item_id, score in zip(table.ids(table.rows(hits.hashes)), hits.scores.tolist(), strict=True):
@@ -377,18 +376,8 @@ def _space(value: int) -> str:
 def vectors_message(vectors: np.ndarray) -> pb.Vectors:
     """The message that carries the rows of a matrix of vectors."""
     block = pb.Vectors(dimension=vectors.shape[1])
-    floats = vectors.astype("<f4", copy=False).tobytes()
-    if floats:
-        # The wire format of a packed field is the bytes of its floats. Setting floats one by one takes 20
-        # times as long.
-        block.MergeFromString(_VALUES + _varint(len(floats)) + floats)
+    packed_fields.extend(block, "values", vectors.ravel())
     return block
-
-
-def _varint(number: int) -> bytes:
-    """A varint: seven bits per byte, the lowest first (Protocol Buffers encoding guide)."""
-    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
-    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
 
 def _row_errors(problems: Sequence[VitrineError | None]) -> list[pb.RowError]:

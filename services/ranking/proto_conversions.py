@@ -17,7 +17,7 @@ from services.ranking.models.first_phase import SourceColumn
 from services.ranking.retrieval.exploration import ExplorationCandidates, ExplorationQuery
 from services.ranking.service import PredictResult, RankResult
 from services.ranking.users.profiles import UserProfile
-from services.rpc import proto_conversions, status
+from services.rpc import packed_fields, proto_conversions, status
 from services.rpc.request_limits import check
 
 MAX_EXPLORED = 500
@@ -102,8 +102,11 @@ def exploration_candidates_to(candidates: ExplorationCandidates) -> pb.Explorati
 
 def probabilities_to(ranked: RankResult) -> list[pb.TypeProbabilities]:
     """The probabilities of each type of event."""
-    by_type = ranked.probabilities.items()
-    return [pb.TypeProbabilities(type=name, probabilities=values.tolist()) for name, values in by_type]
+    messages = []
+    for name, values in ranked.probabilities.items():
+        messages.append(pb.TypeProbabilities(type=name))
+        packed_fields.extend(messages[-1], "probabilities", values)
+    return messages
 
 
 def prediction_to(prediction: PredictResult) -> pb.Prediction:
@@ -231,7 +234,8 @@ def sources_of(request: pb.RankRequest, count: int) -> list[SourceColumn]:
     """
     columns: list[SourceColumn] = []
     for position, message in enumerate(request.sources):
-        indices, scores = np.array(message.indices, np.int64), np.array(message.scores, np.float32)
+        indices = np.asarray(message.indices, np.int64)
+        scores = np.asarray(message.scores, np.float32)
         if len(indices) != len(scores):
             raise InvalidArgument.of(f"sources[{position}].scores", f"needs {len(indices)}, one per index")
         if len(indices) and indices.max() >= count:

@@ -33,7 +33,7 @@ from services.ranking.retrieval.retriever import RetrievalOptions, RetrieveResul
 from services.ranking.scoring.explanations import KINDS
 from services.ranking.service import RankingService
 from services.ranking.state.query_builder import User
-from services.rpc import proto_conversions, status
+from services.rpc import packed_fields, proto_conversions, status
 from services.rpc.request_limits import check, checked
 
 _DIGITS = 19
@@ -166,7 +166,10 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
     async def Rank(self, request: pb.RankRequest, context: Any) -> pb.RankResponse:
         """Score candidates for a user."""
         self._check_bundle(request.bundle)
-        item_hashes = list(request.item_hashes) or [item_hash(i) for i in request.item_ids]
+        if request.item_hashes:
+            item_hashes = item_hashes_of(request.item_hashes)
+        else:
+            item_hashes = np.array([item_hash(i) for i in request.item_ids], np.int64)
         if not 1 <= len(item_hashes) <= MAX_CANDIDATES:
             raise InvalidArgument.of(
                 "item_hashes", f"has {len(item_hashes)}, 1 to {MAX_CANDIDATES} are allowed"
@@ -174,15 +177,16 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         ranked = await self._ranking.rank(
             self._user(request.user),
             _as_of(request),
-            np.array(item_hashes, np.int64),
+            item_hashes,
             request.state_sequence or None,
             sources_of(request, len(item_hashes)),
         )
-        response = pb.RankResponse(scores=ranked.scores.tolist(), bundle=self._bundle)
+        response = pb.RankResponse(bundle=self._bundle)
+        packed_fields.extend(response, "scores", ranked.scores)
         if ranked.selected is not None:
-            response.second_phase.extend(ranked.selected.tolist())
+            packed_fields.extend(response, "second_phase", ranked.selected)
         for name, scores in ranked.components.items():
-            response.components.add(component=name, scores=scores.tolist())
+            packed_fields.extend(response.components.add(component=name), "scores", scores)
         response.probabilities.extend(probabilities_to(ranked))
         if request.view == item_pb2.VIEW_READABLE:
             self._add_rows(response, item_hashes, ranked.scores)
@@ -235,16 +239,17 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
         predictions = [await predict(index, message) for index, message in enumerate(request.users)]
         return pb.PredictResponse(predictions=predictions, state_sequence=until_sequence, bundle=self._bundle)
 
-    def _add_rows(self, response: pb.RankResponse, item_hashes: list[int], scores: np.ndarray) -> None:
+    def _add_rows(self, response: pb.RankResponse, item_hashes: np.ndarray, scores: np.ndarray) -> None:
         table = self._ranking.view.table
-        in_table = [index for index, row in enumerate(table.rows(item_hashes)) if row >= 0]
-        ids = table.ids(table.rows(item_hashes[index] for index in in_table))
+        table_rows = table.rows(item_hashes)
+        in_table = table_rows >= 0
+        ids = table.ids(table_rows[in_table])
         rows = sorted(zip(ids, scores[in_table].tolist(), strict=True), key=lambda row: -row[1])
         for item_id, score in rows:
             response.rows.add(item_id=item_id, score=score)
 
     def _retrieve_response(self, retrieved: RetrieveResult) -> pb.RetrieveResponse:
-        return pb.RetrieveResponse(
+        response = pb.RetrieveResponse(
             history=pb.History(
                 item_hashes=retrieved.item_hashes.tolist(),
                 types=retrieved.kinds.tolist(),
@@ -252,15 +257,6 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
                 weights=retrieved.weights.tolist(),
                 event_types=list(self._ranking.profile.event_types),
             ),
-            candidates=[
-                pb.CandidateList(
-                    source=_SOURCES[name],
-                    item_hashes=candidates.item_hashes.tolist(),
-                    scores=candidates.scores.tolist(),
-                )
-                for name, candidates in retrieved.candidates.items()
-                if len(candidates.item_hashes)
-            ],
             state_sequence=retrieved.sequence,
             purchased_item_hashes=retrieved.purchased.tolist(),
             bundle=self._bundle,
@@ -270,6 +266,12 @@ class RankingServicer(pb_grpc.RankingServiceServicer):
             if retrieved.exploration_candidates
             else None,
         )
+        for name, candidates in retrieved.candidates.items():
+            if len(candidates.item_hashes):
+                part = response.candidates.add(source=_SOURCES[name])
+                packed_fields.extend(part, "item_hashes", candidates.item_hashes)
+                packed_fields.extend(part, "scores", candidates.scores)
+        return response
 
     async def ListBundles(self, request: pb.ListBundlesRequest, context: Any) -> pb.ListBundlesResponse:
         """The versions of the bundles that calls may name."""

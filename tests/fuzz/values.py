@@ -125,6 +125,7 @@ _EDGES = [0, 1, 2, 20, 500, 501, 1000, 1001, 2000, 2001, 10_000]
 _INTEGERS = {
     _TYPE.TYPE_INT32: [*_EDGES, -1, 2**31 - 1, -(2**31)],
     _TYPE.TYPE_UINT32: [*_EDGES, 2**31, 2**32 - 1],
+    _TYPE.TYPE_FIXED32: [*_EDGES, 2**31, 2**32 - 1],
     _TYPE.TYPE_INT64: [*_EDGES, -1, 2**63 - 1, -(2**63)],
     _TYPE.TYPE_UINT64: [*_EDGES, 2**63 - 1, 2**63, 2**64 - 1],
     _TYPE.TYPE_FIXED64: [*_EDGES, 2**62, 2**63 - 1, 2**63, 2**64 - 1],

@@ -18,6 +18,7 @@ SERVICES = (
 METHODS: Sequence[MethodDescriptor] = [method for service in SERVICES for method in service.methods]
 _VARINT, _FIXED64, _BYTES = 0, 1, 2
 _SIZES = {
+    FieldDescriptor.TYPE_FIXED32: 4,
     FieldDescriptor.TYPE_FIXED64: 8,
     FieldDescriptor.TYPE_DOUBLE: 8,
     FieldDescriptor.TYPE_FLOAT: 4,

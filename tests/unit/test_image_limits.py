@@ -13,6 +13,7 @@ from services.core.errors import InvalidArgument
 from services.embedding.images import decoder
 from services.embedding.images.file_segments import MAX_SCANS, scan_bound
 from services.embedding.images.headers import FORMATS, MAX_MEMORY, format_of, read_header
+from tests.support.cpu_reference import reference_seconds
 from tests.support.image_bombs import (
     chunk,
     encode_image,
@@ -188,7 +189,7 @@ _MANY_SEGMENTS = {
 def test_a_million_segments_are_refused_cheaply(kind: str) -> None:
     start = time.process_time()
     assert "has more than" in error_of(_MANY_SEGMENTS[kind])
-    assert time.process_time() - start < 0.5  # Pillow alone takes 2 to 4 seconds for each
+    assert time.process_time() - start < 8 * reference_seconds()  # Pillow alone takes 30 to 60 for each
 
 
 @given(data=st.binary(max_size=400), start=st.sampled_from([b"\xff\xd8\xff", b"GIF89a", b"RIFF1234WEBPVP8X"]))

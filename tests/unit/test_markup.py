@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from services.catalog.items import Attribute, Item, item_text, title_words
 from services.catalog.markup import plain_text
 from services.embedding.store.schema import content_hashes
+from tests.support.cpu_reference import reference_seconds
 
 WORDS = st.lists(st.text("abcdefgh茶é", min_size=1, max_size=8), min_size=1, max_size=6)
 TAGS = ("b", "span", "a", "em", "font")
@@ -66,7 +67,7 @@ def test_any_text_is_read_and_never_becomes_longer(text: str) -> None:
 def test_a_megabyte_of_broken_markup_is_cheap(part: str) -> None:
     start = time.process_time()
     plain_text(part * ((1 << 20) // len(part)))
-    assert time.process_time() - start < 3  # quadratic time would be minutes
+    assert time.process_time() - start < 50 * reference_seconds()  # quadratic time would be thousands
 
 
 def test_markup_changes_neither_words_nor_vectors_and_stays_in_the_stored_item() -> None:

@@ -12,7 +12,7 @@ from services.catalog.candidate_sources import EMBEDDING_SOURCES, RANKING_SOURCE
 from services.catalog.items import item_hash
 from services.gateway.candidates import CandidateSet
 from services.gateway.query import Evidence, ExplorationCandidates, RecommendQuery, User, UserState
-from services.rpc import proto_conversions
+from services.rpc import packed_fields, proto_conversions
 
 _SOURCES: Mapping[str, ranking_pb.Source.ValueType] = {
     name: ranking_pb.Source.Value(f"SOURCE_{name.upper()}") for name in RANKING_SOURCES
@@ -136,13 +136,15 @@ def rank_request(
     request = ranking_pb.RankRequest(
         user=user_to(query.user),
         as_of=proto_conversions.time_to(query.as_of),
-        item_hashes=candidates.item_hashes.tolist(),
         state_sequence=state_sequence,
         bundle=bundle,
     )
+    packed_fields.extend(request, "item_hashes", candidates.item_hashes)
     if query.items is None:
         for source, indices, scores in candidates.columns():
-            request.sources.add(source=source, indices=indices.tolist(), scores=scores.tolist())
+            column = request.sources.add(source=source)
+            packed_fields.extend(column, "indices", indices)
+            packed_fields.extend(column, "scores", scores)
     return request
 
 
