@@ -10,13 +10,23 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from services.core.errors import ResourceExhausted, Unavailable
 
 T = TypeVar("T")
 _REQUEST_QUEUE = 1024
+
+
+async def run_in(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    """The result of `function`, run by a thread of the pool; Unavailable once the pool is shut down."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
+    except RuntimeError as error:
+        if "shutdown" in str(error):
+            raise Unavailable("the service is shutting down") from None
+        raise
 
 
 class BoundedPool:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 
 from services.catalog.bundle import ShopSchema
 from services.catalog.candidate_sources import NAMES
 from services.catalog.item_table import ItemTable
 from services.core.errors import Unavailable, VitrineError
+from services.core.executors import run_in
 from services.ranking.events.event_followers import EventFollower, EventFollowers
 from services.ranking.events.event_store import EventStore, in_batches
 from services.ranking.events.events import Event, RecordResult
@@ -107,6 +107,7 @@ class RankingService:
         self,
         store: EventStore,
         followers: EventFollowers,
+        compute: ThreadPoolExecutor,
         view: ItemView,
         graph: ItemGraph,
         profile: ShopSchema,
@@ -139,9 +140,8 @@ class RankingService:
         self._rfm_reference: tuple[int, RfmReference] | None = None
         self._advance_lock = threading.Lock()
         self._stats_lock = threading.Lock()
-        # Requests run in parallel: a second thread of torch for one of them costs more than it brings.
-        one_thread = partial(torch.set_num_threads, 1)
-        self._pool, self._closed = ThreadPoolExecutor(_THREADS, "ranking", one_thread), False
+        self._compute = compute
+        self._pool, self._closed = ThreadPoolExecutor(_THREADS, "ranking"), False
         self.retention = DataRetention(store, self._on)
         store.readers.add(self)
         self.advance()
@@ -216,7 +216,7 @@ class RankingService:
             state = UserState(user, as_of, self.cutoff(as_of), query, past, sequence)
             return self._retriever.retrieve(state, self.stats(as_of), options)
 
-        return await self._on(retrieve)
+        return await run_in(self._compute, retrieve)
 
     async def rank(
         self,
@@ -230,7 +230,9 @@ class RankingService:
 
         With the `sources` of the candidates the models score only those that the first phase selects.
         """
-        return await self._on(lambda: self._rank(user, as_of, item_hashes, until_sequence, sources))
+        return await run_in(
+            self._compute, lambda: self._rank(user, as_of, item_hashes, until_sequence, sources)
+        )
 
     async def user_profile(
         self, user_id: str, visitor_id: str, as_of: datetime
@@ -244,7 +246,7 @@ class RankingService:
         self, user: User, as_of: datetime, item_hashes: np.ndarray, until_sequence: int | None = None
     ) -> ExplainResult:
         """Why candidates, int64 (C,) item hashes, have the scores that `rank` gives them."""
-        return await self._on(lambda: self._explain(user, as_of, item_hashes, until_sequence))
+        return await run_in(self._compute, lambda: self._explain(user, as_of, item_hashes, until_sequence))
 
     async def predict(
         self, user: User, as_of: datetime, item_hashes: np.ndarray, until_sequence: int | None = None
@@ -255,7 +257,7 @@ class RankingService:
             ranked = self._rank(user, as_of, item_hashes, until_sequence) if len(item_hashes) else None
             return PredictResult(ranked, self._purchase_propensity(user.user_id, user.visitor_id, as_of))
 
-        return await self._on(predict)
+        return await run_in(self._compute, predict)
 
     def advance(self) -> None:
         """Read the committed events into the state."""
@@ -391,13 +393,8 @@ class RankingService:
         return ExplainResult(shares, seeds, purchased)
 
     async def _on(self, function: Callable[[], T]) -> T:
-        """Run a blocking function on a thread of this service."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, function)
-        except RuntimeError as error:
-            if "shutdown" in str(error):
-                raise Unavailable("the service is shutting down") from None
-            raise
+        """Run a function that waits for the store on a thread of this service."""
+        return await run_in(self._pool, function)
 
 
 def _refused(batch: Sequence[Event | VitrineError], error: VitrineError) -> list[Outcome]:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,8 @@ class App:
             )
             self._closing.append(resources.event_store.close)
             resources.event_followers = event_followers.EventFollowers()
+            resources.compute = _compute_pool()
+            self._closing.append(resources.compute.shutdown)
 
     def _open_database(self, url: str, name: str) -> "sa.Engine":
         self.settings.state.mkdir(parents=True, exist_ok=True)
@@ -326,6 +329,16 @@ def _add_function(name: str) -> AddServicer:
     service = NAMES[name].rpartition(".")[2]
     add: AddServicer = getattr(stubs, f"add_{service}Servicer_to_server")
     return add
+
+
+def _compute_pool() -> ThreadPoolExecutor:
+    """The thread that computes pages, which uses one core.
+
+    More threads would mostly wait for Python's lock, and for torch's second thread (docs/decisions/0052).
+    """
+    import torch
+
+    return ThreadPoolExecutor(1, "compute", partial(torch.set_num_threads, 1))
 
 
 def _clock(fixed: datetime | None) -> Callable[[], datetime]:

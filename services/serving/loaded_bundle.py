@@ -6,6 +6,7 @@ Part of the composition root. Imports the code of a service only where the proce
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -52,7 +53,8 @@ Loop = Callable[[], Awaitable[None]]
 class ProcessResources:
     """What a process has once, whichever bundle it serves; a store only where its service is `hosted`.
 
-    `bundle_versions` are the versions that calls may name, the current one first.
+    `bundle_versions` are the versions that calls may name, the current one first. `compute` is the thread
+    that computes pages, None in a process without the ranking service.
     """
 
     settings: Settings
@@ -63,6 +65,7 @@ class ProcessResources:
     item_store: "ItemStore | None" = None
     event_store: "EventStore | None" = None
     event_followers: "EventFollowers | None" = None
+    compute: ThreadPoolExecutor | None = None
     impression_log: "ImpressionLog | None" = None
 
 
@@ -208,7 +211,10 @@ class LoadedBundle:
             encoders = encoder_pool.EncoderPool(text, image)
             self._closing.append(encoders.close)
             self._import_items(item_store, encoders)
-        self._view = search_view.SearchView(item_store, encoders.digests, self._indexes(item_store, encoders))
+        indexes = self._indexes(item_store, encoders)
+        # A search by an engine waits for the network, and must not keep pages waiting.
+        search_pool = None if self._settings.milvus else self._resources.compute
+        self._view = search_view.SearchView(item_store, encoders.digests, indexes, search_pool)
         self._closing.append(self._view.close)
         self._catalog = writer.CatalogWriter(self._view, encoders)
         self.loaded_loops.append(self._view.maintain)
@@ -253,14 +259,16 @@ class LoadedBundle:
         from services.ranking.models import co_occurrence
 
         event_store, settings = self._resources.event_store, self._settings
-        followers = self._resources.event_followers
+        followers, compute = self._resources.event_followers, self._resources.compute
         assert event_store is not None  # noqa: S101 - its service is hosted
         assert followers is not None  # noqa: S101 - its service is hosted
+        assert compute is not None  # noqa: S101 - its service is hosted
         directory = self.bundle.component("graph")
         graph = co_occurrence.ItemGraph.load(directory) if directory else co_occurrence.ItemGraph.empty()
         self._ranking = service.RankingService(
             event_store,
             followers,
+            compute,
             self._items(ItemTable()),
             graph,
             self.bundle.profile,

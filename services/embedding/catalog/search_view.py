@@ -21,6 +21,7 @@ from services.catalog.query_vectors import QueryGroup
 from services.core import deadline
 from services.core.accumulator import Accumulator
 from services.core.errors import Unavailable
+from services.core.executors import run_in
 from services.embedding.catalog.neighbors import SCORE_DIGITS, Neighbors
 from services.embedding.index.vector_index import (
     PositionCache,
@@ -29,7 +30,6 @@ from services.embedding.index.vector_index import (
     VectorIndex,
     weighted_centroid,
 )
-from services.embedding.runtime.thread_pools import run_in
 from services.embedding.store.item_store import ItemStore
 from services.embedding.store.schema import StoredItem
 
@@ -46,14 +46,18 @@ _log = logging.getLogger(__name__)
 class SearchView:
     """Searches the items of a store; `digests` are the encoder digests and `spaces` the indexes, by space.
 
-    SQL and search run on a few threads.
+    SQL runs on a few threads of the view; searches run there too, or on `search_pool`, which stays open.
 
     Raises:
         Unavailable: the engine of an index does not answer.
     """
 
     def __init__(
-        self, items: ItemStore, digests: Mapping[str, str], spaces: Mapping[str, VectorIndex]
+        self,
+        items: ItemStore,
+        digests: Mapping[str, str],
+        spaces: Mapping[str, VectorIndex],
+        search_pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self.items, self._digests, self.spaces = items, digests, spaces
         self._positions, self._accumulator = PositionCache(), Accumulator()
@@ -61,6 +65,7 @@ class SearchView:
         self._neighbors = {space: Neighbors(index, self.table) for space, index in spaces.items()}
         self._retry_index_at = 0.0
         self._pool = ThreadPoolExecutor(4, "catalog")
+        self._search_pool = search_pool or self._pool
         self._follow_pool = ThreadPoolExecutor(1, "follow")  # one at a time; reads do not wait for it
         self._table_changed, self._feeds_ended = asyncio.Event(), False
         self._load_all()
@@ -121,7 +126,7 @@ class SearchView:
             results = index.search(queries, limit + overfetch * len(excluded), selection)
             return [_without(hits, excluded, limit) for hits in results]
 
-        return await run_in(self._pool, run)
+        return await run_in(self._search_pool, run)
 
     async def search_groups(
         self,
@@ -142,7 +147,7 @@ class SearchView:
             mask[rows[(rows >= 0) & (rows < len(mask))]] = False
             return {space: self._merged(space, groups, limit, mask, condition is None) for space in spaces}
 
-        return await run_in(self._pool, run)
+        return await run_in(self._search_pool, run)
 
     def _merged(
         self, space: str, groups: Sequence[QueryGroup], limit: int, mask: np.ndarray, most: bool

@@ -17,12 +17,12 @@ import numpy as np
 
 from services.core import deadline
 from services.core.errors import FailedPrecondition, InvalidArgument
+from services.core.executors import run_in
 from services.embedding.encoders.encoders import EncodedTexts, ImageEncoder, TextEncoder
 from services.embedding.encoders.preprocessing import Preprocessor
 from services.embedding.images.loader import ImageLoader
 from services.embedding.runtime.batching import Batcher, Lane, Model, Rows
 from services.embedding.runtime.devices import model_threads, share_cores
-from services.embedding.runtime.thread_pools import run_in
 
 T = TypeVar("T")
 V = TypeVar("V")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from services.core.errors import InvalidArgument
+from services.core.executors import run_in
 from services.embedding.encoders.encoders import ImageEncoder
 from services.embedding.images.headers import ImageHeader, read_header
 from services.embedding.images.loader import ImageLoader
 from services.embedding.runtime.batching import Lane
 from services.embedding.runtime.devices import share_cores
-from services.embedding.runtime.thread_pools import run_in
 
 _FILES_PER_TASK = 8
 Pixels = np.ndarray | torch.Tensor
