@@ -266,7 +266,7 @@ class ItemTable:
             elif row is not None:
                 self._remove(row)
             self.sequence = max(self.sequence, change.sequence)
-        self._row_of.sort()
+        self._row_of.index()
 
     def _put(self, old_row: int | None, item: Item, change: Change) -> None:
         row = self._length if old_row is None else old_row

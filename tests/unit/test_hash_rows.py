@@ -12,7 +12,7 @@ from services.catalog.hash_rows import HashRows
 
 LARGEST = np.iinfo(np.int64).max
 HASHES = st.one_of(st.integers(-LARGEST - 1, LARGEST), st.integers(0, 60), st.just(LARGEST))
-MANY = hash_rows._FEW + 1  # as many look-ups as the sorted arrays serve
+MANY = hash_rows._FEW + 1  # as many look-ups as the table serves
 
 
 @given(
@@ -22,13 +22,13 @@ MANY = hash_rows._FEW + 1  # as many look-ups as the sorted arrays serve
 @settings(deadline=None)
 def test_look_ups_equal_a_dictionary(steps: list[tuple[list[int], bool]], others: list[int]) -> None:
     rows, expected = HashRows(), dict[int, int]()
-    for hashes, sorts in steps:
+    for hashes, indexes in steps:
         for item_hash in hashes:
             if item_hash not in expected:
                 expected[item_hash] = len(expected)
                 rows.add(item_hash, expected[item_hash])
-        if sorts:
-            rows.sort()
+        if indexes:
+            rows.index()
         queries = [*others, *expected, *others][: 3 * MANY]
         for query in (queries, queries[: MANY - 2], [*expected], []):
             answer = [expected.get(item_hash, -1) for item_hash in query]
@@ -65,7 +65,7 @@ def test_a_reader_finds_every_hash_that_was_added_before() -> None:
     try:
         for row, item_hash in enumerate(hashes.tolist()):
             rows.add(item_hash, row)
-            rows.sort()
+            rows.index()
             count[0] = row + 1
     finally:
         count[0] = len(hashes)
