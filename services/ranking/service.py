@@ -50,7 +50,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 20_000
 _THREADS = 2
 _MAX_NEW_ITEMS = 2000
+_MAX_QUERIES = 64
 _MAX_PROFILE_EVENTS = 5000
+_QueryKey = tuple[User, int, int | None, int]
 
 
 class ItemView(Protocol):
@@ -135,6 +137,7 @@ class RankingService:
             self._targets,
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
+        self._queries: dict[_QueryKey, tuple[UserQuery, EventColumns]] = {}
         self._stats: ItemStats | None = None
         self._growth = StatsGrowth()
         self._rfm_reference: tuple[int, RfmReference] | None = None
@@ -203,6 +206,7 @@ class RankingService:
         with self._advance_lock, self._stats_lock:
             from_state(self.state)
             self._stats = self._rfm_reference = None
+            self._queries = {}  # a new one: a request in progress may add to the other
 
     async def retrieve(
         self, user: User, as_of: datetime, options: RetrievalOptions, *, min_sequence: int = 0
@@ -272,10 +276,21 @@ class RankingService:
     def query(
         self, user: User, as_of: datetime, until_sequence: int | None = None
     ) -> tuple[UserQuery, EventColumns]:
-        """The user in rows of the item table, and the stored events that this is made from."""
-        cutoff = self.cutoff(as_of)
+        """The user in rows of the item table, and the stored events that this is made from.
+
+        The latest are kept: Rank needs the same as Retrieve before it.
+        """
+        queries, cutoff = self._queries, self.cutoff(as_of)
+        key = user, cutoff, until_sequence, self.view.table.version
+        if until_sequence is not None and (kept := queries.get(key)):
+            return kept
         past = self.state.history(user.user_id, user.visitor_id, cutoff, MAX_HISTORY, until_sequence)
-        return make_query(self.state, self.view.table, user, past, cutoff, self._targets), past
+        query = make_query(self.state, self.view.table, user, past, cutoff, self._targets)
+        if until_sequence is not None:
+            if len(queries) >= _MAX_QUERIES:
+                queries.pop(next(iter(queries)), None)
+            queries[key] = query, past
+        return query, past
 
     def cutoff(self, as_of: datetime) -> int:
         """Microseconds since 1970: only events recorded before it count."""

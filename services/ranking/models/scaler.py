@@ -47,7 +47,7 @@ class FeatureScaler:
         """Standardized columns (…, F), float32, 0 for unknown."""
         unit, mean, scale = self._arrays
         scaled = (_signed_log(np.asarray(columns, np.float32) / unit) - mean) / scale
-        np.nan_to_num(scaled, copy=False)
+        scaled[np.isnan(scaled)] = 0
         return np.asarray(np.clip(scaled, -_CLIP, _CLIP, out=scaled))
 
     @cached_property
@@ -58,4 +58,4 @@ class FeatureScaler:
 
 def _signed_log(values: np.ndarray) -> np.ndarray:
     """sign(x) log(1 + |x|)."""
-    return np.asarray(np.sign(values) * np.log1p(np.abs(values)))
+    return np.asarray(np.copysign(np.log1p(np.abs(values)), values))

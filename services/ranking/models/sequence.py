@@ -211,6 +211,12 @@ class SequenceView:
 
     def user(self, query: UserQuery) -> np.ndarray | None:
         """The vector of a user, float32 (width + 1,); None for a user without items."""
+        if self not in query.derived:
+            query.derived[self] = self._user(query)
+        vector: np.ndarray | None = query.derived[self]
+        return vector
+
+    def _user(self, query: UserQuery) -> np.ndarray | None:
         sequence = query.item_sequence()
         if not len(sequence.rows):
             return None

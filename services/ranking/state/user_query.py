@@ -1,6 +1,8 @@
 """The user of a request, in rows of the item table: the input of sources, features and models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ class UserQuery:
 
     `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), in days, and `weights` float32,
     those of the event types; `purchased` bool says which were purchased, `channels` int16 by which channel,
-    -1 unknown.
+    -1 unknown. `derived` keeps what models derive from a user, by model: Retrieve and Rank need the same.
     """
 
     session: np.ndarray
@@ -41,16 +43,25 @@ class UserQuery:
     weights: np.ndarray
     purchased: np.ndarray
     channels: np.ndarray
+    derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def seeds(self) -> tuple[np.ndarray, np.ndarray]:
         """Seed rows, session first, at most 30 of each, and their weights by event type and recency."""
+        return self._seeds
+
+    def latest_seeds(self) -> tuple[np.ndarray, np.ndarray]:
+        """At most 30 rows, session first; each later item lowers the weight of those before it."""
+        return self._latest_seeds
+
+    @cached_property
+    def _seeds(self) -> tuple[np.ndarray, np.ndarray]:
         past = self.weights[:SEEDS] * recency(self.ages[:SEEDS])
         rows = np.concatenate([self.session[:SEEDS], self.history[:SEEDS]])
         weights = np.concatenate([self.session_weights[:SEEDS], past])
         return rows, weights.astype(np.float32)
 
-    def latest_seeds(self) -> tuple[np.ndarray, np.ndarray]:
-        """At most 30 rows, session first; each later item lowers the weight of those before it."""
+    @cached_property
+    def _latest_seeds(self) -> tuple[np.ndarray, np.ndarray]:
         rows = np.concatenate([self.session, self.history])[:SEEDS]
         weights = np.concatenate([self.session_weights, self.weights])[:SEEDS]
         return rows, (weights * _STEP_DECAY ** np.arange(len(rows))).astype(np.float32)
