@@ -96,7 +96,7 @@ class CandidateSet:
         """The sources of an item by hash, with their scores; none for an unknown item."""
         known = self._known.get(item)
         if known is None:
-            row = self._row_of.get(item)
+            row = self._found[item] if item in self._found else self._row_of.get(item)
             scores = [] if row is None else self.scores[row].tolist()
             known = {name: s for name, s in zip(self.names, scores, strict=False) if not math.isnan(s)}
             self._known[item] = known
@@ -110,7 +110,8 @@ class CandidateSet:
         score at least as high. Names outside `SOURCES`, such as "quota", always follow.
         """
         items = list(item_hashes)
-        scores = self.scores[[self._row_of[item] for item in items]]
+        self._find(items)
+        scores = self.scores[[self._found[item] for item in items]]
         ranks = np.full(scores.shape, _UNRANKED)
         for column, name in enumerate(self.names):
             if name in SOURCES:
@@ -136,6 +137,16 @@ class CandidateSet:
     def _lists(self) -> Iterable[SourceList]:
         for name, used, scores in self.columns():
             yield name, self.item_hashes[used], scores
+
+    def _find(self, items: list[int]) -> None:
+        """Look up the rows of a page's items, without a dictionary of all."""
+        rows = np.flatnonzero(np.isin(self.item_hashes, np.array(items, np.int64)))
+        self._found.update(zip(self.item_hashes[rows].tolist(), rows.tolist(), strict=True))
+
+    @cached_property
+    def _found(self) -> dict[int, int]:
+        """The rows that were looked up for a page."""
+        return {}
 
     @cached_property
     def _row_of(self) -> dict[int, int]:

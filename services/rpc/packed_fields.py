@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 _LENGTH_DELIMITED = 2
+_BITS, _MORE = 0x7F, 0x80
 _DTYPES = {
     FieldDescriptor.TYPE_FIXED32: "<u4",
     FieldDescriptor.TYPE_FIXED64: "<u8",
@@ -42,5 +43,9 @@ def _encoding(descriptor: Descriptor, name: str) -> tuple[bytes, str]:
 
 def _varint(number: int) -> bytes:
     """A varint: seven bits per byte, the lowest first."""
-    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
-    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+    encoded = bytearray()
+    while number > _BITS:
+        encoded.append(number & _BITS | _MORE)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)

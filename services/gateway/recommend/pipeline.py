@@ -339,9 +339,11 @@ class Pipeline:
             modeled = hashes[np.array(response.second_phase, np.int64)] if response.second_phase else hashes
             items = modeled.tolist()
             for component in response.components:
-                components[component.component] = dict(zip(items, component.scores, strict=True))
+                values = np.asarray(component.scores).tolist()
+                components[component.component] = dict(zip(items, values, strict=True))
             for of_type in response.probabilities:
-                probabilities[of_type.type] = dict(zip(items, of_type.probabilities, strict=True))
+                values = np.asarray(of_type.probabilities).tolist()
+                probabilities[of_type.type] = dict(zip(items, values, strict=True))
         else:
             scores = fuse_sources(hashes, candidates.names, candidates.scores)
         order = np.lexsort((hashes, -scores))
