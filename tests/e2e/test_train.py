@@ -233,6 +233,9 @@ def test_a_second_run_reuses_the_finished_stages(
 
 def test_the_report_ablates_every_part(bundles: Path) -> None:
     report = json.loads((Bundle(bundles).directory / "report" / "report.json").read_text())
+    recalls = report["candidates"]["index_recall"]
+    assert {name: recall["recall"] for name, recall in recalls.items()} == dict.fromkeys(recalls, 1.0)
+    assert {"title_keywords", "sequence"} <= recalls.keys()
     parts = ["graph", "words", "text", "sequence", "ctr", "trees"]
     assert sorted(report["ablation"]) == sorted([*parts, "reranker"])
     assert sorted(report["cumulative_ablation"]) == sorted(["counts", *parts])

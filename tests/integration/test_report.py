@@ -122,6 +122,7 @@ def full() -> dict[str, Any]:
             "per_query": {"similar": 212.5, "popular": 50.0},
             "target_recall": 0.7,
             "target_recall_by_band": {"head": 0.9, "strict_cold": 0.4},
+            "index_recall": {"title_keywords": {"recall": 0.96875, "queries": 77}},
         },
         "encoders": {"text": encoder, "image": encoder},
         "ctr": {"click": click_metrics(0.2), "cart": click_metrics(0.05), "purchase": click_metrics(0.02)},
@@ -182,6 +183,7 @@ def test_the_page_shows_metrics_with_intervals(tmp_path: Path) -> None:
     assert '| targets | \\["Größe"\\] |' in page
     assert "| + graph | 0.400 [0.350, 0.456] | 0.100 [" in page
     assert "| counts | 0.400 [0.350, 0.456] | – |" in page
+    assert "| title_keywords | 0.969 | 77 |" in page
 
 
 def test_parts_without_an_effect_are_named(tmp_path: Path) -> None:

@@ -273,12 +273,13 @@ def check(
             assert_exact(found, scores, allowed, limit, hashes)
         else:
             assert_best(found, scores, allowed, limit)
-    found = sources.candidates("sequence", oracle.query, oracle.stats, allowed, limit)
     odds = oracle.odds()
-    if odds is None:
-        assert not len(found.rows)
-    else:
-        assert_best(found, odds / odds[allowed].max(initial=1e-30), allowed, limit)
+    for of_source in (sources.candidates, sources.exact):
+        found = of_source("sequence", oracle.query, oracle.stats, allowed, limit)
+        if odds is None:
+            assert not len(found.rows)
+        else:
+            assert_best(found, odds / odds[allowed].max(initial=1e-30), allowed, limit)
 
 
 @given(st.integers(0, 1 << 30), st.integers(1, 12), st.integers(0, 5), st.integers(0, 18), RELATIONS)
@@ -364,6 +365,7 @@ def test_an_inverted_index_finds_most_of_the_best_rows(monkeypatch: pytest.Monke
         oracle = Oracle(items, count, stats, query, graph)
         for name, of_source in recalls.items():
             scores = oracle.scores(name)
+            assert_best(sources.exact(name, query, stats, allowed, limit), scores, allowed, limit)
             found = sources.candidates(name, query, stats, allowed, limit)
             assert len(set(found.rows.tolist())) == len(found.rows)
             assert allowed[found.rows].all()

@@ -31,6 +31,7 @@ from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, is_c
 FILE = "evaluation.json"
 PAGE = 20
 _TIMED_QUERIES = 50
+_RECALL_QUERIES = 100
 # A dozen models are fitted. On H&M, trees help significantly with 12,000 baskets, but not with 3,000.
 _TRAINING_QUERIES = 6000
 # The parts that describe new items come first, because a chart shows at most six curves.
@@ -93,7 +94,8 @@ def evaluate(
         "ranking": {name: metrics.ranking_metrics(p, **inputs) for name, p in pages.items()},
         "ablation": {},
         "cold_start": {},
-        "candidates": _candidates(past, rows, inputs),
+        "candidates": _candidates(past, rows, inputs)
+        | {"index_recall": _index_recall(past, queries, allowed)},
         "ctr": _ctr(data, training, models, settings, vectors, since, rows),
         "reranker": _importance(models, rows, matrix),
     }
@@ -242,6 +244,19 @@ def _candidates(past: PointInTime, rows: FeatureRows, inputs: Mapping[str, Any])
         "target_recall": float(np.mean(all_hits)),
         "target_recall_by_band": {band: float(np.mean(hits)) for band, hits in hits_by_band.items()},
     }
+
+
+def _index_recall(
+    past: PointInTime, queries: Sequence[EvalQuery], allowed: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The recall of the candidate indexes on a sample of queries, and how many of these have any result."""
+    recalls: dict[str, list[float]] = {}
+    for index in np.sort(np.random.default_rng(5).permutation(len(queries))[:_RECALL_QUERIES]):
+        query = queries[index]
+        stats, live = past.stats_at(query.as_of), past.live(query.as_of)
+        for source, recall in past.index_recalls(past.query(query), stats, allowed & live).items():
+            recalls.setdefault(source, []).append(recall)
+    return {name: {"recall": float(np.mean(r)), "queries": len(r)} for name, r in recalls.items()}
 
 
 def _ctr(

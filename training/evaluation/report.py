@@ -50,7 +50,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
                     {part: {"recall", "ndcg", "recall_gained", "ndcg_gained": interval,
                     "milliseconds": float}}, with all parts up to this one, the gain, and the total cost
         candidates  {"per_query": {source: count}, "target_recall": share,
-                "target_recall_by_band": {band: share}}
+                    "target_recall_by_band": {band: share},
+                    "index_recall": {source: {"recall": share, "queries": int}}}
         encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         propensity  {"7 days": {"published": bool, "reason": str if not, "model", "base rate":
@@ -246,7 +247,19 @@ def _candidates(candidates: Section) -> list[str]:
     return [
         _table(("source", "candidates per query"), candidates.get("per_query", {}).items()),
         _table(("targets", "share among the candidates"), recalls),
+        *_index_recall(candidates.get("index_recall", {})),
     ]
+
+
+def _index_recall(indexes: Section) -> list[str]:
+    if not indexes:
+        return []
+    note = (
+        "Some sources read an index, which may miss items. This is the share of the items that scoring the "
+    )
+    note += "whole catalog gives them."
+    rows = [(name, index.get("recall"), index.get("queries")) for name, index in indexes.items()]
+    return [note, _table(("source", "recall of the index", "queries"), rows)]
 
 
 def _encoders(encoders: Section) -> list[str]:

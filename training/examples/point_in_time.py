@@ -18,7 +18,7 @@ from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import Features
 from services.ranking.models.co_occurrence import GraphView, ItemGraph
 from services.ranking.models.sequence import SequenceView
-from services.ranking.retrieval.candidate_sources import CandidateSources, ScoredRows
+from services.ranking.retrieval.candidate_sources import INDEXED, CandidateSources, ScoredRows
 from services.ranking.state.item_stats import TICKS, ItemStats, item_stats
 from services.ranking.state.query_builder import User, make_query
 from services.ranking.state.user_query import MAX_HISTORY, UserQuery, recency
@@ -121,16 +121,32 @@ class PointInTime:
         self, query: UserQuery, stats: ItemStats, allowed: np.ndarray
     ) -> Iterator[tuple[str, ScoredRows]]:
         """The rows of each source and their scores, in the order of `source_names`, computed lazily."""
-        excluded = query.session
-        if self._exclude_purchased:
-            excluded = np.concatenate([excluded, query.history[query.purchased]])
-        eligible = allowed.copy()
-        eligible[excluded] = False
+        excluded, eligible = self._eligible(query, allowed)
         sources = self._sources[stats.tick // DAY]
         for name in sources.by_name:
             yield name, sources.candidates(name, query, stats, eligible, CANDIDATES_PER_SOURCE)
         for space in self._vectors:
             yield space, self._near(space, query, allowed, excluded)
+
+    def index_recalls(self, query: UserQuery, stats: ItemStats, allowed: np.ndarray) -> dict[str, float]:
+        """By source with an index: the share of the best items that it finds; none without any such item."""
+        _, eligible = self._eligible(query, allowed)
+        sources, recalls = self._sources[stats.tick // DAY], {}
+        for name in INDEXED:
+            best = sources.exact(name, query, stats, eligible, CANDIDATES_PER_SOURCE).rows
+            if len(best):
+                found = sources.candidates(name, query, stats, eligible, CANDIDATES_PER_SOURCE).rows
+                recalls[name] = float(np.isin(best, found).mean())
+        return recalls
+
+    def _eligible(self, query: UserQuery, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that are not candidates of a user, int64 (E,), and those that may be, bool (M,)."""
+        excluded = query.session
+        if self._exclude_purchased:
+            excluded = np.concatenate([excluded, query.history[query.purchased]])
+        eligible = allowed.copy()
+        eligible[excluded] = False
+        return excluded, eligible
 
     def related(self, query: UserQuery, stats: ItemStats, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Which of `rows`, int64 (C,), each graph relation connects to the user: bool (C,)."""

@@ -28,6 +28,8 @@ class ScoredRows(NamedTuple):
     scores: np.ndarray
 
 
+INDEXED = ("attribute_affinity", "title_keywords", "sequence")
+"""The sources that read an approximate index of a large catalog."""
 Source = Callable[[UserQuery, ItemStats, np.ndarray, int], ScoredRows]
 """Gives rows in no order; those of the mask `allowed`, bool (N,), contain the best `limit` allowed ones."""
 _NONE = ScoredRows(np.empty(0, np.int64), np.empty(0))
@@ -63,6 +65,22 @@ class CandidateSources:
         Ties do not go by row: processes differ in the rows of items.
         """
         return self.best(self.by_name[source](query, stats, allowed, limit), allowed, limit)
+
+    def exact(
+        self, source: str, query: UserQuery, stats: ItemStats, allowed: np.ndarray, limit: int
+    ) -> ScoredRows:
+        """The same of a source of `INDEXED`, by the scores of all allowed rows."""
+        rows = np.flatnonzero(allowed)
+        if source == "sequence":
+            user = self._sequence.user(query) if self._sequence else None
+            if self._sequence is None or user is None:
+                return _NONE
+            return self.best(_odds(rows, self._sequence.scores(user, rows)[0]), allowed, limit)
+        index = self._attributes if source == "attribute_affinity" else self._titles
+        seeds, weights = query.seeds()
+        if not len(seeds):
+            return _NONE
+        return self.best(ScoredRows(rows, index.scores(seeds, weights, rows, stats)), allowed, limit)
 
     def best(self, scored: ScoredRows, allowed: np.ndarray, limit: int) -> ScoredRows:
         """The best allowed rows, in the same order."""
@@ -152,8 +170,7 @@ class CandidateSources:
         user = self._sequence.user(query) if self._sequence else None
         if self._sequence_index is None or user is None:
             return _NONE
-        rows, log_odds = self._sequence_index.search(user, allowed, limit)
-        return ScoredRows(rows, np.exp(log_odds - log_odds.max(initial=-np.inf)))
+        return _odds(*self._sequence_index.search(user, allowed, limit))
 
     def _novelty(self, stats: ItemStats) -> np.ndarray:
         return self._novelty_of(np.arange(stats.length), stats)
@@ -205,3 +222,7 @@ _ITEM_SCORES: Mapping[str, Callable[[ItemStats], np.ndarray]] = {
         stats.popular[:, 0] > 0, stats.popular[:, 0] / np.sqrt(stats.popular[:, 2] + 1), 0
     ),
 }
+
+
+def _odds(rows: np.ndarray, log_odds: np.ndarray) -> ScoredRows:
+    return ScoredRows(rows, np.exp(log_odds - log_odds.max(initial=-np.inf)))
