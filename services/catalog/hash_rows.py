@@ -71,7 +71,10 @@ class HashRows:
 
 
 class _Table:
-    """A hash is in the first slot from that of its low bits on which is its own or empty."""
+    """The low bits of a hash give its first slot.
+
+    A look-up goes from there to the next slots until it finds the hash or an empty slot.
+    """
 
     def __init__(self, min_slots: int) -> None:
         self.slots, self.count = 1 << max(min_slots - 1, 1).bit_length(), 0

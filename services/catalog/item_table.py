@@ -98,11 +98,12 @@ class ItemTable:
     ) -> "ItemTable":
         """A table of items with, for each space, vectors (N, D) where `present`, bool (N,)."""
         table = cls(capacity=max(1024, len(items)))
-        for index, item in enumerate(items):
-            item_vectors = {
-                space: values[index] for space, values in vectors.items() if present[space][index]
-            }
-            table.apply([Change(item_hash(item.id), 0, item, created[index], item_vectors)])
+
+        def change(index: int, item: Item) -> Change:
+            item_vectors = {space: v[index] for space, v in vectors.items() if present[space][index]}
+            return Change(item_hash(item.id), 0, item, created[index], item_vectors)
+
+        table.apply(change(index, item) for index, item in enumerate(items))
         return table
 
     @property

@@ -1,4 +1,6 @@
-"""Thread pools with a bounded queue, one for each kind of work.
+"""Thread pools, so that the work of one kind does not wait for another's.
+
+Admission limits bound the queue of a plain pool, which `run_in` uses. `BoundedPool` has a bound of its own.
 
 asyncio has one default pool per process, which `asyncio.to_thread` and `loop.getaddrinfo` share: if a DNS
 server does not answer, all other work in that pool waits. So the work that calls wait for runs in pools of
@@ -6,6 +8,7 @@ its own, and the default pool is for background work such as loading a bundle.
 """
 
 import asyncio
+import contextlib
 import os
 import queue
 import threading
@@ -27,6 +30,15 @@ async def run_in(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
         if "shutdown" in str(error):
             raise Unavailable("the service is shutting down") from None
         raise
+
+
+def finish_queued(pool: ThreadPoolExecutor) -> None:
+    """Wait until a pool of one thread has run what was queued so far; does nothing once it is shut down.
+
+    A call that timed out leaves its function running, which refers to what is about to be closed.
+    """
+    with contextlib.suppress(RuntimeError):
+        pool.submit(int).result()
 
 
 class BoundedPool:

@@ -22,7 +22,7 @@ from services.catalog.bundle import ShopSchema
 from services.catalog.candidate_sources import NAMES
 from services.catalog.item_table import ItemTable
 from services.core.errors import Unavailable, VitrineError
-from services.core.executors import run_in
+from services.core.executors import finish_queued, run_in
 from services.ranking.events.event_followers import EventFollower, EventFollowers
 from services.ranking.events.event_store import EventStore, in_batches
 from services.ranking.events.events import Event, RecordResult
@@ -52,7 +52,7 @@ _THREADS = 2
 _MAX_NEW_ITEMS = 2000
 _MAX_QUERIES = 64
 _MAX_PROFILE_EVENTS = 5000
-_QueryKey = tuple[User, int, int | None, int]
+_QueryKey = tuple[User, int, int | None, int, int]
 
 
 class ItemView(Protocol):
@@ -129,11 +129,12 @@ class RankingService:
         self.features = Features(context)
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
         self._explainer = Explainer(self._scorer, self.features, context)
+        self._exploration_counts = ExplorationCounts(store.served)
         self._retriever = Retriever(
             self.state,
             view.table,
             CandidateSources(context),
-            ExplorationCounts(store.served),
+            self._exploration_counts,
             self._targets,
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
@@ -152,6 +153,7 @@ class RankingService:
     def close(self) -> None:
         """Finish the accepted calls and stop."""
         self._closed = True
+        finish_queued(self._compute)
         self._pool.shutdown()
 
     async def write(self, events: Sequence[Event | VitrineError]) -> list[Outcome]:
@@ -213,6 +215,7 @@ class RankingService:
     ) -> RetrieveResult:
         """The history of a user and candidates, from items of change `min_sequence` or later."""
         await self.view.wait_for(min_sequence)
+        options = await self._with_log_position(options)
 
         def retrieve() -> RetrieveResult:
             sequence = self.state.sequence
@@ -221,6 +224,17 @@ class RankingService:
             return self._retriever.retrieve(state, self.stats(as_of), options)
 
         return await run_in(self._compute, retrieve)
+
+    async def _with_log_position(self, options: RetrievalOptions) -> RetrievalOptions:
+        """The same options with the position in the impression log up to which exploration counts."""
+        exploration = options.exploration_query
+        if exploration is None:
+            return options
+        follow = partial(self._exploration_counts.follow, exploration.log_position or 0)
+        position = await self._on(follow)
+        if exploration.log_position is None:
+            exploration = replace(exploration, log_position=position)
+        return replace(options, exploration_query=exploration)
 
     async def rank(
         self,
@@ -281,12 +295,14 @@ class RankingService:
         The latest are kept: Rank needs the same as Retrieve before it.
         """
         queries, cutoff = self._queries, self.cutoff(as_of)
-        key = user, cutoff, until_sequence, self.view.table.version
-        if until_sequence is not None and (kept := queries.get(key)):
+        # A new row raises the version before its hash is found, and the sequence after that.
+        key = user, cutoff, until_sequence, self.view.table.version, self.view.table.sequence
+        is_complete = until_sequence is not None and until_sequence <= self.state.sequence
+        if is_complete and (kept := queries.get(key)):
             return kept
         past = self.state.history(user.user_id, user.visitor_id, cutoff, MAX_HISTORY, until_sequence)
         query = make_query(self.state, self.view.table, user, past, cutoff, self._targets)
-        if until_sequence is not None:
+        if is_complete:
             if len(queries) >= _MAX_QUERIES:
                 queries.pop(next(iter(queries)), None)
             queries[key] = query, past

@@ -334,7 +334,8 @@ def _add_function(name: str) -> AddServicer:
 def _compute_pool() -> ThreadPoolExecutor:
     """The thread that computes pages, which uses one core.
 
-    More threads would mostly wait for Python's lock, and for torch's second thread (docs/decisions/0052).
+    More of these threads would mostly wait for Python's lock (docs/decisions/0052). A second thread of torch
+    for one page costs more than it brings.
     """
     import torch
 

@@ -213,8 +213,8 @@ class LoadedBundle:
             self._import_items(item_store, encoders)
         indexes = self._indexes(item_store, encoders)
         # A search by an engine waits for the network, and must not keep pages waiting.
-        search_pool = None if self._settings.milvus else self._resources.compute
-        self._view = search_view.SearchView(item_store, encoders.digests, indexes, search_pool)
+        page_pool = None if self._settings.milvus else self._resources.compute
+        self._view = search_view.SearchView(item_store, encoders.digests, indexes, page_pool)
         self._closing.append(self._view.close)
         self._catalog = writer.CatalogWriter(self._view, encoders)
         self.loaded_loops.append(self._view.maintain)

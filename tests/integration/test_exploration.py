@@ -214,9 +214,6 @@ async def test_max_interactions_limits_exploration_to_rarely_used_items(
 class Unshown:
     """Counts of a log in which nothing is."""
 
-    def follow(self, at_least: int = 0) -> int:
-        return at_least
-
     def of(self, numbers: np.ndarray, upto: int) -> np.ndarray:
         return np.zeros(len(numbers), np.int64)
 
@@ -232,7 +229,7 @@ def test_half_of_the_candidates_are_the_nearest_and_half_are_random(seed: int, l
     now = item_stats(EventState({"purchase": 1.0}), table, 0)
     nearest = np.arange(50, 50 + near)
     candidates = exploration_candidates(
-        ExplorationQuery("home", limit, seed, 0, 10),
+        ExplorationQuery("home", limit, seed, 0, 10, log_position=0),
         np.ones(200, bool),
         now,
         table,

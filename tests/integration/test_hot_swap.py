@@ -121,7 +121,8 @@ async def test_a_write_in_progress_reaches_the_bundle_of_a_swap(
         follow_items, follow_events = old.view.follow, old.ranking.follow
 
         async def swap_items() -> None:
-            old.catalog.retarget(view=new.view, also_encode_for=[])
+            if old.view.items.sequence > old.view.sequence:  # after the commit
+                old.catalog.retarget(view=new.view, also_encode_for=[])
             await follow_items()
 
         async def swap_events() -> None:

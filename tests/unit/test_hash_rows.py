@@ -65,8 +65,8 @@ def test_a_reader_finds_every_hash_that_was_added_before() -> None:
     try:
         for row, item_hash in enumerate(hashes.tolist()):
             rows.add(item_hash, row)
-            rows.index()
             count[0] = row + 1
+            rows.index()
     finally:
         count[0] = len(hashes)
         for reader in readers:

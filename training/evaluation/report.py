@@ -254,10 +254,8 @@ def _candidates(candidates: Section) -> list[str]:
 def _index_recall(indexes: Section) -> list[str]:
     if not indexes:
         return []
-    note = (
-        "Some sources read an index, which may miss items. This is the share of the items that scoring the "
-    )
-    note += "whole catalog gives them."
+    note = "Some sources read an index, which may miss items. The recall is the share of the best items, by "
+    note += "the scores of the whole catalog, that the index finds."
     rows = [(name, index.get("recall"), index.get("queries")) for name, index in indexes.items()]
     return [note, _table(("source", "recall of the index", "queries"), rows)]
 

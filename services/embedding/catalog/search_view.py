@@ -21,7 +21,7 @@ from services.catalog.query_vectors import QueryGroup
 from services.core import deadline
 from services.core.accumulator import Accumulator
 from services.core.errors import Unavailable
-from services.core.executors import run_in
+from services.core.executors import finish_queued, run_in
 from services.embedding.catalog.neighbors import SCORE_DIGITS, Neighbors
 from services.embedding.index.vector_index import (
     PositionCache,
@@ -46,7 +46,8 @@ _log = logging.getLogger(__name__)
 class SearchView:
     """Searches the items of a store; `digests` are the encoder digests and `spaces` the indexes, by space.
 
-    SQL runs on a few threads of the view; searches run there too, or on `search_pool`, which stays open.
+    SQL and searches run on a few threads of the view. The searches of pages, `search_groups`, run on
+    `page_pool` if there is one, which stays open.
 
     Raises:
         Unavailable: the engine of an index does not answer.
@@ -57,7 +58,7 @@ class SearchView:
         items: ItemStore,
         digests: Mapping[str, str],
         spaces: Mapping[str, VectorIndex],
-        search_pool: ThreadPoolExecutor | None = None,
+        page_pool: ThreadPoolExecutor | None = None,
     ) -> None:
         self.items, self._digests, self.spaces = items, digests, spaces
         self._positions, self._accumulator = PositionCache(), Accumulator()
@@ -65,13 +66,15 @@ class SearchView:
         self._neighbors = {space: Neighbors(index, self.table) for space, index in spaces.items()}
         self._retry_index_at = 0.0
         self._pool = ThreadPoolExecutor(4, "catalog")
-        self._search_pool = search_pool or self._pool
+        self._page_pool = page_pool
         self._follow_pool = ThreadPoolExecutor(1, "follow")  # one at a time; reads do not wait for it
         self._table_changed, self._feeds_ended = asyncio.Event(), False
         self._load_all()
 
     def close(self) -> None:
         """Stop; calls in progress are answered."""
+        if self._page_pool is not None:
+            finish_queued(self._page_pool)
         for index in self.spaces.values():
             index.close()
         self._follow_pool.shutdown()
@@ -93,7 +96,7 @@ class SearchView:
             await deadline.wait(self._until(lambda: self.sequence >= sequence), _MAX_WAIT_SECONDS)
 
     async def read(self, function: Callable[[], T]) -> T:
-        """Run a read of the store off the event loop."""
+        """Run a read, of the store or an index, off the event loop."""
         return await run_in(self._pool, function)
 
     async def search(
@@ -126,7 +129,7 @@ class SearchView:
             results = index.search(queries, limit + overfetch * len(excluded), selection)
             return [_without(hits, excluded, limit) for hits in results]
 
-        return await run_in(self._search_pool, run)
+        return await self.read(run)
 
     async def search_groups(
         self,
@@ -147,7 +150,7 @@ class SearchView:
             mask[rows[(rows >= 0) & (rows < len(mask))]] = False
             return {space: self._merged(space, groups, limit, mask, condition is None) for space in spaces}
 
-        return await run_in(self._search_pool, run)
+        return await run_in(self._page_pool or self._pool, run)
 
     def _merged(
         self, space: str, groups: Sequence[QueryGroup], limit: int, mask: np.ndarray, most: bool

@@ -24,7 +24,7 @@ class ExplorationQuery:
 
     `max_age_days` 0 is any age. `max_slots_per_day` bounds the slots of the scenario, `max_interactions` the
     weighted interactions of an item; None is no bound. Impressions count up to `log_position` in the
-    impression log, None for its end.
+    impression log, None for its end, which the ranking service looks up before it retrieves.
     """
 
     scenario: str
@@ -61,10 +61,11 @@ def exploration_candidates(
 ) -> ExplorationCandidates:
     """The rows to explore of those that are `allowed`, bool (N,), at `before`, microseconds since 1970.
 
-    `nearest` takes a mask and a limit and gives rows of the mask, int64, the nearest to the user first.
+    `counts` have followed the log up to the query's position. `nearest` takes a mask and a limit and gives
+    rows of the mask, int64, the nearest to the user first.
     """
-    log_position = counts.follow() if query.log_position is None else query.log_position
-    counts.follow(log_position)
+    log_position = query.log_position
+    assert log_position is not None  # noqa: S101 - the ranking service has looked it up
     eligible = np.ones(len(allowed), bool)
     if query.max_age_days:
         eligible = table.arrivals[: len(allowed)] >= before - query.max_age_days * DAY

@@ -33,7 +33,8 @@ class UserQuery:
 
     `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), in days, and `weights` float32,
     those of the event types; `purchased` bool says which were purchased, `channels` int16 by which channel,
-    -1 unknown. `derived` keeps what models derive from a user, by model: Retrieve and Rank need the same.
+    -1 unknown. `derived` keeps what models derive from a user, by model, so that Rank does not
+    compute again what Retrieve has computed.
     """
 
     session: np.ndarray
