@@ -28,16 +28,16 @@ from services.serving.loaded_bundle import EMBEDDING, GATEWAY, RANKING
 from services.serving.settings import Settings
 from tests.support import shops
 from tests.support.catalogs import item, nearest, upsert
-from tests.support.live_traffic import LiveTraffic
+from tests.support.live_traffic import LiveTraffic, title_of
 from tests.support.processes import free_port, wait_until_serving
 from tests.support.shops import UNTIL, make_bundle
 
-KEPT = 1.0
+KEPT = 3.0  # longer than a full garbage collection in a process that has run many tests
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes a minute takes a second."""
+    """What takes a minute takes some seconds."""
     monkeypatch.setattr(version_manager, "KEEP_SECONDS", KEPT)
     monkeypatch.setattr(bundle_watcher, "PEER_POLL_SECONDS", 0.05)
 
@@ -124,7 +124,7 @@ async def test_bundles_are_swapped_under_live_calls_without_degraded_pages(tmp_p
         assert order[-1] == versions[-1]
         assert traffic.versions == sorted(traffic.versions, key=versions.index)
         for n in range(traffic.rounds[2]):
-            assert await nearest(embedding, f"heron {n}") == f"new-{n}"
+            assert await nearest(embedding, title_of(n)) == f"new-{n}"
         response = await gateway.Recommend(gateway_pb.RecommendRequest(user_id="u1", page_size=5))
         assert response.versions.event_sequence == traffic.rounds[3]
 
@@ -151,19 +151,19 @@ async def test_a_bundle_is_kept_as_long_as_a_gateway_uses_it(tmp_path: Path) -> 
             vectors = []
             for bundle in (before, after):  # what is written meanwhile is there by the encoders of both
                 search_request = pb.SearchRequest(
-                    text="heron 1", limit=1, view=item_pb2.VIEW_READABLE, bundle=bundle
+                    text=title_of(1), limit=1, view=item_pb2.VIEW_READABLE, bundle=bundle
                 )
                 search_request.spaces.append(item_pb2.SPACE_TEXT)
                 response = await embedding.Search(search_request)
                 assert (response.bundle, response.results[0].hits[0].item_id) == (bundle, "new-1")
                 assert response.results[0].hits[0].score == pytest.approx(1, abs=1e-3)
-                texts = pb.EmbedTextsRequest(texts=["heron 1"], bundle=bundle)
+                texts = pb.EmbedTextsRequest(texts=[title_of(1)], bundle=bundle)
                 vectors.append(list((await embedding.EmbedTexts(texts)).vectors.values))
             assert vectors[0] != vectors[1]
         await until(lambda: len(three.apps[EMBEDDING].version_manager.open_bundles) == 1)
         assert len(three.apps[RANKING].version_manager.open_bundles) == 1
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await embedding.Search(pb.SearchRequest(text="heron 1", limit=1, bundle=before))
+            await embedding.Search(pb.SearchRequest(text=title_of(1), limit=1, bundle=before))
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 

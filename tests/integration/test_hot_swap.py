@@ -20,7 +20,7 @@ from services.rpc.server import CHANNEL_OPTIONS
 from services.serving.app import App
 from services.serving.loaded_bundle import ALL, LoadedBundle
 from tests.support.catalogs import item, nearest, serve_app, upsert, wait_for_next_bundle
-from tests.support.live_traffic import LiveTraffic
+from tests.support.live_traffic import LiveTraffic, title_of
 from tests.support.shops import UNTIL, make_bundle
 
 CREATED = item_pb2.ITEM_OUTCOME_CODE_CREATED
@@ -81,7 +81,7 @@ async def test_two_bundles_are_swapped_in_turn_under_live_calls(tmp_path: Path, 
         # No answer of a bundle after one of the next.
         assert traffic.versions == sorted(traffic.versions, key=order.index)
         for n in range(traffic.rounds[2]):
-            assert await nearest(stub, f"heron {n}") == f"new-{n}"
+            assert await nearest(stub, title_of(n)) == f"new-{n}"
         response = await gateway.Recommend(gateway_pb.RecommendRequest(user_id="u1", page_size=5))
         assert response.versions.event_sequence == traffic.rounds[3]
         second = await gateway.Recommend(request)
