@@ -62,7 +62,9 @@ class Shop:
 
     @asynccontextmanager
     async def serve(self, **more: Any) -> AsyncIterator[Stub]:
-        """Start the services, yield a stub, stop them; `more` are settings of the app with the gateway.
+        """Start the services, yield a stub, stop them.
+
+        `more` are settings of the app with the gateway; its clock is that of all.
 
         A later call serves the same state again, as after a restart.
         """
@@ -77,8 +79,9 @@ class Shop:
             if self.layout == "one":
                 app = await start(ALL, **more)
             else:
-                embedding = f"127.0.0.1:{(await start((EMBEDDING,))).port}"
-                ranking_app = await start((RANKING,), embedding=embedding)
+                clock = {name: value for name, value in more.items() if name == "fixed_time"}
+                embedding = f"127.0.0.1:{(await start((EMBEDDING,), **clock)).port}"
+                ranking_app = await start((RANKING,), embedding=embedding, **clock)
                 await wait_until_serving(ranking_app.port, RANKING)
                 ranking = f"127.0.0.1:{ranking_app.port}"
                 app = await start((GATEWAY,), **({"embedding": embedding, "ranking": ranking} | more))
