@@ -268,10 +268,10 @@ async def test_an_unread_feed_is_bounded_and_closed() -> None:
         # It stays the connection's until that reads or leaves: its last message is in memory.
         more = [channel.unary_stream("/test/Feed")(b"x") for _ in range(5)]
         await until(lambda: len(call_codes) >= 6)
-        assert sorted(Counter(code for _, code in call_codes).items()) == [
-            ("DEADLINE_EXCEEDED", 3),
-            ("RESOURCE_EXHAUSTED", 3),
-        ]
+        codes = Counter(code for _, code in call_codes)
+        # A feed that was closed before another arrived leaves room for one more, not for two.
+        assert codes["DEADLINE_EXCEEDED"] in {3, 4}
+        assert codes["RESOURCE_EXHAUSTED"] == len(call_codes) - codes["DEADLINE_EXCEEDED"]
         other_feed = other.unary_stream("/test/Feed")(b"x")
         assert len(await other_feed.read()) == 1 << 20
         for _ in range(sent_count):
