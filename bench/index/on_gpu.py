@@ -59,17 +59,17 @@ def random_vectors(device: str, count: int) -> tuple[torch.Tensor, np.ndarray]:
 
 def exact_nearest(vectors: torch.Tensor, queries: np.ndarray, live: np.ndarray | None) -> np.ndarray:
     """The nearest rows (Q, K) by float32 products, page by page."""
-    asked, best = torch.from_numpy(queries).to(vectors.device), None
+    device_queries, best = torch.from_numpy(queries).to(vectors.device), None
     for start in range(0, len(vectors), 1 << 20):
-        scores = asked @ vectors[start : start + (1 << 20)].float().T
+        scores = device_queries @ vectors[start : start + (1 << 20)].float().T
         if live is not None:
             dead = torch.from_numpy(~live[start : start + (1 << 20)]).to(scores.device)
             scores.masked_fill_(dead, -torch.inf)
         page = scores.topk(min(LIMIT, scores.shape[1]))
-        found = page.values, page.indices + start
+        hits = page.values, page.indices + start
         if best is not None:
-            found = torch.cat([best[0], found[0]], 1), torch.cat([best[1], found[1]], 1)
-        best = found
+            hits = torch.cat([best[0], hits[0]], 1), torch.cat([best[1], hits[1]], 1)
+        best = hits
     assert best is not None  # noqa: S101 - there are vectors
     count = LIMIT if live is None else min(LIMIT, int(live.sum()))
     order = best[0].topk(min(count, best[0].shape[1])).indices

@@ -39,8 +39,9 @@ from services.ranking.scoring.explanations import Explainer
 from services.ranking.scoring.scorer import Scorer
 from services.ranking.state.event_columns import EventColumns, EventState
 from services.ranking.state.item_stats import DAY, TICKS, ItemStats, StatsGrowth, item_stats
-from services.ranking.state.query_builder import User, make_query
-from services.ranking.state.user_query import MAX_HISTORY, UserQuery
+from services.ranking.state.query_builder import User
+from services.ranking.state.query_cache import QueryCache
+from services.ranking.state.user_query import UserQuery
 from services.ranking.users.data_retention import DataRetention
 from services.ranking.users.profiles import RfmReference, UserProfile, profile
 
@@ -50,9 +51,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 20_000
 _THREADS = 2
 _MAX_NEW_ITEMS = 2000
-_MAX_QUERIES = 64
 _MAX_PROFILE_EVENTS = 5000
-_QueryKey = tuple[User, int, int | None, int, int]
 
 
 class ItemView(Protocol):
@@ -138,7 +137,7 @@ class RankingService:
             self._targets,
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
-        self._queries: dict[_QueryKey, tuple[UserQuery, EventColumns]] = {}
+        self._queries = QueryCache(self.state, view.table, self._targets)
         self._stats: ItemStats | None = None
         self._growth = StatsGrowth()
         self._rfm_reference: tuple[int, RfmReference] | None = None
@@ -208,7 +207,7 @@ class RankingService:
         with self._advance_lock, self._stats_lock:
             from_state(self.state)
             self._stats = self._rfm_reference = None
-            self._queries = {}  # a new one: a request in progress may add to the other
+            self._queries.clear()
 
     async def retrieve(
         self, user: User, as_of: datetime, options: RetrievalOptions, *, min_sequence: int = 0
@@ -290,23 +289,8 @@ class RankingService:
     def query(
         self, user: User, as_of: datetime, until_sequence: int | None = None
     ) -> tuple[UserQuery, EventColumns]:
-        """The user in rows of the item table, and the stored events that this is made from.
-
-        The latest are kept: Rank needs the same as Retrieve before it.
-        """
-        queries, cutoff = self._queries, self.cutoff(as_of)
-        # A new row raises the version before its hash is found, and the sequence after that.
-        key = user, cutoff, until_sequence, self.view.table.version, self.view.table.sequence
-        is_complete = until_sequence is not None and until_sequence <= self.state.sequence
-        if is_complete and (kept := queries.get(key)):
-            return kept
-        past = self.state.history(user.user_id, user.visitor_id, cutoff, MAX_HISTORY, until_sequence)
-        query = make_query(self.state, self.view.table, user, past, cutoff, self._targets)
-        if is_complete:
-            if len(queries) >= _MAX_QUERIES:
-                queries.pop(next(iter(queries)), None)
-            queries[key] = query, past
-        return query, past
+        """The user in rows of the item table, and the stored events that this is made from."""
+        return self._queries.query(user, self.cutoff(as_of), until_sequence)
 
     def cutoff(self, as_of: datetime) -> int:
         """Microseconds since 1970: only events recorded before it count."""

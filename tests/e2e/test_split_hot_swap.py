@@ -32,13 +32,13 @@ from tests.support.live_traffic import LiveTraffic, title_of
 from tests.support.processes import free_port, wait_until_serving
 from tests.support.shops import UNTIL, make_bundle
 
-KEPT = 3.0  # longer than a full garbage collection in a process that has run many tests
+KEEP_SECONDS = 3.0  # longer than a full garbage collection in a process that has run many tests
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes a minute takes some seconds."""
-    monkeypatch.setattr(version_manager, "KEEP_SECONDS", KEPT)
+    monkeypatch.setattr(version_manager, "KEEP_SECONDS", KEEP_SECONDS)
     monkeypatch.setattr(bundle_watcher, "PEER_POLL_SECONDS", 0.05)
 
 
@@ -139,7 +139,7 @@ async def test_a_bundle_is_kept_as_long_as_a_gateway_uses_it(tmp_path: Path) -> 
             traffic, after = LiveTraffic(embedding, three.stubs[GATEWAY]), publish(tmp_path, 1)
             await traffic.wait_until(lambda: three.versions == [after, after, before])
             rounds = list(traffic.rounds)
-            await asyncio.sleep(3 * KEPT)
+            await asyncio.sleep(3 * KEEP_SECONDS)
             await traffic.wait_until(lambda: traffic.progressed(rounds))
             await traffic.stop()
             assert set(traffic.versions) == {before}

@@ -123,16 +123,16 @@ def check_neighbors(
     if kind == "all":
         assert not rest  # enough neighbors of each are known
     for n, of_item, item_scores in zip(answered, rows, scores, strict=True):
-        found, query = hashes[of_item].tolist(), unit(vectors[n])
+        neighbors, query = hashes[of_item].tolist(), unit(vectors[n])
         expected = nearest(vectors, query, allowed, limit)
-        assert len(set(found)) == len(found) == len(expected)
-        assert set(found) <= set(allowed) & set(vectors)
-        np.testing.assert_allclose(item_scores, [vectors[m] @ query for m in found], atol=1e-5)
+        assert len(set(neighbors)) == len(neighbors) == len(expected)
+        assert set(neighbors) <= set(allowed) & set(vectors)
+        np.testing.assert_allclose(item_scores, [vectors[m] @ query for m in neighbors], atol=1e-5)
         np.testing.assert_allclose(item_scores, [vectors[m] @ query for m in expected], atol=1e-5)
         # Of equal scores, up to rounding, the lower hash comes first.
-        assert np.lexsort((found, -item_scores)).tolist() == list(range(len(found)))
+        assert np.lexsort((neighbors, -item_scores)).tolist() == list(range(len(neighbors)))
         if exact:
-            assert found == expected
+            assert neighbors == expected
 
 
 def test_equal_items_come_by_hash_when_some_were_written_again() -> None:
@@ -259,11 +259,11 @@ async def test_a_search_by_groups_equals_brute_force_between_writes(
             as_of = rng.choice([None, now, now + AVAILABLE, now - AVAILABLE])
             hits = (await view.search_groups(groups, ["text"], limit, condition, excluded, as_of))["text"]
             expected = shop.search(groups, limit, shop.allowed(color, excluded, as_of))
-            found = dict(zip(hits.hashes.tolist(), hits.scores.tolist(), strict=True))
-            assert found == pytest.approx(expected, abs=1e-5)
-            assert len(hits.hashes) == len(found)
+            score_of = dict(zip(hits.hashes.tolist(), hits.scores.tolist(), strict=True))
+            assert score_of == pytest.approx(expected, abs=1e-5)
+            assert len(hits.hashes) == len(score_of)
             assert (np.diff(hits.scores) <= 1e-6).all()
-            sizes.add(len(found))
+            sizes.add(len(score_of))
     assert 0 in sizes
     assert len(sizes) > 10
 

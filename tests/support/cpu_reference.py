@@ -2,7 +2,7 @@
 
 import time
 
-_NUMBERS = 6_000_000
+_NUMBERS = 4_000_000
 
 
 def reference_seconds() -> float:

@@ -14,37 +14,10 @@ from services.catalog.items import Attribute, Item, item_hash
 from services.core.errors import InvalidArgument
 from services.rpc import proto_conversions
 from tests.conftest import Clock
+from tests.support.filter_oracle import matches
 
 NAMES, WORDS = st.sampled_from(["colour", "size", "brand"]), st.sampled_from(["red", "blue", "x", "7"])
 NUMBERS = st.sampled_from([-1.0, 0.0, 2.5, 7.0])
-
-
-def matches(condition: Filter, item: Item) -> bool:
-    """The oracle: what the contract's comments say, read literally."""
-    texts = {a.name: set(a.texts) for a in item.attributes} | {
-        "id": {item.id},
-        "family_id": {item.family_id} - {""},
-    }
-    numbers = {a.name: set(a.numbers) for a in item.attributes} | {"price": {item.price} - {None}}
-    match condition:
-        case AllOf(parts):
-            return all(matches(part, item) for part in parts)
-        case AnyOf(parts):
-            return any(matches(part, item) for part in parts)
-        case NoneOf(part):
-            return not matches(part, item)
-        case Equals(name, str() as text):
-            return text in texts.get(name, ())
-        case Equals(name, number):
-            return number in numbers.get(name, ())
-        case In(name, wanted):
-            return bool(texts.get(name, set()) & wanted)
-        case Range(name, low, high):
-            return any(
-                (low is None or n >= low) and (high is None or n <= high)
-                for n in numbers.get(name, ())
-                if n is not None
-            )
 
 
 def _attribute(name: str, values: list[str] | list[float]) -> Attribute:

@@ -189,7 +189,7 @@ _MANY_SEGMENTS = {
 def test_a_million_segments_are_refused_cheaply(kind: str) -> None:
     start = time.process_time()
     assert "has more than" in error_of(_MANY_SEGMENTS[kind])
-    assert time.process_time() - start < 8 * reference_seconds()  # Pillow alone takes 30 to 60 for each
+    assert time.process_time() - start < 10 * reference_seconds()  # Pillow alone takes 40 to 80 for each
 
 
 @given(data=st.binary(max_size=400), start=st.sampled_from([b"\xff\xd8\xff", b"GIF89a", b"RIFF1234WEBPVP8X"]))

@@ -67,7 +67,7 @@ def test_any_text_is_read_and_never_becomes_longer(text: str) -> None:
 def test_a_megabyte_of_broken_markup_is_cheap(part: str) -> None:
     start = time.process_time()
     plain_text(part * ((1 << 20) // len(part)))
-    assert time.process_time() - start < 50 * reference_seconds()  # quadratic time would be thousands
+    assert time.process_time() - start < 60 * reference_seconds()  # quadratic time would be thousands
 
 
 def test_markup_changes_neither_words_nor_vectors_and_stays_in_the_stored_item() -> None:

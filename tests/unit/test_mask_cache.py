@@ -13,6 +13,7 @@ from services.catalog.filters import AllOf, AnyOf, Equals, Filter, In, NoneOf, R
 from services.catalog.item_table import Change, ItemTable
 from services.catalog.items import Attribute, Item, item_hash
 from services.catalog.mask_cache import MaskCache
+from tests.support.filter_oracle import matches
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -73,30 +74,6 @@ def is_available(item: Item | None, time: int) -> bool:
     return (item.available_from is None or item.available_from <= at) and (
         item.available_until is None or at < item.available_until
     )
-
-
-def matches(condition: Filter, item: Item) -> bool:
-    texts = {a.name: a.texts for a in item.attributes} | {"id": (item.id,)}
-    texts["family_id"] = (item.family_id,) if item.family_id else ()
-    numbers = {a.name: a.numbers for a in item.attributes}
-    numbers["price"] = () if item.price is None else (item.price,)
-    match condition:
-        case AllOf(parts):
-            return all(matches(part, item) for part in parts)
-        case AnyOf(parts):
-            return any(matches(part, item) for part in parts)
-        case NoneOf(part):
-            return not matches(part, item)
-        case Equals(name, str() as text):
-            return text in texts.get(name, ())
-        case Equals(name, number):
-            return number in numbers.get(name, ())
-        case In(name, of_these):
-            return bool(of_these & set(texts.get(name, ())))
-        case Range(name, low, high):
-            values = numbers.get(name, ())
-            return any((low is None or v >= low) and (high is None or v <= high) for v in values)
-    raise AssertionError(condition)
 
 
 @given(st.lists(st.one_of(ITEM_CHANGES, ITEM_CHANGES, RETAINED, QUERIES, CONDITION), max_size=60))

@@ -38,8 +38,8 @@ class RecallSample:
         if not rows or affordable < _MIN_QUERIES:
             return None
         count = min(HITS, rows)
-        chosen = np.random.default_rng(0).choice(rows, min(_MAX_QUERIES, affordable, rows), replace=False)
-        queries = np.concatenate([read(slice(row, row + 1)) for row in np.sort(chosen).tolist()])
+        sample = np.random.default_rng(0).choice(rows, min(_MAX_QUERIES, affordable, rows), replace=False)
+        queries = np.concatenate([read(slice(row, row + 1)) for row in np.sort(sample).tolist()])
         queries = np.ascontiguousarray(queries, np.float32)
         scores, _ = nearest(read, rows, queries, count)
         return cls(queries, scores[:, -1], count)

@@ -74,9 +74,9 @@ class Scorer:
         if model is None or sources is None or len(rows) <= model.depth:
             return self._final(query, rows, self._features.matrix(query, rows, stats), self._vectors())
         first = model.score(sources, rows, stats)
-        chosen = np.zeros(len(rows), bool) if required is None else required.copy()
-        chosen[np.argpartition(-first, model.depth)[: model.depth]] = True
-        selected = np.flatnonzero(chosen)
+        is_selected = np.zeros(len(rows), bool) if required is None else required.copy()
+        is_selected[np.argpartition(-first, model.depth)[: model.depth]] = True
+        selected = np.flatnonzero(is_selected)
         matrix = self._features.matrix(query, rows[selected], stats)
         scores = self._final(query, rows[selected], matrix, self._vectors())
         return replace(scores, values=with_others(scores.values, selected, first), selected=selected)

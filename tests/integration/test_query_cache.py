@@ -11,7 +11,7 @@ from vitrine.gateway.v1 import recommendation_service_pb2 as gateway_pb
 from vitrine.ranking.v1 import ranking_service_pb2 as pb
 
 from services.catalog.items import item_hash
-from services.ranking import service as ranking_service
+from services.ranking.state import query_cache
 from services.ranking.state.query_builder import User, make_query
 from services.serving.app import App
 from services.serving.loaded_bundle import ALL, EMBEDDING, RANKING
@@ -31,13 +31,13 @@ async def app(tmp_path: Path) -> AsyncIterator[App]:
 
 
 async def test_a_page_makes_its_user_once(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = list[User]()
+    users = list[User]()
 
     def counted(state: Any, table: Any, user: User, *more: Any) -> Any:
-        made.append(user)
+        users.append(user)
         return make_query(state, table, user, *more)
 
-    monkeypatch.setattr(ranking_service, "make_query", counted)
+    monkeypatch.setattr(query_cache, "make_query", counted)
     assert app.gateway is not None
     for user_id in ("ann", "bob"):
         request = gateway_pb.WriteEventsRequest(events=[purchase(user_id, user_id, "garden-03")])
@@ -46,7 +46,7 @@ async def test_a_page_makes_its_user_once(app: App, monkeypatch: pytest.MonkeyPa
         response = await app.gateway.Recommend(page, None)
         assert not response.degraded
         assert len(response.items) == 5
-    assert [user.user_id for user in made] == ["ann", "bob"]
+    assert [user.user_id for user in users] == ["ann", "bob"]
 
 
 async def test_a_kept_user_follows_events_items_and_deletions(app: App) -> None:
@@ -76,4 +76,4 @@ async def test_a_kept_user_follows_events_items_and_deletions(app: App) -> None:
     assert history() == []
     for n in range(200):
         service.query(User(f"user {n}"), LATER, sequence)
-    assert len(service._queries) == 64
+    assert len(service._queries._entries) == 64
