@@ -4,6 +4,28 @@ import threading
 
 import numpy as np
 
+from services.core.kernels import array, kernel
+
+_INTEGERS, _NUMBERS = array(np.int64), array(np.float64)
+_SCRATCH = array(np.int32, writable=True)
+
+
+class Scratch:
+    """Memory of a thread for kernels, one integer by key; what it holds at first is arbitrary.
+
+    A kernel writes positions in a list of keys there, and takes an entry for valid if that list has its key.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def of(self, size: int) -> np.ndarray:
+        """Memory for keys below `size`, int32."""
+        memory: np.ndarray | None = getattr(self._local, "memory", None)
+        if memory is None or len(memory) < size:
+            memory = self._local.memory = np.zeros(max(size, 1024) * 5 // 4, np.int32)
+        return memory
+
 
 class Accumulator:
     """Sums by key, where keys are indices below some size; any thread may use it.
@@ -12,48 +34,67 @@ class Accumulator:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._scratch = Scratch()
 
     def sums(self, keys: np.ndarray, values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct keys, int64 (K,), in no order, and the sum of the values of each, float64 (K,).
+        """The distinct keys, int64 (K,), in their first order, and the sum of the values of each, float64.
 
         `keys` int (N,) are from 0 to `size` - 1, `values` float (N,).
         """
-        first, group = self._groups(keys, size)
-        return keys[first].astype(np.int64), np.bincount(group, values, len(first))
+        return _sums(_integers(keys), np.ascontiguousarray(values, np.float64), self._scratch.of(size))
 
     def distinct(self, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct keys, int64 (K,), in no order, and the index of each key among them, int64 (N,)."""
-        first, group = self._groups(keys, size)
-        return keys[first].astype(np.int64), group
+        """The distinct keys, int64 (K,), in their first order, and the index of each key, int64 (N,)."""
+        return _distinct(_integers(keys), self._scratch.of(size))
 
     def indices(self, keys: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
         """The index in `keys`, distinct int (K,), -1 for none, of each of `values`, int (N,): int64, or -1.
 
         Keys and values are below `size`; keys below 0 equal no value.
         """
-        scratch = self._scratch(size + 1)
-        used = np.flatnonzero(keys >= 0)
-        scratch[keys[used]] = used
-        position = scratch[values].astype(np.int64)
-        # The memory of other values is arbitrary.
-        valid = (position >= 0) & (position < len(keys))
-        valid[valid] = keys[position[valid]] == values[valid]
-        return np.where(valid, position, -1)
+        return _indices(_integers(keys), _integers(values), self._scratch.of(size))
 
-    def _groups(self, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """One position of each distinct key, int64 (K,), and the index of each key in it, int64 (N,)."""
-        scratch = self._scratch(size)
-        positions = np.arange(len(keys), dtype=np.int32)
-        # Of equal keys one position stays, whatever the memory held before: it need not be cleared.
-        scratch[keys] = positions
-        owner = scratch[keys]
-        first = np.flatnonzero(owner == positions)
-        scratch[keys[first]] = np.arange(len(first), dtype=np.int32)
-        return first, scratch[keys].astype(np.int64)
 
-    def _scratch(self, size: int) -> np.ndarray:
-        scratch: np.ndarray | None = getattr(self._local, "scratch", None)
-        if scratch is None or len(scratch) < size:
-            scratch = self._local.scratch = np.zeros(max(size, 1024) * 5 // 4, np.int32)
-        return scratch
+def _integers(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, np.int64)
+
+
+@kernel(_INTEGERS, _NUMBERS, _SCRATCH)
+def _sums(keys: np.ndarray, values: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, totals, count = np.empty(len(keys), np.int64), np.zeros(len(keys)), 0
+    for index in range(len(keys)):
+        key = keys[index]
+        place = scratch[key]
+        if place < 0 or place >= count or distinct[place] != key:
+            place = count
+            scratch[key], distinct[place] = place, key
+            count += 1
+        totals[place] += values[index]
+    return distinct[:count].copy(), totals[:count].copy()
+
+
+@kernel(_INTEGERS, _SCRATCH)
+def _distinct(keys: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, places, count = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64), 0
+    for index in range(len(keys)):
+        key = keys[index]
+        place = scratch[key]
+        if place < 0 or place >= count or distinct[place] != key:
+            place = count
+            scratch[key], distinct[place] = place, key
+            count += 1
+        places[index] = place
+    return distinct[:count].copy(), places
+
+
+@kernel(_INTEGERS, _INTEGERS, _SCRATCH)
+def _indices(keys: np.ndarray, values: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    for index in range(len(keys)):
+        if keys[index] >= 0:
+            scratch[keys[index]] = index
+    result = np.empty(len(values), np.int64)
+    for index in range(len(values)):
+        place = scratch[values[index]]
+        is_key = 0 <= place < len(keys) and keys[place] == values[index]
+        result[index] = place if is_key else -1
+    return result

@@ -16,3 +16,12 @@ def appended(values: np.ndarray, length: int, new: np.ndarray) -> np.ndarray:
         values = grown
     values[length:end] = new
     return values
+
+
+def fitted(values: np.ndarray, length: int) -> np.ndarray:
+    """The same array if it has `length` rows, else a copy of at least twice its length, with zeros."""
+    if length <= len(values):
+        return values
+    grown = np.zeros((max(length, 2 * len(values)), *values.shape[1:]), values.dtype)
+    grown[: len(values)] = values
+    return grown

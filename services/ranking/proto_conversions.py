@@ -230,9 +230,9 @@ def sources_of(request: pb.RankRequest, count: int) -> list[SourceColumn]:
     """The sources of `count` candidates.
 
     Raises:
-        InvalidArgument: an index is none of a candidate, or an index has no score.
+        InvalidArgument: an index is none of a candidate, an index has no score, or a source occurs twice.
     """
-    columns: list[SourceColumn] = []
+    columns, names = list[SourceColumn](), set[str]()
     for position, message in enumerate(request.sources):
         indices = np.asarray(message.indices, np.int64)
         scores = np.asarray(message.scores, np.float32)
@@ -242,5 +242,8 @@ def sources_of(request: pb.RankRequest, count: int) -> list[SourceColumn]:
             raise InvalidArgument.of(f"sources[{position}].indices", f"must be below {count}")
         if not np.isfinite(scores).all():
             raise InvalidArgument.of(f"sources[{position}].scores", "must be finite")
+        if message.source in names:
+            raise InvalidArgument.of(f"sources[{position}].source", f"{message.source!r} occurs twice")
+        names.add(message.source)
         columns.append((message.source, indices, scores))
     return columns

@@ -30,7 +30,7 @@ from services.ranking.events.exploration_counts import ExplorationCounts
 from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import Features
 from services.ranking.models.co_occurrence import GraphView, ItemGraph
-from services.ranking.models.first_phase import SourceColumn, source_matrix
+from services.ranking.models.first_phase import SourceColumn
 from services.ranking.models.propensity import Propensity
 from services.ranking.models.sequence import SequenceView
 from services.ranking.retrieval.candidate_sources import CandidateSources
@@ -333,14 +333,14 @@ class RankingService:
         stats = self.stats(as_of)
         rows = self.view.table.rows(item_hashes)
         in_table = np.flatnonzero((rows >= 0) & (rows < stats.length))
-        matrix = required = None
+        required = None
         if sources:
-            matrix = source_matrix(sources, len(item_hashes))[in_table]
             required = np.zeros(len(item_hashes), bool)
             for name, indices, _ in sources:
                 required[indices] |= name not in NAMES  # such as "quota": no score of the first phase
             required = required[in_table]
-        scores = self._scorer.score(query, rows[in_table], stats, matrix, required)
+            sources = _of_known(sources, in_table, len(item_hashes))
+        scores = self._scorer.score(query, rows[in_table], stats, sources, required)
 
         def spread(values: np.ndarray) -> np.ndarray:
             if len(values) == len(item_hashes):
@@ -410,6 +410,16 @@ class RankingService:
     async def _on(self, function: Callable[[], T]) -> T:
         """Run a function that waits for the store on a thread of this service."""
         return await run_in(self._pool, function)
+
+
+def _of_known(sources: Sequence[SourceColumn], known: np.ndarray, count: int) -> Sequence[SourceColumn]:
+    """The sources over the candidates `known`, int64 (K,) indices of `count` ascending, instead of all."""
+    if len(known) == count:
+        return sources
+    place = np.full(count, -1, np.int64)
+    place[known] = np.arange(len(known))
+    parts = ((name, place[indices], scores) for name, indices, scores in sources)
+    return [(name, indices[indices >= 0], scores[indices >= 0]) for name, indices, scores in parts]
 
 
 def _refused(batch: Sequence[Event | VitrineError], error: VitrineError) -> list[Outcome]:

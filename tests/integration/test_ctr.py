@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from services.catalog.item_table import Change, ItemTable
+from services.catalog.items import Item, item_hash
 from services.core.errors import FailedPrecondition
-from services.ranking.models.ctr import MAX_HISTORY, CtrHead, CtrModel, CtrSettings, write_ctr
+from services.ranking.models.ctr import MAX_HISTORY, CtrModel, CtrSettings, write_ctr
+from services.ranking.models.ctr_head import CtrHead, CtrItems
+from services.ranking.models.ctr_head import item_vectors as item_vectors_of
 from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.item_stats import DAY
 from services.ranking.state.user_query import UserQuery
+from tests.support import shops
+from tests.support.prediction_models import served_logits
 from training.core.metrics import classification_metrics
 from training.data.config import RankingTraining, ShopConfig
 from training.evaluation import evaluate
@@ -120,11 +126,11 @@ def test_scores_are_the_same_alone_in_a_batch_and_served(*, plain: bool, tmp_pat
         in_group = group == at
         alone = score(model, rows.take(np.array([at])), vectors)
         np.testing.assert_allclose(together[in_group], alone, atol=1e-5)
-        logits = head.logits(query, rows.items[in_group], matrix[in_group][:, ::-1], vectors)
+        logits = served_logits(head, query, rows.items[in_group], matrix[in_group][:, ::-1], vectors)
         np.testing.assert_allclose(together[in_group], logits, atol=1e-5)
         order = np.random.default_rng(at).permutation(int(in_group.sum()))
-        reordered_logits = head.logits(
-            query, rows.items[in_group][order], matrix[in_group][order][:, ::-1], vectors
+        reordered_logits = served_logits(
+            head, query, rows.items[in_group][order], matrix[in_group][order][:, ::-1], vectors
         )
         np.testing.assert_allclose(reordered_logits, logits[order], atol=1e-5)
         probabilities = head.probabilities(logits)
@@ -136,6 +142,30 @@ def test_scores_are_the_same_alone_in_a_batch_and_served(*, plain: bool, tmp_pat
             probabilities["purchase"], 1 / (1 + np.exp(-0.25 - 0.5 * logits[:, 1])), rtol=1e-4
         )
     assert together.std() > 1e-3
+
+
+def test_projections_follow_the_items(tmp_path: Path) -> None:
+    vectors = item_vectors()
+    write_ctr(tmp_path, random_head(vectors, odd_rows()))
+    head, table = CtrHead(tmp_path, NAMES), ItemTable()
+    projections = CtrItems(head, table)
+    for end, changed in ((5, 0), (40, 3), (ITEMS, 20)):
+        # Some items come, and others get the vectors of another item.
+        numbers = [*range(table.length, end), *range(changed)]
+        sources = [*range(table.length, end), *range(end - changed, end)]
+        table.apply(
+            Change(
+                item_hash(f"i{n}"),
+                end,
+                Item(f"i{n}"),
+                shops.UNTIL,
+                {s: v[of] for s, v in vectors.items() if v[of].any()},
+            )
+            for n, of in zip(numbers, sources, strict=True)
+        )
+        rows = np.arange(table.length)[::-1]
+        fresh = head.projected(item_vectors_of(table, rows, head.settings.spaces))
+        np.testing.assert_allclose(projections.of(rows), fresh, atol=1e-6)
 
 
 def test_unknown_values_never_give_a_score_of_nan(tmp_path: Path) -> None:

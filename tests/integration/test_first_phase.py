@@ -1,7 +1,7 @@
 """A served Rank selects candidates by the first phase, over rows that equal those of training."""
 
 import shutil
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from services.catalog.items import item_hash
 from services.core import deadline
 from services.gateway.query import RecommendQuery, SessionItem
 from services.gateway.query import User as QueryUser
-from services.ranking.models.first_phase import COLUMNS, FirstPhase, first_phase_rows, write_first_phase
+from services.ranking.models.first_phase import (
+    COLUMNS,
+    FirstPhase,
+    FirstPhaseScorer,
+    SourceColumn,
+    first_phase_rows,
+    write_first_phase,
+)
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import RerankerModel, write_reranker
 from services.ranking.models.scaler import FeatureScaler
@@ -139,6 +146,7 @@ WRONG_SOURCES = {
     "sources[0].scores": [("popular", [0, 1], [1.0])],
     "sources[1].scores": [("popular", [0], [1.0]), ("quota", [], [1.0])],
     "sources[2].scores": [("popular", [], []), ("text", [3], [1.0]), ("image", [0, 1], [1.0, np.nan])],
+    "sources[2].source": [("popular", [0], [1.0]), ("text", [0], [1.0]), ("popular", [1], [1.0])],
     "sources": [("popular", [0], [1.0])] * 17,
 }
 
@@ -153,6 +161,15 @@ async def test_a_wrong_source_is_an_invalid_argument_that_names_the_field(rankin
 async def test_scores_of_sources_are_finite(ranking: Any, score: float) -> None:
     call = ranking.Rank(rank_request(IDS, ("popular", [0, 1], [1.0, score])))
     assert await violations(call) == ["sources[0].scores"]
+
+
+def source_matrix(sources: Sequence[SourceColumn], count: int) -> np.ndarray:
+    """Scores (`count`, S) in the order of `NAMES`, NaN where a source does not propose a candidate."""
+    matrix = np.full((count, len(NAMES)), np.nan, np.float32)
+    for name, indices, scores in sources:
+        if name in NAMES:
+            matrix[indices, NAMES.index(name)] = scores
+    return matrix
 
 
 Served = list[tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -188,13 +205,16 @@ async def test_a_served_rank_reads_the_rows_of_training(
     settings = Settings(bundle=bundle.directory, state=tmp_path / "state", address="127.0.0.1:0")
     import_events(settings, bundle, shop)
     served: Served = []
-    score = FirstPhase.score
+    score = FirstPhaseScorer.score
 
-    def recorded(model: FirstPhase, sources: np.ndarray, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
-        served.append((first_phase_rows(sources, rows, stats), rows, sources))
-        return score(model, sources, rows, stats)
+    def recorded(
+        scorer: FirstPhaseScorer, sources: Sequence[SourceColumn], rows: np.ndarray, stats: ItemStats
+    ) -> np.ndarray:
+        of_sources = source_matrix(sources, len(rows))
+        served.append((first_phase_rows(of_sources, rows, stats), rows, of_sources))
+        return score(scorer, sources, rows, stats)
 
-    monkeypatch.setattr(FirstPhase, "score", recorded)
+    monkeypatch.setattr(FirstPhaseScorer, "score", recorded)
     ids = {item_hash(i): i for i in [*(item.id for item in shop.items), *shop.events.item_ids]}
     app = App(settings)
     await app.start()

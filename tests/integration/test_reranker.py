@@ -19,7 +19,8 @@ from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import Features
 from services.ranking.models.baseline_scorer import baseline_scores
 from services.ranking.models.co_occurrence import GraphView
-from services.ranking.models.ctr import CtrHead, CtrModel, CtrSettings, write_ctr
+from services.ranking.models.ctr import CtrModel, CtrSettings, write_ctr
+from services.ranking.models.ctr_head import CtrHead
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import Reranker, RerankerModel, write_reranker
 from services.ranking.models.scaler import FeatureScaler
@@ -28,6 +29,7 @@ from services.ranking.state.event_columns import EventState
 from services.ranking.state.item_stats import DAY, item_stats
 from services.ranking.state.user_query import UserQuery
 from tests.support import shops
+from tests.support.prediction_models import served_logits
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import reranker as reranker_fit
 from training.ranking.conditional_logit import fit_choice
@@ -343,7 +345,7 @@ def test_a_scorer_uses_what_the_bundle_has(tmp_path: Path) -> None:
     head_at.mkdir()
     trees_at.mkdir()
     write_ctr(head_at, CtrModel(shape))
-    logits = CtrHead(head_at, features.names).logits(query, rows, matrix, vectors)
+    logits = served_logits(CtrHead(head_at, features.names), query, rows, matrix, vectors)
     with_head = Scorer(features, table, head_at)
     assert with_head.columns == (*features.names, "ctr_click", "ctr_purchase")
     scores = with_head.score(query, rows, now)

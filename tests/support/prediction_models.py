@@ -1,15 +1,19 @@
 """Prediction models for the small shop: a CTR head and two purchase propensity models."""
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
 from services.ranking.models.ctr import CtrModel, CtrSettings, write_ctr
+from services.ranking.models.ctr_head import CtrHead, history_rows
 from services.ranking.models.propensity import PropensityModel, columns_of, write_propensity
 from services.ranking.models.scaler import FeatureScaler
+from services.ranking.state.user_query import UserQuery
 from tests.support.models import DIMENSION
 from tests.support.shop_server import Stub, purchase
 from tests.support.shops import EVENT_TYPES, items
@@ -49,3 +53,14 @@ async def write_history(stub: Stub) -> None:
         event = purchase(event_id, user_id, item_id, kind=kind)
         event.occurred_at.FromDatetime(datetime.now(UTC) - timedelta(days=days))
         await stub.WriteEvents(pb.WriteEventsRequest(events=[event]))
+
+
+def served_logits(
+    head: CtrHead, query: UserQuery, rows: np.ndarray, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    """The logits (C, T) of a head for candidate rows (C,) with features (C, F); `vectors` (N, D) by space."""
+    items, past = (
+        {space: np.asarray(vectors[space][of], np.float32) for space in head.settings.spaces}
+        for of in (rows, history_rows(query))
+    )
+    return head.logits(query, matrix, items, past)

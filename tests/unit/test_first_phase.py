@@ -20,9 +20,10 @@ from services.ranking.models.first_phase import (
     COLUMNS,
     FIRST_PHASE_FILE,
     FirstPhase,
+    FirstPhaseScorer,
+    SourceColumn,
     first_phase_rows,
     read_first_phase,
-    source_matrix,
     with_others,
     without_interactions,
     write_first_phase,
@@ -131,34 +132,9 @@ def test_a_model_reads_only_its_own_columns(tmp_path: Path) -> None:
     whole = FirstPhase(ConditionalLogit(list(COLUMNS), FeatureScaler.plain(len(COLUMNS)), weight), 4)
     table = ItemTable.of([Item("a"), Item("b")], {}, {}, [shops.UNTIL] * 2)
     stats = item_stats(EventState({"purchase": 1.0}), table, NOW)
-    scores = np.arange(2 * len(NAMES), dtype=np.float32).reshape(2, -1)
-    inputs = scores, np.arange(2), stats
-    np.testing.assert_allclose(model.score(*inputs), whole.score(*inputs), rtol=1e-6)
-
-
-SOURCE_COLUMNS = st.lists(
-    st.tuples(
-        st.sampled_from([*NAMES, "quota", "explore"]),
-        st.dictionaries(st.integers(0, 9), st.integers(-9, 9), max_size=8),
-    ),
-    max_size=8,
-    unique_by=lambda source: source[0],
-)
-
-
-@given(SOURCE_COLUMNS)
-def test_the_source_matrix_equals_dictionaries(sources: list[tuple[str, dict[int, int]]]) -> None:
-    matrix = source_matrix(
-        [
-            (name, np.array(list(scores), np.int64), np.array(list(scores.values()), np.float32))
-            for name, scores in sources
-        ],
-        10,
-    )
-    assert matrix.dtype == np.float32
-    of_source = dict(sources)
-    expected = [[of_source.get(name, {}).get(row, np.nan) for name in NAMES] for row in range(10)]
-    np.testing.assert_array_equal(matrix, np.array(expected, np.float32))
+    inputs = listed(np.arange(2 * len(NAMES), dtype=np.float32).reshape(2, -1)), np.arange(2), stats
+    expected = FirstPhaseScorer(whole).score(*inputs)
+    np.testing.assert_allclose(FirstPhaseScorer(model).score(*inputs), expected, rtol=1e-6)
 
 
 def stats_of(generator: np.random.Generator, count: int) -> ItemStats:
@@ -174,6 +150,40 @@ def random_sources(generator: np.random.Generator, count: int) -> np.ndarray:
     scores = generator.integers(0, 5, (count, len(NAMES))).astype(np.float32)
     scores[generator.random(scores.shape) < 0.6] = np.nan
     return scores
+
+
+def listed(scores: np.ndarray) -> list[SourceColumn]:
+    """The lists of sources whose scores are the columns of (C, S), NaN for no candidate."""
+    lists = [
+        (name, np.flatnonzero(~np.isnan(of_source)), of_source)
+        for name, of_source in zip(NAMES, scores.T, strict=True)
+    ]
+    return [(name, indices, of_source[indices]) for name, indices, of_source in lists]
+
+
+@given(st.integers(0, 1 << 30), st.integers(1, 30), st.integers(0, 6), st.sets(st.sampled_from(COLUMNS)))
+@settings(deadline=None)
+def test_scores_are_the_sums_of_the_terms_of_rows(seed: int, count: int, more: int, read: set[str]) -> None:
+    generator = np.random.default_rng(seed)
+    stats, columns = stats_of(generator, count + more), [name for name in COLUMNS if name in read]
+    scales = FeatureScaler.of(generator.standard_normal((40, len(columns))) * 3)
+    choice = ConditionalLogit(columns, scales, generator.standard_normal(len(columns)).tolist())
+    scorer = FirstPhaseScorer(FirstPhase(choice, 3))
+    index = [COLUMNS.index(name) for name in columns]
+    for length in (count, count + more):  # items arrive within a tick
+        extended = first_rows(stats, length)
+        rows = generator.permutation(length)
+        scores = random_sources(generator, length)
+        expected = choice.terms(first_phase_rows(scores, rows, extended)[:, index]).sum(1, dtype=np.float64)
+        found = scorer.score([*listed(scores), ("quota", rows[:2], np.ones(2, np.float32))], rows, extended)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def first_rows(stats: ItemStats, length: int) -> ItemStats:
+    """The statistics of the first rows, before the others arrived."""
+    parts = ("popular", "age", "idle", "price", "highest", "channels")
+    return replace(stats, **{name: getattr(stats, name)[:length] for name in parts})
 
 
 def test_a_row_has_the_scores_of_its_sources_and_the_statistics_of_its_item() -> None:
@@ -213,7 +223,7 @@ def test_a_model_orders_by_the_column_that_it_weighs(name: str) -> None:
     scores, stats = random_sources(generator, count), stats_of(generator, count)
     rows = generator.permutation(count)
     column = first_phase_rows(scores, rows, stats)[:, COLUMNS.index(name)]
-    first = weights_of(**{name: -1.0}).score(scores, rows, stats)
+    first = FirstPhaseScorer(weights_of(**{name: -1.0})).score(listed(scores), rows, stats)
     assert first.dtype == np.float32
     known = ~np.isnan(column)
     expected = -np.log1p(np.abs(column[known])) * np.sign(column[known])
@@ -254,7 +264,8 @@ def test_the_second_phase_scores_the_best_candidates_and_those_required(
     model = replace(weights_of(**dict.fromkeys(columns, float(generator.choice([-1, 1])))), depth=depth)
     write_first_phase(directory, model)
     scorer, stats = Scorer(features, table, reranker=directory), stats_of(generator, table.length)
-    rows, sources = generator.permutation(table.length)[:count], random_sources(generator, count)
+    rows = generator.permutation(table.length)[:count]
+    sources = listed(random_sources(generator, len(rows)))
     required = None if required_share is None else generator.random(count) < required_share
     ones = np.ones(1, np.float32)
     query = UserQuery(np.array([4]), ones, np.array([7]), ones, ones, ones > 0, np.full(1, -1, np.int16))
@@ -266,7 +277,7 @@ def test_the_second_phase_scores_the_best_candidates_and_those_required(
         assert scores.selected is None
         np.testing.assert_array_equal(scores.values, every.values)
         return
-    selected, first = scores.selected, model.score(sources, rows, stats)
+    selected, first = scores.selected, FirstPhaseScorer(model).score(sources, rows, stats)
     assert selected is not None
     assert (np.diff(selected) > 0).all()
     is_selected = np.isin(np.arange(count), selected)
@@ -294,7 +305,8 @@ def test_nothing_changes_without_sources_or_without_a_first_phase(
     stats = item_stats(EventState({"purchase": 1.0}), table, NOW)
     nobody = np.empty(0, np.float32)
     query = UserQuery(nobody.astype(int), nobody, nobody.astype(int), nobody, nobody, nobody > 0, nobody)
-    rows, sources = np.arange(table.length), random_sources(np.random.default_rng(3), table.length)
+    rows = np.arange(table.length)
+    sources = listed(random_sources(np.random.default_rng(3), table.length))
     write_first_phase(directory, weights_of(popular=1.0))
     (tmp_path / "choice.json").write_text((directory / "choice.json").read_text())
     both = Scorer(features, table, reranker=directory)

@@ -7,12 +7,11 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.catalog import hash_rows
 from services.catalog.hash_rows import HashRows
 
 LARGEST = np.iinfo(np.int64).max
 HASHES = st.one_of(st.integers(-LARGEST - 1, LARGEST), st.integers(0, 60), st.just(LARGEST))
-MANY = hash_rows._FEW + 1  # as many look-ups as the table serves
+MANY = 33
 
 
 @given(

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from services.core.accumulator import Accumulator
 from services.core.errors import FailedPrecondition
 from services.ranking.features.context import RankingContext
 from services.ranking.features.numeric_rank import RANK_PARTS, NumericRank
-from services.ranking.models.half_precision import as_float32
+from services.ranking.features.similarities import Similarities
 from services.ranking.state.item_stats import ITEM_COLUMNS, WINDOWS, ItemStats, item_columns
 from services.ranking.state.user_query import SEEDS, UserQuery, recency
 
@@ -60,7 +59,7 @@ class Features:
         self._attribute_similarity = context.attribute_similarity
         self._title_similarity = context.title_similarity
         self._numeric_rank = NumericRank(context.table, context.numeric_attributes)
-        self._values, self._accumulator = context.values, Accumulator()
+        self._values = context.values
         self._relations = tuple(name for name in context.graph.names if name not in _SPACES)
         self.parts: dict[str, tuple[str, ...]] = {
             "counts": CANDIDATE_COLUMNS,
@@ -81,16 +80,21 @@ class Features:
                 f"the name of an attribute gives the feature {duplicates[0]!r} a second time"
             )
 
-    def matrix(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
-        """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`."""
+    def matrix(
+        self, query: UserQuery, rows: np.ndarray, stats: ItemStats, similarities: Similarities | None = None
+    ) -> np.ndarray:
+        """Feature rows float32 (C, F) of candidate table rows, int64 (C,), in the order of `names`.
+
+        `similarities` are those of these candidates, if they are computed already.
+        """
         matrix = np.empty((len(self.names), len(rows)), np.float32)
-        columns = (column for _, block in self.blocks(query, rows, stats) for column in block)
+        columns = (column for _, block in self.blocks(query, rows, stats, similarities) for column in block)
         for target, column in zip(matrix, columns, strict=True):
             target[:] = column
         return np.ascontiguousarray(matrix.T)
 
     def blocks(
-        self, query: UserQuery, rows: np.ndarray, stats: ItemStats
+        self, query: UserQuery, rows: np.ndarray, stats: ItemStats, similarities: Similarities | None = None
     ) -> Iterator[tuple[str, list[Column]]]:
         """The columns of `matrix`, part by part; each part is computed when the iterator reaches it."""
         yield (
@@ -104,8 +108,9 @@ class Features:
             ],
         )
         yield "graph", [c for r in self._relations for c in self._co_occurrence(r, query, rows)]
+        similarities = similarities or Similarities(self._table, query, rows)
         for space in _SPACES:
-            yield space, self._similarity(space, query, rows)
+            yield space, self._similarity(space, query, similarities)
         yield "sequence", self._next_item(query, rows)
         yield "words", self._title_words(query, rows, stats)
         labels = self._attribute_similarities(query, rows, stats)
@@ -169,56 +174,39 @@ class Features:
         values = self._values.get("family_id", stats)
         if values is None:
             return [np.float32(np.nan)] * 3
-        codes, total = values.codes, values.total
-        families, size = codes[rows], len(total)
         return [
-            _share(families, codes[query.session], size) * len(query.session),
-            _share(families, codes[query.history], size) * len(query.history),
-            np.where(families >= 0, np.append(total, np.nan)[families], np.nan),
+            values.share_in(query.session, rows) * len(query.session),
+            values.share_in(query.history, rows) * len(query.history),
+            values.of_values(values.total, rows),
         ]
 
     def _co_occurrence(self, relation: str, query: UserQuery, rows: np.ndarray) -> list[Column]:
-        session = query.session[:SEEDS]
-        index, edge_weights = self._edges(relation, session, np.ones(len(session), np.float32), rows)
-        total = np.bincount(index, edge_weights, len(rows))
-        highest = np.zeros(len(rows), np.float32)
-        np.maximum.at(highest, index, edge_weights)
+        session, graph = query.session[:SEEDS], self._graph
+        total, highest = graph.connections(relation, session, np.ones(len(session), np.float32), rows)
         weights = recency(query.ages[:SEEDS]) * query.weights[:SEEDS]
-        columns: list[Column] = [total, highest]
-        for seeds, seed_weights in ((query.history[:SEEDS], weights), query.latest_seeds()):
-            columns.append(np.bincount(*self._edges(relation, seeds, seed_weights, rows), len(rows)))
-        return columns
+        history, _ = graph.connections(relation, query.history[:SEEDS], weights, rows)
+        latest, _ = graph.connections(relation, *query.latest_seeds(), rows)
+        return [total, highest, history, latest]
 
-    def _edges(
-        self, relation: str, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The edges of weighted seeds to rows (C,): the index in `rows`, int64 (E,), and float32 (E,)."""
-        nodes, edge_weights, _ = self._graph.edges(relation, seeds, weights)
-        index = self._accumulator.indices(self._graph.nodes(rows), nodes, self._graph.size)
-        used = np.flatnonzero(index >= 0)
-        return index[used], edge_weights[used]
-
-    def _similarity(self, space: str, query: UserQuery, rows: np.ndarray) -> list[Column]:
-        column = self._table.vectors(space)
-        if column is None:
+    @staticmethod
+    def _similarity(space: str, query: UserQuery, similarities: Similarities) -> list[Column]:
+        cosines = similarities.cosines(space)
+        if cosines is None:
             return [np.float32(np.nan)] * len(_SIMILARITIES)
-        values, present = column
-        vectors = as_float32(values[rows])
+        known, item_known = similarities.present(space)
         columns: list[Column] = []
-        for items in (query.session[:SEEDS], query.history[:SEEDS]):
-            seeds = items[present[items]]
-            if not len(seeds):
+        session = similarities.session
+        for part in (slice(min(session, SEEDS)), slice(session, session + SEEDS)):
+            of_part = cosines[:, part][:, item_known[part]]
+            if of_part.shape[1]:
+                columns += [np.where(known, of_part.mean(1), np.nan), np.where(known, of_part.max(1), np.nan)]
+            else:
                 columns += [np.float32(np.nan)] * 2
-                continue
-            cosine = vectors @ as_float32(values[seeds]).T
-            cosine[~present[rows]] = np.nan
-            columns += [cosine.mean(1), cosine.max(1)]
-        seeds, weights = query.latest_seeds()
-        seeds, weights = seeds[present[seeds]], weights[present[seeds]]
-        if not len(seeds):
+        weights = query.latest_seeds()[1] * item_known[:SEEDS]
+        if not item_known[:SEEDS].any():
             return [*columns, np.float32(np.nan)]
-        center = weights @ as_float32(values[seeds]) / max(float(weights.sum()), 1e-9)
-        return [*columns, np.where(present[rows], vectors @ center, np.nan)]
+        latest = cosines[:, :SEEDS] @ (weights / max(float(weights.sum()), 1e-9))
+        return [*columns, np.where(known, latest, np.nan)]
 
     def _next_item(self, query: UserQuery, rows: np.ndarray) -> list[Column]:
         user = self._sequence.user(query) if self._sequence else None
@@ -242,13 +230,10 @@ class Features:
         attribute = self._values.get(name, stats)
         if attribute is None:
             return [np.float32(np.nan)] * 3
-        codes, total = attribute.codes, attribute.total
-        values, size = codes[rows], len(total)
-        share = total / max(float(total.sum()), 1.0)
         return [
-            _share(values, codes[query.session], size),
-            _share(values, codes[query.history], size),
-            np.where(values >= 0, np.append(share, np.nan)[values], np.nan),
+            attribute.share_in(query.session, rows),
+            attribute.share_in(query.history, rows),
+            attribute.of_values(attribute.share, rows),
         ]
 
 
@@ -288,11 +273,3 @@ def _ratio(price: np.ndarray, base: np.ndarray) -> np.ndarray:
     """`price` over `base`, both (C,); NaN for a base of 0, as for a free item, or an unknown one."""
     unknown = np.full(np.broadcast_shapes(price.shape, base.shape), np.nan, np.result_type(price, base))
     return np.asarray(np.divide(price, base, out=unknown, where=base > 0))
-
-
-def _share(codes: np.ndarray, reference: np.ndarray, size: int) -> np.ndarray:
-    """The share of each code in `reference`; NaN for an empty reference and for a missing code."""
-    if not len(reference):
-        return np.full(len(codes), np.nan, np.float32)
-    share = np.bincount(reference[reference >= 0], minlength=size) / len(reference)
-    return np.where(codes >= 0, np.append(share, np.nan)[codes], np.nan).astype(np.float32)

@@ -3,18 +3,21 @@
 Cosine of TF-IDF vectors (Salton and Buckley, 1988) over the catalog.
 """
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from services.catalog.item_table import ItemTable
-from services.core.accumulator import Accumulator
+from services.core.accumulator import Scratch
 from services.core.growing_array import appended
+from services.core.kernels import array, kernel
 from services.ranking.state.item_stats import ItemStats
 from services.ranking.state.tick_cache import TickCache
 
 _MIN_LENGTH = 1e-6
+_CODES, _ROWS, _NUMBERS = array(np.int32, 2), array(np.int64), array(np.float64)
+_SCRATCH = array(np.int32, writable=True)
 
 Column = tuple[np.ndarray, Mapping[str, int]]
 """The codes of an attribute, int (R, W), -1 for no term, and the code of each term."""
@@ -87,6 +90,19 @@ class Terms:
         return np.maximum(np.sqrt(total), _MIN_LENGTH)
 
 
+@dataclass(frozen=True)
+class TermQuery:
+    """The terms of weighted items: `codes` int64 (K,), and `weights` float64 (K,), times the squared IDF.
+
+    The sum of these weights over the terms of a row, divided by the row's length and by `total`, is its
+    similarity to the items.
+    """
+
+    codes: np.ndarray
+    weights: np.ndarray
+    total: float
+
+
 class TfidfSimilarity:
     """Similarity over the rows of one item table; any thread may use it."""
 
@@ -95,7 +111,7 @@ class TfidfSimilarity:
             lambda stats: Terms(read(np.arange(stats.length)), stats.length),
             lambda terms, stats: terms.append(read(np.arange(terms.count, stats.length)), stats.length),
         )
-        self._accumulator, self._local = Accumulator(), threading.local()
+        self._scratch = Scratch()
 
     @classmethod
     def of_attributes(cls, table: ItemTable, names: Sequence[str]) -> "TfidfSimilarity":
@@ -117,60 +133,134 @@ class TfidfSimilarity:
 
         NaN without seeds, and for a row without terms.
         """
-        terms = self.terms(stats)
-        if not len(seeds) or not terms.codes.shape[1]:
-            return np.full(len(rows), np.nan, np.float32)
-        codes, code_weights = self.query(seeds, weights, stats)
-        shared = self._weights_of(codes, code_weights, terms)[terms.codes[rows]].sum(1)
-        self._local.weights[codes] = 0
-        length = terms.length[rows]
-        cosine = shared / length / max(float(weights.sum()), 1e-9)
-        return np.asarray(np.where(length > _MIN_LENGTH, cosine, np.nan), np.float32)
+        return self.to_query(self.query(seeds, weights, stats), rows, stats)
 
-    def query(
-        self, seeds: np.ndarray, weights: np.ndarray, stats: ItemStats
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The terms of weighted seeds (S,): codes int64 (K,), and their weights times squared IDF.
-
-        The sum of these weights over the terms of a row, divided by its length and by the sum of `weights`,
-        is its similarity to the seeds.
-        """
+    def query(self, seeds: np.ndarray, weights: np.ndarray, stats: ItemStats) -> TermQuery:
+        """The terms of weighted seeds (S,)."""
         terms = self.terms(stats)
-        seed_codes = terms.codes[seeds]
-        seed_weights = np.repeat(weights / terms.length[seeds], seed_codes.shape[1])
-        codes, code_weights = self._accumulator.sums(seed_codes.ravel(), seed_weights, terms.missing + 1)
-        return codes, code_weights * terms.squared_idf[codes]
+        weights = np.ascontiguousarray(weights, np.float64)
+        scratch = self._scratch.of(terms.missing + 1)
+        codes, code_weights = _query(
+            terms.codes, terms.squared_idf, terms.length, np.ascontiguousarray(seeds), weights, scratch
+        )
+        return TermQuery(codes, code_weights, float(weights.sum()))
+
+    def to_query(self, query: TermQuery, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
+        """The similarity of rows (C,) to the items of a query; see `to`."""
+        terms = self.terms(stats)
+        scratch = self._scratch.of(terms.missing + 1)
+        rows = np.ascontiguousarray(rows)
+        return _similarity(
+            terms.codes, terms.length, query.codes, query.weights, max(query.total, 1e-9), rows, scratch
+        )
 
     def each(self, seeds: np.ndarray, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
         """The cosine of each of rows (C,) and each of seeds (S,): float32 (C, S), NaN as in `to`."""
         terms = self.terms(stats)
-        if not terms.codes.shape[1] or not len(seeds):
-            return np.full((len(rows), len(seeds)), np.nan, np.float32)
-        seed_codes = terms.codes[seeds]
-        codes, index = self._accumulator.distinct(seed_codes.ravel(), terms.missing + 1)
-        by_code = np.zeros((len(codes), len(seeds)), np.float32)
-        seed = np.repeat(np.arange(len(seeds)), seed_codes.shape[1])
-        by_code[index, seed] = terms.squared_idf[seed_codes.ravel()] / terms.length[seeds][seed]
-        # Codes that no seed has find the last row, of zeros.
-        position = self._weights_of(codes, np.arange(len(codes)) - len(codes), terms)[terms.codes[rows]]
-        self._local.weights[codes] = 0
-        row, column = np.nonzero(position < 0)
-        shared = np.zeros((len(rows), len(seeds)), np.float32)
-        if len(row):
-            first = np.flatnonzero(np.diff(row, prepend=-1))
-            terms_of_rows = by_code[position[row, column].astype(np.int64)]
-            shared[row[first]] = np.add.reduceat(terms_of_rows, first)
-        length = terms.length[rows][:, None]
-        return np.asarray(np.where(length > _MIN_LENGTH, shared / length, np.nan), np.float32)
+        scratch = self._scratch.of(terms.missing + 1)
+        seeds, rows = np.ascontiguousarray(seeds), np.ascontiguousarray(rows)
+        return _each(terms.codes, terms.squared_idf, terms.length, terms.missing, seeds, rows, scratch)
 
     def terms(self, stats: ItemStats) -> Terms:
         """The terms as of `stats`, computed once: later changes of the catalog do not count."""
         return self._cache.get(stats)
 
-    def _weights_of(self, codes: np.ndarray, weights: np.ndarray, terms: Terms) -> np.ndarray:
-        """Weights by code, float64 (V + 1,), 0 for others: memory of this thread, to be cleared after use."""
-        memory: np.ndarray | None = getattr(self._local, "weights", None)
-        if memory is None or len(memory) <= terms.missing:
-            memory = self._local.weights = np.zeros(terms.missing + 1)
-        memory[codes] = weights
-        return memory
+
+@kernel(_CODES, _NUMBERS, _NUMBERS, _ROWS, _NUMBERS, _SCRATCH)
+def _query(
+    codes: np.ndarray,
+    squared_idf: np.ndarray,
+    lengths: np.ndarray,
+    seeds: np.ndarray,
+    weights: np.ndarray,
+    scratch: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct codes of seeds, int64 (K,), and their weights, float64 (K,)."""
+    width = codes.shape[1]
+    distinct, totals, count = np.empty(len(seeds) * width, np.int64), np.zeros(len(seeds) * width), 0
+    for seed in range(len(seeds)):
+        weight = weights[seed] / lengths[seeds[seed]]
+        for column in range(width):
+            code = codes[seeds[seed], column]
+            place = scratch[code]
+            if place < 0 or place >= count or distinct[place] != code:
+                place = count
+                scratch[code], distinct[place] = place, code
+                count += 1
+            totals[place] += weight * squared_idf[code]
+    return distinct[:count].copy(), totals[:count].copy()
+
+
+@kernel(_CODES, _NUMBERS, _ROWS, _NUMBERS, np.float64, _ROWS, _SCRATCH)
+def _similarity(
+    codes: np.ndarray,
+    lengths: np.ndarray,
+    query_codes: np.ndarray,
+    query_weights: np.ndarray,
+    total: float,
+    rows: np.ndarray,
+    scratch: np.ndarray,
+) -> np.ndarray:
+    """The similarity of rows to the codes of a query, float32 (C,), NaN for a row without terms."""
+    result, count = np.full(len(rows), np.nan, np.float32), len(query_codes)
+    for place in range(count):
+        scratch[query_codes[place]] = place
+    for index in range(len(rows) if count else 0):
+        row = rows[index]
+        if lengths[row] > _MIN_LENGTH:
+            shared = 0.0
+            for column in range(codes.shape[1]):
+                code = codes[row, column]
+                place = scratch[code]
+                if 0 <= place < count and query_codes[place] == code:
+                    shared += query_weights[place]
+            result[index] = shared / lengths[row] / total
+    return result
+
+
+@kernel(_CODES, _NUMBERS, _NUMBERS, np.int64, _ROWS, _ROWS, _SCRATCH)
+def _each(
+    codes: np.ndarray,
+    squared_idf: np.ndarray,
+    lengths: np.ndarray,
+    missing: int,
+    seeds: np.ndarray,
+    rows: np.ndarray,
+    scratch: np.ndarray,
+) -> np.ndarray:
+    """The cosine of rows and seeds, float32 (C, S), NaN for a row without terms."""
+    width, size = codes.shape[1], len(seeds) * codes.shape[1]
+    # The terms of seeds; those of one code are chained, and `scratch` has the last of the chain.
+    entry_code, entry_seed, before = (
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+        np.empty(size, np.int64),
+    )
+    count = 0
+    for seed in range(len(seeds)):
+        for column in range(width):
+            code = codes[seeds[seed], column]
+            last = scratch[code]
+            is_known = 0 <= last < count and entry_code[last] == code
+            if code == missing or (is_known and entry_seed[last] == seed):
+                continue
+            entry_code[count], entry_seed[count], before[count] = code, seed, last if is_known else -1
+            scratch[code] = count
+            count += 1
+    result = np.full((len(rows), len(seeds)), np.nan, np.float32)
+    shared = np.zeros(len(seeds))
+    for index in range(len(rows) if width else 0):
+        row = rows[index]
+        if lengths[row] <= _MIN_LENGTH:
+            continue
+        shared[:] = 0
+        for column in range(width):
+            code = codes[row, column]
+            entry = scratch[code]
+            if 0 <= entry < count and entry_code[entry] == code:
+                while entry >= 0:
+                    shared[entry_seed[entry]] += squared_idf[code]
+                    entry = before[entry]
+        for seed in range(len(seeds)):
+            result[index, seed] = shared[seed] / lengths[seeds[seed]] / lengths[row]
+    return result

@@ -5,24 +5,30 @@ from collections.abc import Mapping
 import numpy as np
 
 from services.catalog.item_table import ItemTable
+from services.core.accumulator import Scratch
 from services.core.growing_array import appended
+from services.core.kernels import array, kernel
 from services.core.ranges import concatenated
 from services.ranking.state.item_stats import ItemStats
 from services.ranking.state.tick_cache import TickCache
+
+_CODES, _ROWS = array(np.int32), array(np.int64)
 
 
 class ValueCodes:
     """An attribute as of one tick.
 
     `codes` int32 (N,), -1 for none. `total` float64 (V,) is the weight of last week's interactions with the
-    items of each value. `rows_of` gives the rows of a value.
+    items of each value, `share` float64 (V,) its part of all. `rows_of` gives the rows of a value.
     """
 
     def __init__(self, codes: np.ndarray, vocabulary: Mapping[str, int], popularity: np.ndarray) -> None:
         self._codes, self.vocabulary, self.count = codes.astype(np.int32), vocabulary, len(codes)
         valid = codes >= 0
-        self.total = np.bincount(codes[valid], popularity[valid], int(codes.max(initial=-1)) + 1)
-        self._first_count = len(codes)
+        total = np.bincount(codes[valid], popularity[valid], int(codes.max(initial=-1)) + 1)
+        self.total = total.astype(np.float64)  # of no codes, NumPy counts in integers
+        self.share = self.total / max(float(self.total.sum()), 1.0)
+        self._first_count, self._scratch = len(codes), Scratch()
         order = np.argsort(codes, kind="stable")
         self._rows = order[np.count_nonzero(~valid) :]
         self._starts = np.searchsorted(codes[self._rows], np.arange(len(self.total) + 1))
@@ -46,13 +52,60 @@ class ValueCodes:
             index = np.concatenate([index, new_index])
         return rows, index
 
+    def share_in(self, reference: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The share of the value of each of rows (C,) among the rows `reference`, int64 (R,): float32 (C,).
+
+        NaN without a reference, and for a row without a value.
+        """
+        reference, rows = np.ascontiguousarray(reference), np.ascontiguousarray(rows)
+        return _share_in(self.codes, reference, rows, self._scratch.of(len(self.total)))
+
+    def of_values(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The element of `values`, float64 (V,), for the value of each of rows (C,); NaN for none."""
+        return _of_values(self.codes, values, np.ascontiguousarray(rows))
+
     def append(self, codes: np.ndarray) -> None:
         """Add rows, which nobody has interacted with."""
         more = int(codes.max(initial=-1)) + 1 - len(self.total)
         if more > 0:
             self.total = np.append(self.total, np.zeros(more))
+            self.share = np.append(self.share, np.zeros(more))
         self._codes = appended(self._codes, self.count, codes.astype(np.int32))
         self.count += len(codes)  # last: a reader sees complete rows
+
+
+@kernel(_CODES, _ROWS, _ROWS, array(np.int32, writable=True))
+def _share_in(codes: np.ndarray, reference: np.ndarray, rows: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    result = np.full(len(rows), np.nan, np.float32)
+    if not len(reference):
+        return result
+    distinct, counts, count = np.empty(len(reference), np.int64), np.zeros(len(reference)), 0
+    for row in reference:
+        code = codes[row]
+        if code < 0:
+            continue
+        place = scratch[code]
+        if place < 0 or place >= count or distinct[place] != code:
+            place = count
+            scratch[code], distinct[place] = place, code
+            count += 1
+        counts[place] += 1
+    for index in range(len(rows)):
+        code = codes[rows[index]]
+        if code >= 0:
+            place = scratch[code]
+            is_known = 0 <= place < count and distinct[place] == code
+            result[index] = counts[place] / len(reference) if is_known else 0
+    return result
+
+
+@kernel(_CODES, array(np.float64), _ROWS)
+def _of_values(codes: np.ndarray, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    result = np.empty(len(rows), np.float32)
+    for index in range(len(rows)):
+        code = codes[rows[index]]
+        result[index] = values[code] if code >= 0 else np.nan
+    return result
 
 
 class AttributeValues:

@@ -13,11 +13,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from services.catalog.item_table import ItemTable
+from services.core.accumulator import Scratch
 from services.core.growing_array import appended
-from services.core.ranges import concatenated
+from services.core.kernels import array, kernel
 from services.core.sorted_arrays import find
 
 _FILE = "graph.safetensors"
+_NODES, _WEIGHTS = array(np.int64), array(np.float32)
+_RELATION = array(np.int64), array(np.int32), array(np.float32)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class GraphView:
         self._graph, self._table = graph, table
         self._nodes = self._node_of_row = np.empty(0, np.int64)
         self._row_of_node = np.full(len(graph.item_hashes), -1, np.int64)
-        self._count, self._lock = 0, threading.Lock()
+        self._count, self._lock, self._scratch = 0, threading.Lock(), Scratch()
 
     @property
     def names(self) -> list[str]:
@@ -117,9 +120,71 @@ class GraphView:
         The weight of an edge is multiplied with that of its item; a seed is an index in `rows`.
         """
         graph = self._graph.relations[relation]
-        source = self.nodes(rows)
-        seeds = np.flatnonzero(source >= 0)
-        start, size = graph.start[source[seeds]], np.diff(graph.start)[source[seeds]]
-        seed = np.repeat(seeds, size)
-        edge = concatenated(start, size)
-        return graph.neighbors[edge], (graph.weights[edge] * weights[seed]).astype(np.float32), seed
+        return _edges(*_parts(graph), self.nodes(rows), np.ascontiguousarray(weights, np.float32))
+
+    def connections(
+        self, relation: str, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The edges from weighted items (S,) to each of rows (C,): their sum, and the highest, 0 for none.
+
+        Both float64 (C,); the weight of an edge is multiplied with that of its item.
+        """
+        weights, scratch = np.ascontiguousarray(weights, np.float32), self._scratch.of(self.size)
+        parts = _parts(self._graph.relations[relation])
+        return _connections(*parts, self.nodes(seeds), weights, self.nodes(rows), scratch)
+
+
+def _parts(relation: Relation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return relation.start, relation.neighbors, relation.weights
+
+
+@kernel(*_RELATION, _NODES, _WEIGHTS)
+def _edges(
+    starts: np.ndarray,
+    neighbors: np.ndarray,
+    edge_weights: np.ndarray,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The edges out of weighted nodes, -1 for none; see `GraphView.edges`."""
+    size = 0
+    for node in nodes:
+        if node >= 0:
+            size += starts[node + 1] - starts[node]
+    targets, totals = np.empty(size, np.int64), np.empty(size, np.float32)
+    seeds, count = np.empty(size, np.int64), 0
+    for seed in range(len(nodes)):
+        if nodes[seed] >= 0:
+            for edge in range(starts[nodes[seed]], starts[nodes[seed] + 1]):
+                targets[count], seeds[count] = neighbors[edge], seed
+                totals[count] = edge_weights[edge] * weights[seed]
+                count += 1
+    return targets, totals, seeds
+
+
+@kernel(*_RELATION, _NODES, _WEIGHTS, _NODES, array(np.int32, writable=True))
+def _connections(
+    starts: np.ndarray,
+    neighbors: np.ndarray,
+    edge_weights: np.ndarray,
+    nodes: np.ndarray,
+    weights: np.ndarray,
+    targets: np.ndarray,
+    scratch: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sum and the highest of the edges from weighted nodes to each of `targets`; a node -1 is none."""
+    for index in range(len(targets)):
+        if targets[index] >= 0:
+            scratch[targets[index]] = index
+    totals, highest = np.zeros(len(targets)), np.zeros(len(targets))
+    for seed in range(len(nodes)):
+        if nodes[seed] < 0:
+            continue
+        for edge in range(starts[nodes[seed]], starts[nodes[seed] + 1]):
+            neighbor = neighbors[edge]
+            place = scratch[neighbor]
+            if 0 <= place < len(targets) and targets[place] == neighbor:
+                weight = edge_weights[edge] * weights[seed]
+                totals[place] += weight
+                highest[place] = max(highest[place], weight)
+    return totals, highest

@@ -3,7 +3,7 @@
 An item is its text and image vectors. A candidate attends to the history of the user (target attention,
 Deep Interest Network, Zhou et al., 2018), histograms hold its similarity to that history in each modality
 (SimTier, Sheng et al., 2024), and feature columns of the candidate are appended. One output per event type.
-Knows arrays, not items.
+`ctr_head` serves it. Knows arrays, not items.
 """
 
 import json
@@ -13,17 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from services.core.errors import FailedPrecondition
 from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.user_query import UserQuery
 
 MAX_HISTORY = 50
 SETTINGS_FILE = "ctr.json"
 WEIGHTS_FILE = "ctr.safetensors"
-_TIERS = 10
+TIERS = 10
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class CtrModel(nn.Module):
         self.event_projection = nn.Linear(3, width)
         self.null_token = nn.Parameter(torch.zeros(width))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        input_size = 3 * width + len(settings.columns) + len(settings.spaces) * _TIERS
+        input_size = 3 * width + len(settings.columns) + len(settings.spaces) * TIERS
         self.head = nn.Sequential(
             nn.Linear(input_size, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, outputs)
         )
@@ -110,47 +109,10 @@ class CtrModel(nn.Module):
     def _tiers(users: UserHistories, items: Mapping[str, torch.Tensor], space: str) -> torch.Tensor:
         """The items of the history in each tier of similarity, (B, C, 10): logarithms of counts."""
         cosine = items[space] @ users.vectors[space].transpose(1, 2)
-        tier = (cosine * _TIERS).floor().clamp(0, _TIERS - 1).long()
+        tier = (cosine * TIERS).floor().clamp(0, TIERS - 1).long()
         present = users.present.unsqueeze(1).expand_as(tier).to(cosine.dtype)
-        counts = torch.zeros(*cosine.shape[:2], _TIERS, dtype=cosine.dtype, device=cosine.device)
+        counts = torch.zeros(*cosine.shape[:2], TIERS, dtype=cosine.dtype, device=cosine.device)
         return counts.scatter_add(2, tier, present).log1p()
-
-
-class CtrHead:
-    """A head of a bundle, over the vectors of an item table.
-
-    Raises:
-        FailedPrecondition: it reads a column that `names` lacks.
-    """
-
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        parameters = json.loads((directory / SETTINGS_FILE).read_text())
-        self.settings = CtrSettings(**parameters | {"scales": FeatureScaler(**parameters["scales"])})
-        index = {name: position for position, name in enumerate(names)}
-        if missing := [name for name in self.settings.columns if name not in index]:
-            raise FailedPrecondition(f"the CTR head reads {missing[0]!r}, which is not a feature here")
-        self._columns = np.array([index[name] for name in self.settings.columns], np.int64)
-        self.model = CtrModel(self.settings)
-        self.model.load_state_dict(load_file(directory / WEIGHTS_FILE))
-        self.model.eval()
-
-    @torch.inference_mode()
-    def logits(
-        self, query: UserQuery, rows: np.ndarray, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
-    ) -> np.ndarray:
-        """Logits float32 (C, T) of candidate rows (C,) with features (C, F); `vectors` (N, D) by space."""
-        users = user_histories([query], vectors, self.settings.spaces)
-        items = {s: torch.from_numpy(vectors[s][rows]).float().unsqueeze(0) for s in self.settings.spaces}
-        columns = self.settings.scales.apply(matrix[:, self._columns])
-        dense = torch.from_numpy(columns).unsqueeze(0)
-        return np.asarray(self.model(users, items, dense)[0].numpy(), np.float32)
-
-    def probabilities(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        """P(event | shown) float64 (C,) by event type; empty for a head trained without impressions."""
-        if not self.settings.shown:
-            return {}
-        calibrated = np.array(self.settings.slope) * logits + np.array(self.settings.offset)
-        return dict(zip(self.settings.types, (1 / (1 + np.exp(-calibrated))).T, strict=True))
 
 
 def write_ctr(directory: Path, model: CtrModel) -> None:

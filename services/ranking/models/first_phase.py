@@ -7,16 +7,17 @@ a millisecond for thousands of candidates. Training and serving build its rows b
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from services.catalog.candidate_sources import NAMES
 from services.core.errors import FailedPrecondition
+from services.core.growing_array import appended
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.item_stats import ITEM_COLUMNS, ItemStats, item_columns
+from services.ranking.state.tick_cache import TickCache
 
 FIRST_PHASE_FILE = "first_phase.json"
 _BEHAVIOR = ("co_occurrence", "popular", "trending", "attribute_affinity")
@@ -57,15 +58,82 @@ class FirstPhase:
     choice: ConditionalLogit
     depth: int
 
-    def score(self, source_scores: np.ndarray, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
-        """Scores float32 (C,), which order the candidates and have no unit; see `first_phase_rows`."""
-        matrix = first_phase_rows(source_scores, rows, stats)[:, self._columns]
-        return self.choice.scales.apply(matrix) @ np.asarray(self.choice.weight, np.float32)
 
-    @cached_property
-    def _columns(self) -> np.ndarray:
-        """The columns that the model reads: a bundle may be older than a source."""
-        return np.array([COLUMNS.index(name) for name in self.choice.columns], np.int64)
+class FirstPhaseScorer:
+    """The scores of a first phase, from the lists of the sources.
+
+    A source adds its terms to the candidates that it proposes. The terms of the other columns are summed up
+    for every item once per tick, so that a request looks up one number for each candidate.
+    """
+
+    def __init__(self, model: FirstPhase) -> None:
+        self.depth, choice = model.depth, model.choice
+        place = {name: position for position, name in enumerate(choice.columns)}
+
+        def part(names: Sequence[str]) -> ConditionalLogit:
+            """The terms of those columns that the model reads: a bundle may be older than a source."""
+            at = [place[name] for name in names if name in place]
+            unit, mean, scale = (
+                [values[i] for i in at]
+                for values in (choice.scales.unit, choice.scales.mean, choice.scales.scale)
+            )
+            return ConditionalLogit(
+                [choice.columns[i] for i in at],
+                FeatureScaler(unit, mean, scale),
+                [choice.weight[i] for i in at],
+            )
+
+        self._sources = {name: (part([name]), part([f"{name}_proposed"])) for name in NAMES}
+        self._absent = {
+            name: sum(float(_column(one, np.zeros(1))[0]) for one in parts)
+            for name, parts in self._sources.items()
+        }
+        self._items = part(ITEM_COLUMNS)
+        self._item_index = np.array([ITEM_COLUMNS.index(name) for name in self._items.columns], np.int64)
+        self._of_items = TickCache(
+            lambda stats: _ItemTerms(self._terms(np.arange(stats.length), stats)),
+            lambda terms, stats: terms.append(self._terms(np.arange(terms.count, stats.length), stats)),
+        )
+
+    def score(self, sources: Sequence[SourceColumn], rows: np.ndarray, stats: ItemStats) -> np.ndarray:
+        """Scores float32 (C,) of table rows, int64 (C,), which order the candidates and have no unit."""
+        scores = self._of_items.get(stats).values[rows] + sum(self._absent.values())
+        for name, indices, of_source in sources:
+            if name in self._sources and len(indices):
+                score, proposed = self._sources[name]
+                more = _column(score, of_source) + _column(proposed, np.ones(1)) - self._absent[name]
+                scores[indices] += more
+        return np.asarray(scores, np.float32)
+
+    def _terms(self, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
+        """The sum of the terms of an item's own columns, float64 (R,)."""
+        columns = np.stack(item_columns(rows, stats), axis=1)[:, self._item_index]
+        return np.asarray(self._items.terms(columns).sum(1, dtype=np.float64))
+
+
+class _ItemTerms:
+    """A number for each row, float64 (N,)."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._values, self.count = values, len(values)
+
+    @property
+    def values(self) -> np.ndarray:
+        """See the class."""
+        return self._values[: self.count]
+
+    def append(self, values: np.ndarray) -> bool:
+        """Add rows."""
+        self._values = appended(self._values, self.count, values)
+        self.count += len(values)  # last: a reader sees complete rows
+        return True
+
+
+def _column(choice: ConditionalLogit, values: np.ndarray) -> np.ndarray:
+    """The terms, float64 (N,), of a model over one column or none, for values (N,)."""
+    if not choice.columns:
+        return np.zeros(len(values))
+    return choice.terms(np.asarray(values, np.float32)[:, None])[:, 0].astype(np.float64)
 
 
 def write_first_phase(directory: Path, model: FirstPhase) -> None:
@@ -108,12 +176,3 @@ def with_others(second: np.ndarray, selected: np.ndarray, first: np.ndarray) -> 
     scores[:] = line - excess - 1e-3
     scores[selected] = second
     return scores
-
-
-def source_matrix(sources: Sequence[SourceColumn], count: int) -> np.ndarray:
-    """Scores float32 (`count`, S) in the order of `NAMES` from indices int64 (K,) and scores by source."""
-    matrix = np.full((count, len(NAMES)), np.nan, np.float32)
-    for name, indices, scores in sources:
-        if name in NAMES:
-            matrix[indices, NAMES.index(name)] = scores
-    return matrix

@@ -20,6 +20,8 @@ from scipy.special import erf
 from torch import nn
 
 from services.catalog.item_table import ItemTable
+from services.core.growing_array import fitted
+from services.core.kernels import array, kernel
 from services.core.sorted_arrays import find
 from services.ranking.state.user_query import UserQuery
 
@@ -229,7 +231,11 @@ class SequenceView:
         Up to a constant for each user.
         """
         vectors, content = self._items()
-        return vectors[rows] @ user, content[rows] @ user
+        return dot_products(vectors, rows, user), dot_products(content, rows, user)
+
+    def log_odds(self, user: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The first part of `scores`."""
+        return dot_products(self._items()[0], rows, user)
 
     @property
     def vectors(self) -> np.ndarray:
@@ -248,7 +254,7 @@ class SequenceView:
         length = self._table.length
         rows, version = self._table.changed_since(self._version)
         capacity = max(length, int(rows.max(initial=-1)) + 1)
-        vectors, content = (_grown(array, capacity) for array in (self._vectors, self._content))
+        vectors, content = (fitted(values, capacity) for values in (self._vectors, self._content))
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             batch = rows[start : start + _ROWS_AT_ONCE]
             items = read_items(self._table, batch, self._net.settings, self._item_hashes)
@@ -258,6 +264,22 @@ class SequenceView:
                 vectors[batch] = (batch_content + self._net.delta(items.delta_rows)).numpy()
         self._vectors, self._content = vectors, content
         self._version, self._built = version, length
+
+
+def dot_products(vectors: np.ndarray, rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The dot products of some rows, int64 (C,), of float32 (N, D) with a vector (D,): float32 (C,)."""
+    return _dot_products(vectors, np.ascontiguousarray(rows), vector)
+
+
+@kernel(array(np.float32, 2), array(np.int64), array(np.float32), reorder=True)
+def _dot_products(vectors: np.ndarray, rows: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    result = np.empty(len(rows), np.float32)
+    for index in range(len(rows)):
+        row, total = rows[index], np.float32(0)
+        for column in range(len(vector)):
+            total += vectors[row, column] * vector[column]
+        result[index] = total
+    return result
 
 
 def write_sequence(directory: Path, net: SequenceNet) -> None:
@@ -296,12 +318,3 @@ def _values(table: ItemTable, rows: np.ndarray, values: Sequence[tuple[str, str]
                     index_of_code[code] = position
             columns.append(index_of_code[codes])
     return np.concatenate(columns, axis=1)
-
-
-def _grown(array: np.ndarray, length: int) -> np.ndarray:
-    """The same array if it has `length` rows, else a copy that has, at least twice as long."""
-    if length <= len(array):
-        return array
-    grown = np.zeros((max(length, 2 * len(array)), array.shape[1]), np.float32)
-    grown[: len(array)] = array
-    return grown

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from services.core.accumulator import Accumulator
+from services.core.kernels import array, kernel
 from services.ranking.features.context import RankingContext
 from services.ranking.retrieval.impact_index import ImpactIndex
 from services.ranking.retrieval.sequence_index import SequenceIndex
@@ -32,7 +33,7 @@ INDEXED = ("attribute_affinity", "title_keywords", "sequence")
 """The sources that read an approximate index of a large catalog."""
 Source = Callable[[UserQuery, ItemStats, np.ndarray, int], ScoredRows]
 """Gives rows in no order; those of the mask `allowed`, bool (N,), contain the best `limit` allowed ones."""
-_NONE = ScoredRows(np.empty(0, np.int64), np.empty(0))
+_NONE = ScoredRows(np.empty(0, np.int64), np.empty(0, np.float32))
 
 
 class CandidateSources:
@@ -75,7 +76,7 @@ class CandidateSources:
             user = self._sequence.user(query) if self._sequence else None
             if self._sequence is None or user is None:
                 return _NONE
-            return self.best(_odds(rows, self._sequence.scores(user, rows)[0]), allowed, limit)
+            return self.best(_odds(rows, self._sequence.log_odds(user, rows)), allowed, limit)
         index = self._attributes if source == "attribute_affinity" else self._titles
         seeds, weights = query.seeds()
         if not len(seeds):
@@ -84,10 +85,10 @@ class CandidateSources:
 
     def best(self, scored: ScoredRows, allowed: np.ndarray, limit: int) -> ScoredRows:
         """The best allowed rows, in the same order."""
-        rows, scores = scored
-        usable = np.flatnonzero((scores > 0) & (rows < len(allowed)))
-        usable = usable[allowed[rows[usable]]][: None if limit else 0]
-        rows, scores = rows[usable], scores[usable]
+        if not limit:
+            return _NONE
+        scores = np.ascontiguousarray(scored.scores, np.float64)
+        rows, scores = _usable(np.ascontiguousarray(scored.rows), scores, np.ascontiguousarray(allowed))
         if len(rows) > limit:
             threshold = np.partition(scores, len(rows) - limit)[len(rows) - limit]
             best = np.flatnonzero(scores >= threshold)
@@ -222,6 +223,17 @@ _ITEM_SCORES: Mapping[str, Callable[[ItemStats], np.ndarray]] = {
         stats.popular[:, 0] > 0, stats.popular[:, 0] / np.sqrt(stats.popular[:, 2] + 1), 0
     ),
 }
+
+
+@kernel(array(np.int64), array(np.float64), array(np.bool_))
+def _usable(rows: np.ndarray, scores: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The allowed rows with a score above 0, and their scores."""
+    usable, usable_scores, count = np.empty(len(rows), np.int64), np.empty(len(rows)), 0
+    for index in range(len(rows)):
+        if scores[index] > 0 and rows[index] < len(allowed) and allowed[rows[index]]:
+            usable[count], usable_scores[count] = rows[index], scores[index]
+            count += 1
+    return usable[:count], usable_scores[:count]
 
 
 def _odds(rows: np.ndarray, log_odds: np.ndarray) -> ScoredRows:

@@ -40,7 +40,7 @@ class SequenceIndex:
             rows = clusters.rows(user)
             rows = np.concatenate([rows[rows < len(allowed)], np.arange(clusters.count, len(allowed))])
             rows = rows[allowed[rows]]
-        return rows, self._view.scores(user, rows)[0]
+        return rows, self._view.log_odds(user, rows)
 
     def _refresh(self) -> None:
         vectors = self._view.vectors

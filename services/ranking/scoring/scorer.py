@@ -8,9 +8,10 @@ import numpy as np
 
 from services.catalog.item_table import ItemTable
 from services.ranking.features.feature_matrix import Features
+from services.ranking.features.similarities import Similarities
 from services.ranking.models.baseline_scorer import baseline_scores
-from services.ranking.models.ctr import CtrHead
-from services.ranking.models.first_phase import read_first_phase, with_others
+from services.ranking.models.ctr_head import CtrHead, CtrInput, CtrItems, history_rows, item_vectors
+from services.ranking.models.first_phase import FirstPhaseScorer, SourceColumn, read_first_phase, with_others
 from services.ranking.models.reranker import Reranker
 from services.ranking.state.item_stats import ItemStats
 from services.ranking.state.user_query import UserQuery
@@ -50,59 +51,90 @@ class Scorer:
         types = self._ctr.settings.types if self._ctr else ()
         self.columns = (*features.names, *(ctr_column(t) for t in types))
         self._reranker = Reranker(reranker, self.columns) if reranker else None
-        self._first_phase = read_first_phase(reranker) if reranker else None
+        first = read_first_phase(reranker) if reranker else None
+        self._first_phase = FirstPhaseScorer(first) if first else None
         # A head that gives neither a column nor a probability is not run.
         if self._ctr and self._reranker and not self._ctr.settings.shown:
             names = {ctr_column(t) for t in types}
             if not names & set(self._reranker.columns_read):
                 self._ctr = None
+        self._ctr_items = CtrItems(self._ctr, table) if self._ctr else None
 
     def score(
         self,
         query: UserQuery,
         rows: np.ndarray,
         stats: ItemStats,
-        sources: np.ndarray | None = None,
+        sources: Sequence[SourceColumn] = (),
         required: np.ndarray | None = None,
     ) -> Scores:
         """Score candidate table rows, int64 (C,), for a user.
 
-        With `sources`, float32 (C, S) in the order of `NAMES`, NaN for none, the first phase of the bundle
-        chooses the candidates for the models; those `required`, bool (C,), are always among them.
+        With the `sources` of the candidates, the first phase of the bundle chooses those for the models;
+        those `required`, bool (C,), are always among them.
         """
         model = self._first_phase
-        if model is None or sources is None or len(rows) <= model.depth:
-            return self._final(query, rows, self._features.matrix(query, rows, stats), self._vectors())
+        if model is None or not sources or len(rows) <= model.depth:
+            return self._scored(query, rows, stats)
         first = model.score(sources, rows, stats)
         is_selected = np.zeros(len(rows), bool) if required is None else required.copy()
         is_selected[np.argpartition(-first, model.depth)[: model.depth]] = True
         selected = np.flatnonzero(is_selected)
-        matrix = self._features.matrix(query, rows[selected], stats)
-        scores = self._final(query, rows[selected], matrix, self._vectors())
+        scores = self._scored(query, rows[selected], stats)
         return replace(scores, values=with_others(scores.values, selected, first), selected=selected)
 
     def ablated(
         self, query: UserQuery, rows: np.ndarray, stats: ItemStats, kinds: Mapping[str, Sequence[str]]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores (C,), and by kind those (C,) with its columns, and the space of the same name, unknown."""
-        matrix, vectors = self._features.matrix(query, rows, stats), self._vectors()
+        matrix = self._features.matrix(query, rows, stats)
         index = {name: position for position, name in enumerate(self._features.names)}
         without = {}
         for kind, names in kinds.items():
-            masked, masked_vectors = matrix.copy(), dict(vectors)
+            masked = matrix.copy()
             masked[:, [index[name] for name in names]] = np.nan
-            if kind in masked_vectors:
-                masked_vectors[kind] = np.broadcast_to(np.float16(0), masked_vectors[kind].shape)
-            without[kind] = self._final(query, rows, masked, masked_vectors).values
-        return self._final(query, rows, matrix, vectors).values, without
+            without[kind] = self._final(masked, self._logits_without(kind, query, rows, masked)).values
+        return self._final(matrix, self._logits_without("", query, rows, matrix)).values, without
 
-    def _final(
-        self, query: UserQuery, rows: np.ndarray, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
-    ) -> Scores:
+    def _scored(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> Scores:
+        similarities = Similarities(self._table, query, rows)
+        matrix = self._features.matrix(query, rows, stats, similarities)
+        logits = None
+        if self._ctr is not None and self._ctr_items is not None:
+            history = history_rows(query)
+            spaces = self._ctr.settings.spaces
+            cosines = {space: self._cosines(space, similarities, len(history)) for space in spaces}
+            read = CtrInput(self._ctr_items.of(history), self._ctr_items.of(rows), cosines)
+            logits = self._ctr.logits_of(query, matrix, read)
+        return self._final(matrix, logits)
+
+    @staticmethod
+    def _cosines(space: str, similarities: Similarities, count: int) -> np.ndarray:
+        """The cosines of candidates and the first `count` of the user's items, float32 (C, `count`)."""
+        cosines = similarities.cosines(space)
+        return np.zeros((similarities.count, count), np.float32) if cosines is None else cosines[:, :count]
+
+    def _logits_without(
+        self, space: str, query: UserQuery, rows: np.ndarray, matrix: np.ndarray
+    ) -> np.ndarray | None:
+        """The logits (C, T) of the CTR head, if there is one, as if no item had a vector in `space`."""
+        if self._ctr is None:
+            return None
+        used = np.concatenate([rows, history_rows(query)])
+        vectors = item_vectors(self._table, used, self._ctr.settings.spaces)
+        if space in vectors:
+            vectors[space][:] = 0
+        return self._ctr.logits(
+            query,
+            matrix,
+            {s: v[: len(rows)] for s, v in vectors.items()},
+            {s: v[len(rows) :] for s, v in vectors.items()},
+        )
+
+    def _final(self, matrix: np.ndarray, logits: np.ndarray | None) -> Scores:
         components: dict[str, np.ndarray] = {}
         probabilities: dict[str, np.ndarray] = {}
-        if self._ctr is not None:
-            logits = self._ctr.logits(query, rows, matrix, vectors)
+        if self._ctr is not None and logits is not None:
             probabilities = self._ctr.probabilities(logits)
             components |= {
                 ctr_column(t): logits[:, output] for output, t in enumerate(self._ctr.settings.types)
@@ -113,14 +145,3 @@ class Scorer:
         else:
             components["blend"] = final = baseline_scores(self._features.names, matrix)
         return Scores(final, components, probabilities)
-
-    def _vectors(self) -> dict[str, np.ndarray]:
-        """The vectors of the head's spaces; zeros for a space without any vector."""
-        vectors = {}
-        for space, dimension in self._ctr.settings.spaces.items() if self._ctr else ():
-            column = self._table.vectors(space)
-            if column is None:
-                vectors[space] = np.broadcast_to(np.float16(0), (self._table.length, dimension))
-            else:
-                vectors[space] = column[0]
-        return vectors
