@@ -55,6 +55,14 @@ class Accumulator:
         return _indices(_integers(keys), _integers(values), self._scratch.of(size))
 
 
+def first_occurrences(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct keys, in their first order, and the index of each key in these, both int64.
+
+    `keys` int64 (N,) may be any numbers whose low bits differ, such as hashes.
+    """
+    return _first_occurrences(np.ascontiguousarray(keys, np.int64))
+
+
 def _integers(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int64)
 
@@ -85,6 +93,24 @@ def _distinct(keys: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.nda
             count += 1
         places[index] = place
     return distinct[:count].copy(), places
+
+
+@kernel(_INTEGERS)
+def _first_occurrences(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    slots = 16
+    while slots < 2 * len(keys):
+        slots *= 2
+    places = np.full(slots, -1, np.int64)  # an open addressing table of the distinct keys
+    distinct, index, count = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64), 0
+    for position in range(len(keys)):
+        slot = keys[position] & (slots - 1)
+        while places[slot] >= 0 and distinct[places[slot]] != keys[position]:
+            slot = (slot + 1) & (slots - 1)
+        if places[slot] < 0:
+            places[slot], distinct[count] = count, keys[position]
+            count += 1
+        index[position] = places[slot]
+    return distinct[:count].copy(), index
 
 
 @kernel(_INTEGERS, _INTEGERS, _SCRATCH)

@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from services.catalog import candidate_sources
+from services.core.accumulator import first_occurrences
+from services.core.kernels import array, kernel
 
 SOURCES = frozenset(candidate_sources.NAMES)
 """The names of the sources."""
@@ -44,21 +46,12 @@ class CandidateSet:
         ]
         names = tuple(dict.fromkeys(name for name, _, _ in parts))
         every = np.concatenate([np.empty(0, np.int64), *(items for _, items, _ in parts)])
-        # Equal hashes are next to each other in the order, the first appearance first.
-        order = np.argsort(every, kind="stable")
-        is_first = np.ones(len(every), bool)
-        is_first[1:] = every[order[1:]] != every[order[:-1]]
-        first = order[is_first]
-        by_appearance = np.argsort(first)
-        place = np.empty(len(first), np.int64)
-        place[by_appearance] = np.arange(len(first))
-        index = np.empty(len(every), np.int64)
-        index[order] = place[np.cumsum(is_first) - 1]
-        matrix, end = np.full((len(first), len(names)), np.nan, np.float32), 0
-        for name, items, scores in parts:
-            start, end = end, end + len(items)
-            np.fmax.at(matrix[:, names.index(name)], index[start:end], scores)
-        return cls(every[first[by_appearance]], names, matrix)
+        every_score = np.concatenate([np.empty(0, np.float32), *(scores for *_, scores in parts)])
+        column = np.repeat([names.index(name) for name, *_ in parts], [len(items) for _, items, _ in parts])
+        distinct, index = first_occurrences(every)
+        scores = np.full((len(distinct), len(names)), np.nan, np.float32)
+        _fill(scores, index, column.astype(np.int64), every_score)
+        return cls(distinct, names, scores)
 
     def with_source(self, source: str, items: Sequence[int], scores: Sequence[float]) -> "CandidateSet":
         """These candidates, and those of another source."""
@@ -90,7 +83,10 @@ class CandidateSet:
 
     def only_by(self, source: str) -> np.ndarray:
         """Which candidates a source alone proposes, bool (C,)."""
-        return np.asarray(self.proposed_by(source) & (np.count_nonzero(~np.isnan(self.scores), axis=1) == 1))
+        proposed = self.proposed_by(source)
+        if source in self.names:
+            proposed &= np.count_nonzero(~np.isnan(self.scores), axis=1) == 1
+        return proposed
 
     def sources_of(self, item: int) -> dict[str, float]:
         """The sources of an item by hash, with their scores; none for an unknown item."""
@@ -111,13 +107,11 @@ class CandidateSet:
         """
         items = list(item_hashes)
         self._find(items)
-        scores = self.scores[[self._found[item] for item in items]]
-        ranks = np.full(scores.shape, _UNRANKED)
-        for column, name in enumerate(self.names):
-            if name in SOURCES:
-                ascending = self._ascending(column)
-                position = len(ascending) - np.searchsorted(ascending, scores[:, column])
-                ranks[:, column] = position * len(_PLACE_OF) + _PLACE_OF[name]
+        rows = np.array([self._found[item] for item in items], np.int64)
+        scores, own = self.scores[rows], [name in SOURCES for name in self.names]
+        ranks = _ranks(np.ascontiguousarray(self.scores), rows)
+        places = np.array([_PLACE_OF.get(name, 0) for name in self.names], np.int64)
+        ranks = np.where(own, ranks * len(_PLACE_OF) + places, _UNRANKED)
         ranks[np.isnan(scores)] = _UNRANKED
         best = np.argsort(ranks, axis=1)[:, :MAX_LEADING_SOURCES]
         others = [column for column, name in enumerate(self.names) if name not in SOURCES]
@@ -130,9 +124,11 @@ class CandidateSet:
 
     def columns(self) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
         """Each source with the indices of its candidates, int64 (K,), and their scores, float32 (K,)."""
-        for column, name in enumerate(self.names):
-            used = np.flatnonzero(~np.isnan(self.scores[:, column]))
-            yield name, used, self.scores[used, column]
+        rows, scores, ends = _by_column(np.ascontiguousarray(self.scores))
+        start = 0
+        for name, end in zip(self.names, ends.tolist(), strict=True):
+            yield name, rows[start:end], scores[start:end]
+            start = end
 
     def _lists(self) -> Iterable[SourceList]:
         for name, used, scores in self.columns():
@@ -157,7 +153,46 @@ class CandidateSet:
         """The sources of the items that were looked up."""
         return {}
 
-    def _ascending(self, column: int) -> np.ndarray:
-        """The scores of a source, ascending."""
-        scores = self.scores[:, column]
-        return np.sort(scores[~np.isnan(scores)])
+
+@kernel(array(np.float32, 2, writable=True), array(np.int64), array(np.int64), array(np.float32))
+def _fill(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, scores: np.ndarray) -> None:
+    """Set elements of a matrix of NaN; of several scores for an element the highest counts."""
+    for entry in range(len(rows)):
+        row, column = rows[entry], columns[entry]
+        if not matrix[row, column] >= scores[entry]:  # NaN is not
+            matrix[row, column] = scores[entry]
+
+
+@kernel(array(np.float32, 2), array(np.int64))
+def _ranks(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """For each of some rows and each column, how many scores are at least as high: int64 (R, S)."""
+    ranks = np.zeros((len(rows), scores.shape[1]), np.int64)
+    for candidate in range(scores.shape[0]):
+        for column in range(scores.shape[1]):
+            score = scores[candidate, column]
+            if not np.isnan(score):
+                for index in range(len(rows)):
+                    if score >= scores[rows[index], column]:
+                        ranks[index, column] += 1
+    return ranks
+
+
+@kernel(array(np.float32, 2))
+def _by_column(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows and values of the elements that are not NaN, by column, and the end of each column in these."""
+    ends = np.zeros(scores.shape[1], np.int64)
+    for row in range(scores.shape[0]):
+        for column in range(scores.shape[1]):
+            if not np.isnan(scores[row, column]):
+                ends[column] += 1
+    ends = np.cumsum(ends)
+    size = ends[-1] if len(ends) else 0
+    rows, values = np.empty(size, np.int64), np.empty(size, np.float32)
+    place = np.zeros(len(ends), np.int64)
+    place[1:] = ends[:-1]
+    for row in range(scores.shape[0]):
+        for column in range(scores.shape[1]):
+            if not np.isnan(scores[row, column]):
+                rows[place[column]], values[place[column]] = row, scores[row, column]
+                place[column] += 1
+    return rows, values, ends

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from services.catalog.candidate_sources import NAMES
 from services.core.errors import FailedPrecondition
 from services.core.growing_array import appended
 from services.ranking.models.linear import ConditionalLogit
-from services.ranking.models.scaler import FeatureScaler
+from services.ranking.models.scaler import FeatureScaler, standardized
 from services.ranking.state.item_stats import ITEM_COLUMNS, ItemStats, item_columns
 from services.ranking.state.tick_cache import TickCache
 
@@ -68,27 +69,9 @@ class FirstPhaseScorer:
 
     def __init__(self, model: FirstPhase) -> None:
         self.depth, choice = model.depth, model.choice
-        place = {name: position for position, name in enumerate(choice.columns)}
-
-        def part(names: Sequence[str]) -> ConditionalLogit:
-            """The terms of those columns that the model reads: a bundle may be older than a source."""
-            at = [place[name] for name in names if name in place]
-            unit, mean, scale = (
-                [values[i] for i in at]
-                for values in (choice.scales.unit, choice.scales.mean, choice.scales.scale)
-            )
-            return ConditionalLogit(
-                [choice.columns[i] for i in at],
-                FeatureScaler(unit, mean, scale),
-                [choice.weight[i] for i in at],
-            )
-
-        self._sources = {name: (part([name]), part([f"{name}_proposed"])) for name in NAMES}
-        self._absent = {
-            name: sum(float(_column(one, np.zeros(1))[0]) for one in parts)
-            for name, parts in self._sources.items()
-        }
-        self._items = part(ITEM_COLUMNS)
+        self._sources = {name: _SourceTerm.of(choice, name) for name in NAMES}
+        self._absent = sum(term.absent for term in self._sources.values())
+        self._items = _part(choice, ITEM_COLUMNS)
         self._item_index = np.array([ITEM_COLUMNS.index(name) for name in self._items.columns], np.int64)
         self._of_items = TickCache(
             lambda stats: _ItemTerms(self._terms(np.arange(stats.length), stats)),
@@ -97,13 +80,17 @@ class FirstPhaseScorer:
 
     def score(self, sources: Sequence[SourceColumn], rows: np.ndarray, stats: ItemStats) -> np.ndarray:
         """Scores float32 (C,) of table rows, int64 (C,), which order the candidates and have no unit."""
-        scores = self._of_items.get(stats).values[rows] + sum(self._absent.values())
-        for name, indices, of_source in sources:
-            if name in self._sources and len(indices):
-                score, proposed = self._sources[name]
-                more = _column(score, of_source) + _column(proposed, np.ones(1)) - self._absent[name]
-                scores[indices] += more
-        return np.asarray(scores, np.float32)
+        known = [(self._sources[name], indices, scores) for name, indices, scores in sources if name in NAMES]
+        total = self._of_items.get(stats).values[rows] + self._absent
+        if known:
+            terms = np.array([term for term, *_ in known]).T
+            unit, mean, scale, weight, proposed, absent = np.repeat(
+                terms, [len(i) for _, i, _ in known], axis=1
+            )
+            scores = np.concatenate([scores for *_, scores in known])
+            more = weight * standardized(scores, unit, mean, scale) + proposed - absent
+            total += np.bincount(np.concatenate([indices for _, indices, _ in known]), more, len(rows))
+        return np.asarray(total, np.float32)
 
     def _terms(self, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
         """The sum of the terms of an item's own columns, float64 (R,)."""
@@ -129,11 +116,41 @@ class _ItemTerms:
         return True
 
 
-def _column(choice: ConditionalLogit, values: np.ndarray) -> np.ndarray:
-    """The terms, float64 (N,), of a model over one column or none, for values (N,)."""
-    if not choice.columns:
-        return np.zeros(len(values))
-    return choice.terms(np.asarray(values, np.float32)[:, None])[:, 0].astype(np.float64)
+class _SourceTerm(NamedTuple):
+    """What a source adds to a candidate: `weight` times its score as scaled, and `proposed`.
+
+    `absent` is what a candidate gets that the source does not propose.
+    """
+
+    unit: float
+    mean: float
+    scale: float
+    weight: float
+    proposed: float
+    absent: float
+
+    @classmethod
+    def of(cls, choice: ConditionalLogit, name: str) -> "_SourceTerm":
+        """The terms of a source in a model, which may be older than the source."""
+        score, proposed = _part(choice, [name]), _part(choice, [f"{name}_proposed"])
+
+        def at(value: float, of: ConditionalLogit) -> float:
+            return float(of.terms(np.full((1, len(of.columns)), value, np.float32)).sum())
+
+        absent = at(0, score) + at(0, proposed)
+        if not score.columns:
+            return cls(1.0, 0.0, 1.0, 0.0, at(1, proposed), absent)
+        scales = score.scales
+        return cls(scales.unit[0], scales.mean[0], scales.scale[0], score.weight[0], at(1, proposed), absent)
+
+
+def _part(choice: ConditionalLogit, names: Sequence[str]) -> ConditionalLogit:
+    """The terms of those of `names` that a model reads."""
+    at = [position for position, name in enumerate(choice.columns) if name in names]
+    scales = choice.scales
+    unit, mean, scale = ([values[i] for i in at] for values in (scales.unit, scales.mean, scales.scale))
+    weight, columns = [choice.weight[i] for i in at], [choice.columns[i] for i in at]
+    return ConditionalLogit(columns, FeatureScaler(unit, mean, scale), weight)
 
 
 def write_first_phase(directory: Path, model: FirstPhase) -> None:

@@ -45,15 +45,19 @@ class FeatureScaler:
 
     def apply(self, columns: np.ndarray) -> np.ndarray:
         """Standardized columns (…, F), float32, 0 for unknown."""
-        unit, mean, scale = self._arrays
-        scaled = (_signed_log(np.asarray(columns, np.float32) / unit) - mean) / scale
-        scaled[np.isnan(scaled)] = 0
-        return np.asarray(np.clip(scaled, -_CLIP, _CLIP, out=scaled))
+        return standardized(np.asarray(columns, np.float32), *self._arrays)
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         unit, mean, scale = (np.asarray(part, np.float32) for part in (self.unit, self.mean, self.scale))
         return unit, mean, scale
+
+
+def standardized(values: np.ndarray, unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Values by the scales of their columns, all of one shape; 0 for unknown. See `FeatureScaler`."""
+    scaled = (_signed_log(values / unit) - mean) / scale
+    scaled[np.isnan(scaled)] = 0
+    return np.asarray(np.clip(scaled, -_CLIP, _CLIP, out=scaled))
 
 
 def _signed_log(values: np.ndarray) -> np.ndarray:

@@ -87,14 +87,14 @@ class CandidateSources:
         """The best allowed rows, in the same order."""
         if not limit:
             return _NONE
-        scores = np.ascontiguousarray(scored.scores, np.float64)
-        rows, scores = _usable(np.ascontiguousarray(scored.rows), scores, np.ascontiguousarray(allowed))
-        if len(rows) > limit:
-            threshold = np.partition(scores, len(rows) - limit)[len(rows) - limit]
-            best = np.flatnonzero(scores >= threshold)
-            rows, scores = rows[best], scores[best]
-        order = np.lexsort((self._table.item_hashes[rows], -scores))[:limit]
-        return ScoredRows(rows[order], scores[order].astype(np.float32))
+        rows, scores = _best(
+            np.ascontiguousarray(scored.rows),
+            np.ascontiguousarray(scored.scores, np.float64),
+            np.ascontiguousarray(allowed),
+            self._table.item_hashes,
+            limit,
+        )
+        return ScoredRows(rows, scores.astype(np.float32))
 
     def related(self, query: UserQuery) -> dict[str, np.ndarray]:
         """The rows that each relation of the graph connects to the user's items, int64."""
@@ -225,15 +225,32 @@ _ITEM_SCORES: Mapping[str, Callable[[ItemStats], np.ndarray]] = {
 }
 
 
-@kernel(array(np.int64), array(np.float64), array(np.bool_))
-def _usable(rows: np.ndarray, scores: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The allowed rows with a score above 0, and their scores."""
-    usable, usable_scores, count = np.empty(len(rows), np.int64), np.empty(len(rows)), 0
+@kernel(array(np.int64), array(np.float64), array(np.bool_), array(np.int64), np.int64)
+def _best(
+    rows: np.ndarray, scores: np.ndarray, allowed: np.ndarray, hashes: np.ndarray, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best `limit` allowed rows with a score above 0, ties by item hash, and their scores."""
+    usable, negative, count = np.empty(len(rows), np.int64), np.empty(len(rows)), 0
     for index in range(len(rows)):
         if scores[index] > 0 and rows[index] < len(allowed) and allowed[rows[index]]:
-            usable[count], usable_scores[count] = rows[index], scores[index]
+            usable[count], negative[count] = rows[index], -scores[index]
             count += 1
-    return usable[:count], usable_scores[:count]
+    if count > limit:
+        threshold = np.partition(negative[:count], limit - 1)[limit - 1]
+        every, count = count, 0
+        for index in range(every):
+            if negative[index] <= threshold:
+                usable[count], negative[count] = usable[index], negative[index]
+                count += 1
+    order, start = np.argsort(negative[:count]), 0
+    for end in range(1, count + 1):
+        if end == count or negative[order[end]] != negative[order[start]]:
+            if end - start > 1:
+                tied = order[start:end].copy()
+                order[start:end] = tied[np.argsort(hashes[usable[tied]])]
+            start = end
+    order = order[:limit]
+    return usable[order], -negative[order]
 
 
 def _odds(rows: np.ndarray, log_odds: np.ndarray) -> ScoredRows:
