@@ -109,9 +109,9 @@ class CandidateSet:
         self._find(items)
         rows = np.array([self._found[item] for item in items], np.int64)
         scores, own = self.scores[rows], [name in SOURCES for name in self.names]
-        ranks = _ranks(np.ascontiguousarray(self.scores), rows)
+        ranks = _ranks(np.ascontiguousarray(self.scores), np.ascontiguousarray(scores.T)).T
         places = np.array([_PLACE_OF.get(name, 0) for name in self.names], np.int64)
-        ranks = np.where(own, ranks * len(_PLACE_OF) + places, _UNRANKED)
+        ranks = np.where(own, ranks.astype(np.int64) * len(_PLACE_OF) + places, _UNRANKED)
         ranks[np.isnan(scores)] = _UNRANKED
         best = np.argsort(ranks, axis=1)[:, :MAX_LEADING_SOURCES]
         others = [column for column, name in enumerate(self.names) if name not in SOURCES]
@@ -163,17 +163,16 @@ def _fill(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, scores: np.
             matrix[row, column] = scores[entry]
 
 
-@kernel(array(np.float32, 2), array(np.int64))
-def _ranks(scores: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """For each of some rows and each column, how many scores are at least as high: int64 (R, S)."""
-    ranks = np.zeros((len(rows), scores.shape[1]), np.int64)
+@kernel(array(np.float32, 2), array(np.float32, 2))
+def _ranks(scores: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """How many scores of a source, (C, S), are at least as high as each of `own`, (S, R): int32 (S, R)."""
+    ranks = np.zeros(own.shape, np.int32)
     for candidate in range(scores.shape[0]):
-        for column in range(scores.shape[1]):
-            score = scores[candidate, column]
+        for source in range(scores.shape[1]):
+            score = scores[candidate, source]
             if not np.isnan(score):
-                for index in range(len(rows)):
-                    if score >= scores[rows[index], column]:
-                        ranks[index, column] += 1
+                for index in range(own.shape[1]):
+                    ranks[source, index] += score >= own[source, index]
     return ranks
 
 

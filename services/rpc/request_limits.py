@@ -214,7 +214,9 @@ def _is_checked_integer(field: FieldDescriptor) -> bool:
 
 def _check_integers(values: Sequence[int], path: str) -> None:
     # numpy reads the list's buffer: a loop over 100,000 Python integers takes a hundred times as long.
-    for index in np.flatnonzero(np.asarray(values, np.uint64) >> np.uint64(_BITS))[:1].tolist():
+    array = np.asarray(values, np.uint64)
+    if array.size and int(array.max()) >> _BITS:
+        index = int(np.argmax(array >> np.uint64(_BITS)))
         _check_integer(values[index], f"{path}[{index}]")
 
 

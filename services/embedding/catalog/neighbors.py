@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from services.catalog.item_table import ItemTable
+from services.core.ordering import best_first
 from services.embedding.index.vector_index import VectorIndex
 
 _CAPACITY = 20_000
@@ -131,7 +132,7 @@ class Neighbors:
         equal items stay equal.
         """
         rounded = np.round(scores, SCORE_DIGITS).astype(np.float32)
-        order = np.lexsort((self._table.item_hashes[rows], -rounded))
+        order = best_first(rounded, self._table.item_hashes[rows])
         return _Entry(rows[order].astype(np.int32), rounded[order], floor, floor_hash, position)
 
     def _updated(self, item_hash: int, entry: _Entry, changes: list[int], position: int) -> _Entry:

@@ -22,6 +22,7 @@ from services.core import deadline
 from services.core.accumulator import Accumulator
 from services.core.errors import Unavailable
 from services.core.executors import finish_queued, run_in
+from services.core.ordering import best_first
 from services.embedding.catalog.neighbors import SCORE_DIGITS, Neighbors
 from services.embedding.index.vector_index import (
     PositionCache,
@@ -183,7 +184,7 @@ class SearchView:
         best = np.full(len(distinct), -np.inf, np.float32)
         np.maximum.at(best, index_of, np.round(every_score, SCORE_DIGITS))  # as for neighbors
         hashes = self.table.item_hashes[distinct]
-        order = np.lexsort((hashes, -best))
+        order = best_first(best, hashes)
         return SearchHits(hashes[order], best[order])
 
     def _allowed_hits(

@@ -139,7 +139,7 @@ class Segment(IdMap):
         append(pq_codes, vectors)
         return replace(segment, pq_codes=pq_codes, depth=self.depth)
 
-    @property
+    @cached_property
     def storage(self) -> str:
         """How components are stored, one of `STORAGES`."""
         if not isinstance(self._stored, faiss.IndexScalarQuantizer):

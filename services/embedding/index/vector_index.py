@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from services.core.ordering import best_first
 from services.embedding.index.id_map import IdMap
 
 # One look-up takes as long as sorting this many items; up to the first number, look-ups are always used.
@@ -168,7 +169,7 @@ def top_hits(results: Sequence[tuple[np.ndarray, np.ndarray]], limit: int) -> Se
     if len(scores) > _SORT_FACTOR * limit > 0:
         candidates = np.flatnonzero(rounded >= np.partition(rounded, -limit)[-limit])
         hashes, scores, rounded = hashes[candidates], scores[candidates], rounded[candidates]
-    order = np.lexsort((hashes, -rounded))[:limit]
+    order = best_first(rounded, hashes)[:limit]
     return SearchHits(hashes[order], scores[order].astype(np.float32))
 
 

@@ -23,6 +23,7 @@ from services.catalog.query_vectors import CANDIDATES_PER_SOURCE, HITS_PER_GROUP
 from services.core import deadline
 from services.core.errors import DeadlineExceeded
 from services.core.executors import BoundedPool
+from services.core.ordering import best_first
 from services.gateway.candidates import SOURCES, CandidateSet, SourceList
 from services.gateway.clients.backends import EmbeddingBackend, RankingBackend
 from services.gateway.clients.circuit_breaker import CircuitBreaker
@@ -333,7 +334,7 @@ class Pipeline:
         if response is not None:
             scores = np.nan_to_num(np.array(response.scores, np.float32), nan=-np.inf)
             if query.blend:
-                by_score = hashes[np.lexsort((hashes, -scores))].tolist()
+                by_score = hashes[best_first(scores, hashes)].tolist()
                 fused = fuse([(1.0, by_score), (BLEND_WEIGHT, hashes.tolist())])
                 scores = np.array([fused[item] for item in hashes.tolist()], np.float32)
             modeled = hashes[np.array(response.second_phase, np.int64)] if response.second_phase else hashes
@@ -346,7 +347,7 @@ class Pipeline:
                 probabilities[of_type.type] = dict(zip(items, values, strict=True))
         else:
             scores = fuse_sources(hashes, candidates.names, candidates.scores)
-        order = np.lexsort((hashes, -scores))
+        order = best_first(scores, hashes)
         return RankedPage(
             item_hashes=hashes[order].tolist(),
             scores=scores[order].tolist(),

@@ -1,7 +1,6 @@
 """Signed, compact, expiring tokens: for attribution, for the next page and for dialogues."""
 
 import base64
-import hashlib
 import hmac
 import json
 from collections.abc import Mapping
@@ -42,4 +41,4 @@ class SignedTokens:
         return content
 
     def _signature(self, body: bytes) -> bytes:
-        return hmac.new(self._secret, body, hashlib.sha256).digest()[:_SIGNATURE_BYTES]
+        return hmac.digest(self._secret, body, "sha256")[:_SIGNATURE_BYTES]  # `hmac.new` takes twice as long

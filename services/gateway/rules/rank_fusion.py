@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from services.catalog.candidate_sources import EXPLORE, NAMES, QUOTA
+from services.core.ordering import best_first
 
 RANK_CONSTANT = 60
 CROSS_MODAL_WEIGHT = 0.3
@@ -29,6 +30,6 @@ def fuse_sources(item_hashes: np.ndarray, names: Sequence[str], scores: np.ndarr
     used = [(name, column) for column, name in enumerate(names) if name not in (QUOTA, EXPLORE)]
     for _, column in sorted(used, key=lambda pair: (_ORDER.get(pair[0], len(_ORDER)), pair[0])):
         of_source = np.flatnonzero(~np.isnan(scores[:, column]))
-        order = of_source[np.lexsort((item_hashes[of_source], -scores[of_source, column]))]
+        order = of_source[best_first(scores[of_source, column], item_hashes[of_source])]
         total[order] += (1 / (RANK_CONSTANT + np.arange(1, len(order) + 1))).astype(np.float32)
     return total

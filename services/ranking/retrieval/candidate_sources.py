@@ -10,6 +10,7 @@ import numpy as np
 
 from services.core.accumulator import Accumulator
 from services.core.kernels import array, kernel
+from services.core.ordering import best_first, order
 from services.ranking.features.context import RankingContext
 from services.ranking.retrieval.impact_index import ImpactIndex
 from services.ranking.retrieval.sequence_index import SequenceIndex
@@ -197,7 +198,7 @@ class _Order:
     def __init__(self, scores: np.ndarray, item_hashes: np.ndarray) -> None:
         self.count = self.counted = len(scores)
         rows = np.flatnonzero(scores > 0)
-        self._rows = rows[np.lexsort((item_hashes[rows], -scores[rows]))]
+        self._rows = rows[best_first(scores[rows], item_hashes[rows])]
         self._scores = scores[self._rows]
 
     def extend(self, stats: ItemStats) -> bool:
@@ -242,15 +243,8 @@ def _best(
             if negative[index] <= threshold:
                 usable[count], negative[count] = usable[index], negative[index]
                 count += 1
-    order, start = np.argsort(negative[:count]), 0
-    for end in range(1, count + 1):
-        if end == count or negative[order[end]] != negative[order[start]]:
-            if end - start > 1:
-                tied = order[start:end].copy()
-                order[start:end] = tied[np.argsort(hashes[usable[tied]])]
-            start = end
-    order = order[:limit]
-    return usable[order], -negative[order]
+    ranked = order(negative[:count], hashes[usable[:count]])[:limit]
+    return usable[ranked], -negative[ranked]
 
 
 def _odds(rows: np.ndarray, log_odds: np.ndarray) -> ScoredRows:
