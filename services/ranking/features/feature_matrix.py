@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from services.core.errors import FailedPrecondition
+from services.core.kernels import array, kernel
 from services.ranking.features.context import RankingContext
 from services.ranking.features.numeric_rank import RANK_PARTS, NumericRank
 from services.ranking.features.similarities import Similarities
@@ -194,19 +195,12 @@ class Features:
         if cosines is None:
             return [np.float32(np.nan)] * len(_SIMILARITIES)
         known, item_known = similarities.present(space)
-        columns: list[Column] = []
         session = similarities.session
-        for part in (slice(min(session, SEEDS)), slice(session, session + SEEDS)):
-            of_part = cosines[:, part][:, item_known[part]]
-            if of_part.shape[1]:
-                columns += [np.where(known, of_part.mean(1), np.nan), np.where(known, of_part.max(1), np.nan)]
-            else:
-                columns += [np.float32(np.nan)] * 2
-        weights = query.latest_seeds()[1] * item_known[:SEEDS]
-        if not item_known[:SEEDS].any():
-            return [*columns, np.float32(np.nan)]
-        latest = cosines[:, :SEEDS] @ (weights / max(float(weights.sum()), 1e-9))
-        return [*columns, np.where(known, latest, np.nan)]
+        return [
+            *_mean_and_highest(cosines, known, item_known, 0, min(session, SEEDS)),
+            *_mean_and_highest(cosines, known, item_known, session, min(session + SEEDS, len(item_known))),
+            _weighted_mean(cosines, known, item_known, query.latest_seeds()[1]),
+        ]
 
     def _next_item(self, query: UserQuery, rows: np.ndarray) -> list[Column]:
         user = self._sequence.user(query) if self._sequence else None
@@ -235,6 +229,51 @@ class Features:
             attribute.share_in(query.history, rows),
             attribute.of_values(attribute.share, rows),
         ]
+
+
+@kernel(array(np.float32, 2), array(np.bool_), array(np.bool_), np.int64, np.int64)
+def _mean_and_highest(
+    cosines: np.ndarray, known: np.ndarray, item_known: np.ndarray, start: int, end: int
+) -> np.ndarray:
+    """The mean and the highest of the known columns from `start` to `end` of each row of cosines (C, U).
+
+    float32 (2, C), NaN for a row that is not known, and without a known column.
+    """
+    result = np.full((2, len(cosines)), np.nan, np.float32)
+    if not item_known[start:end].any():
+        return result
+    for candidate in range(len(cosines)):
+        if known[candidate]:
+            total, highest, count = 0.0, -np.inf, 0
+            for item in range(start, end):
+                if item_known[item]:
+                    total += cosines[candidate, item]
+                    highest = max(highest, cosines[candidate, item])
+                    count += 1
+            result[0, candidate], result[1, candidate] = total / count, highest
+    return result
+
+
+@kernel(array(np.float32, 2), array(np.bool_), array(np.bool_), array(np.float32))
+def _weighted_mean(
+    cosines: np.ndarray, known: np.ndarray, item_known: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """The mean of the known of the first columns of each row of cosines (C, U), by `weights`: float32 (C,).
+
+    NaN for a row that is not known, and without a known column.
+    """
+    result = np.full(len(cosines), np.nan, np.float32)
+    if not item_known[: len(weights)].any():
+        return result
+    for candidate in range(len(cosines)):
+        if known[candidate]:
+            total, weight = 0.0, 1e-9
+            for item in range(len(weights)):
+                if item_known[item]:
+                    total += cosines[candidate, item] * weights[item]
+                    weight += weights[item]
+            result[candidate] = total / weight
+    return result
 
 
 def channel_fit(query: UserQuery, rows: np.ndarray, stats: ItemStats) -> Column:

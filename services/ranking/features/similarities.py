@@ -42,4 +42,4 @@ class Similarities:
         column = self._table.vectors(space)
         if column is None:
             return np.zeros(len(self._rows), bool), np.zeros(len(self.items), bool)
-        return column[1][self._rows], column[1][self.items]
+        return np.ascontiguousarray(column[1][self._rows]), np.ascontiguousarray(column[1][self.items])
