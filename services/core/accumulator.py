@@ -47,13 +47,6 @@ class Accumulator:
         """The distinct keys, int64 (K,), in their first order, and the index of each key, int64 (N,)."""
         return _distinct(_integers(keys), self._scratch.of(size))
 
-    def indices(self, keys: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
-        """The index in `keys`, distinct int (K,), -1 for none, of each of `values`, int (N,): int64, or -1.
-
-        Keys and values are below `size`; keys below 0 equal no value.
-        """
-        return _indices(_integers(keys), _integers(values), self._scratch.of(size))
-
 
 def first_occurrences(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct keys, in their first order, and the index of each key in these, both int64.
@@ -111,16 +104,3 @@ def _first_occurrences(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             count += 1
         index[position] = places[slot]
     return distinct[:count].copy(), index
-
-
-@kernel(_INTEGERS, _INTEGERS, _SCRATCH)
-def _indices(keys: np.ndarray, values: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-    for index in range(len(keys)):
-        if keys[index] >= 0:
-            scratch[keys[index]] = index
-    result = np.empty(len(values), np.int64)
-    for index in range(len(values)):
-        place = scratch[values[index]]
-        is_key = 0 <= place < len(keys) and keys[place] == values[index]
-        result[index] = place if is_key else -1
-    return result

@@ -3,20 +3,20 @@
 A kernel is compiled for one signature when its module is imported, and the result is kept on disk, so no
 request waits for a compiler. It does not check bounds: its caller does. It keeps Python's lock, because it
 takes microseconds, and a thread that gives the lock up may wait milliseconds for it (decision 0053).
+
+A kernel uses constants and kernels of its own module only: what is kept depends on the text of that file.
 """
 
-import logging
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
 from numba import types
 
+from services.core.kernel_cache import cache_of
+
 F = TypeVar("F", bound=Callable[..., object])
-_log = logging.getLogger(__name__)
-_not_kept: list[str] = []
-"""Why compiled loops cannot be kept, if they cannot: said once."""
 
 
 def array(of: type, dimensions: int = 1, *, writable: bool = False) -> types.Type:
@@ -34,21 +34,13 @@ def kernel(*signature: types.Type | type, reorder: bool = False) -> Callable[[F]
     )
 
     def compiled(function: F) -> F:
-        def build(*, cache: bool) -> F:
-            fast = {"reassoc", "contract"} if reorder else False
-            decorate = numba.njit([parameters], cache=cache, error_model="numpy", fastmath=fast)
-            return cast(F, decorate(function))
-
-        if not _not_kept:
-            try:
-                return build(cache=True)
-            except RuntimeError as error:  # neither the package nor the user's cache folder can be written
-                _not_kept.append(str(error))
-                _log.warning(
-                    "compiled loops are not kept, so each start takes longer: set NUMBA_CACHE_DIR to a "
-                    "folder that this process can write (%s)",
-                    error,
-                )
-        return build(cache=False)
+        fast = {"reassoc", "contract"} if reorder else False
+        dispatcher: Any = numba.njit(error_model="numpy", fastmath=fast)(function)
+        if dispatcher is function:  # with NUMBA_DISABLE_JIT
+            return function
+        dispatcher._cache = cache_of(function)
+        dispatcher.compile(parameters)
+        dispatcher.disable_compile()
+        return cast(F, dispatcher)
 
     return compiled

@@ -44,6 +44,8 @@ class CandidateSet:
             (name, np.asarray(items, np.int64), np.asarray(scores, np.float32))
             for name, items, scores in lists
         ]
+        if wrong := [name for name, items, scores in parts if len(items) != len(scores)]:
+            raise ValueError(f"the source {wrong[0]} has another number of scores than of items")
         names = tuple(dict.fromkeys(name for name, _, _ in parts))
         every = np.concatenate([np.empty(0, np.int64), *(items for _, items, _ in parts)])
         every_score = np.concatenate([np.empty(0, np.float32), *(scores for *_, scores in parts)])
@@ -159,7 +161,7 @@ def _fill(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, scores: np.
     """Set elements of a matrix of NaN; of several scores for an element the highest counts."""
     for entry in range(len(rows)):
         row, column = rows[entry], columns[entry]
-        if not matrix[row, column] >= scores[entry]:  # NaN is not
+        if np.isnan(matrix[row, column]) or scores[entry] > matrix[row, column]:
             matrix[row, column] = scores[entry]
 
 

@@ -230,7 +230,8 @@ def sources_of(request: pb.RankRequest, count: int) -> list[SourceColumn]:
     """The sources of `count` candidates.
 
     Raises:
-        InvalidArgument: an index is none of a candidate, an index has no score, or a source occurs twice.
+        InvalidArgument: an index is none of a candidate or has no score, the indices do not ascend, or a
+            source occurs twice.
     """
     columns, names = list[SourceColumn](), set[str]()
     for position, message in enumerate(request.sources):
@@ -240,6 +241,8 @@ def sources_of(request: pb.RankRequest, count: int) -> list[SourceColumn]:
             raise InvalidArgument.of(f"sources[{position}].scores", f"needs {len(indices)}, one per index")
         if len(indices) and indices.max() >= count:
             raise InvalidArgument.of(f"sources[{position}].indices", f"must be below {count}")
+        if (indices[1:] <= indices[:-1]).any():
+            raise InvalidArgument.of(f"sources[{position}].indices", "must ascend, each once")
         if not np.isfinite(scores).all():
             raise InvalidArgument.of(f"sources[{position}].scores", "must be finite")
         if message.source in names:

@@ -10,11 +10,16 @@ import torch
 from services.catalog.item_table import Change, ItemTable
 from services.catalog.items import Item, item_hash
 from services.core.errors import FailedPrecondition
+from services.ranking.features.context import RankingContext
+from services.ranking.features.feature_matrix import Features
+from services.ranking.models.co_occurrence import GraphView, ItemGraph
 from services.ranking.models.ctr import MAX_HISTORY, CtrModel, CtrSettings, write_ctr
 from services.ranking.models.ctr_head import CtrHead, CtrItems
 from services.ranking.models.ctr_head import item_vectors as item_vectors_of
 from services.ranking.models.scaler import FeatureScaler
-from services.ranking.state.item_stats import DAY
+from services.ranking.scoring.scorer import Scorer
+from services.ranking.state.event_columns import EventState
+from services.ranking.state.item_stats import DAY, item_stats
 from services.ranking.state.user_query import UserQuery
 from tests.support import shops
 from tests.support.prediction_models import served_logits
@@ -166,6 +171,31 @@ def test_projections_follow_the_items(tmp_path: Path) -> None:
         rows = np.arange(table.length)[::-1]
         fresh = head.projected(item_vectors_of(table, rows, head.settings.spaces))
         np.testing.assert_allclose(projections.of(rows), fresh, atol=1e-6)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_scorer_gives_the_head_the_history_that_it_reads(*, plain: bool, tmp_path: Path) -> None:
+    """Users with sessions and histories around the limits, and items and users without vectors."""
+    vectors, choice = item_vectors(), np.random.default_rng(6)
+    present = {space: np.asarray(values.any(1)) for space, values in vectors.items()}
+    items = [Item(f"i{n}", price=float(n + 1)) for n in range(ITEMS)]
+    table = ItemTable.of(items, vectors, present, [shops.UNTIL] * ITEMS)
+    stats = item_stats(EventState({"purchase": 1.0}), table, 30_000 * DAY)
+    features = Features(RankingContext(table, GraphView(ItemGraph.empty(), table)))
+    torch.manual_seed(7)
+    sizes, scales = {"text": TEXT, "image": IMAGE}, FeatureScaler.plain(2)
+    shape = CtrSettings(sizes, ("click",), ("price", "text_session"), scales, plain=plain)
+    write_ctr(tmp_path, CtrModel(shape))
+    head, scorer = CtrHead(tmp_path, features.names), Scorer(features, table, tmp_path)
+    stored = {space: table.vectors(space)[0].astype(np.float32) for space in sizes}  # type: ignore[index]
+    for session, history in ((0, 0), (1, 0), (0, 1), (3, 40), (49, 60), (50, 60), (51, 0), (120, 200)):
+        query = user(choice.integers(0, ITEMS, history), choice.integers(0, ITEMS, session))
+        rows = choice.permutation(ITEMS)[:40]
+        matrix = features.matrix(query, rows, stats)
+        expected = served_logits(head, query, rows, matrix, stored)[:, 0]
+        found = scorer.score(query, rows, stats).components["ctr_click"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert np.ptp(found) > 1e-3
 
 
 def test_unknown_values_never_give_a_score_of_nan(tmp_path: Path) -> None:

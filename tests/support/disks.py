@@ -2,7 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,15 @@ class SmallDisk:
         subprocess.run(
             ["mount", "-o", f"remount,size={mebibytes}M", str(self.path)], check=True, capture_output=True
         )
+
+    def make_read_only(self) -> None:
+        subprocess.run(["mount", "-o", "remount,ro", str(self.path)], check=True, capture_output=True)
+
+    def fill(self) -> None:
+        """Leave no room."""
+        with suppress(OSError), (self.path / "filler").open("wb", buffering=0) as file:
+            while file.write(bytes(1024)):
+                pass
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.core.accumulator import Accumulator
+from services.core.accumulator import Accumulator, first_occurrences
 from services.core.growing_array import appended
 from services.core.ranges import concatenated
 
@@ -54,28 +54,14 @@ def test_sums_and_distinct_keys_equal_a_counter(calls: list[tuple[np.ndarray, np
         check_distinct(accumulator, keys, size)
 
 
-@st.composite
-def look_ups(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    """Distinct keys with some -1, values to look up, and the size of the range."""
-    size = draw(SIZES)
-    keys = draw(st.lists(st.integers(0, size - 1), unique=True, max_size=30))
-    slots = draw(st.permutations([*keys, *[-1] * draw(st.integers(0, 5))]))
-    values = draw(st.lists(st.one_of(st.integers(0, size - 1), st.sampled_from(keys or [0])), max_size=40))
-    return np.array(slots, draw(DTYPES)), np.array(values, draw(DTYPES)), size
-
-
-@given(st.lists(st.one_of(look_ups(), keyed_values()), min_size=1, max_size=8))
-@settings(deadline=None)
-def test_indices_equal_a_dictionary(calls: list[tuple[np.ndarray, np.ndarray, int]]) -> None:
-    accumulator = Accumulator()
-    for keys, values, size in calls:
-        if values.dtype == np.float64:  # a sum in between leaves other memory behind
-            check_sums(accumulator, keys, values, size)
-            continue
-        place = {key: at for at, key in enumerate(keys.tolist()) if key >= 0}
-        index = accumulator.indices(keys, values, size)
-        assert index.dtype == np.int64
-        assert index.tolist() == [place.get(value, -1) for value in values.tolist()]
+@given(st.lists(st.one_of(st.integers(0, 20), st.integers(-(1 << 63), (1 << 63) - 1)), max_size=80))
+def test_first_occurrences_equal_a_dictionary(keys: list[int]) -> None:
+    place: dict[int, int] = {}
+    for key in keys:
+        place.setdefault(key, len(place))
+    distinct, index = first_occurrences(np.array(keys, np.int64))
+    assert distinct.tolist() == list(place)
+    assert index.tolist() == [place[key] for key in keys]
 
 
 def test_threads_share_an_accumulator() -> None:
@@ -88,10 +74,6 @@ def test_threads_share_an_accumulator() -> None:
             keys = generator.integers(0, size, int(generator.integers(0, 400)))
             check_sums(accumulator, keys, generator.integers(-8, 9, len(keys)) / 4, size)
             check_distinct(accumulator, keys, size)
-            known = generator.permutation(size)[:300]
-            place = {key: at for at, key in enumerate(known.tolist())}
-            index = accumulator.indices(known, keys, size)
-            assert index.tolist() == [place.get(key, -1) for key in keys.tolist()]
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -142,3 +142,13 @@ def test_no_operation_changes_a_set(first: Lists, second: Lists) -> None:
 def test_an_unknown_item_has_no_leading_sources() -> None:
     with pytest.raises(KeyError):
         CandidateSet.of([("popular", [1], [1.0])]).leading_sources([2])
+
+
+def test_a_list_with_another_number_of_scores_is_refused() -> None:
+    with pytest.raises(ValueError, match="popular has another number of scores"):
+        CandidateSet.of([("text", [1], [0.5]), ("popular", [1, 2], [0.5])])
+
+
+def test_a_score_that_is_no_number_never_hides_another() -> None:
+    lists = [("popular", [1, 1, 2], [0.5, float("nan"), 1.0]), ("text", [1], [float("nan")])]
+    assert CandidateSet.of(lists).sources_of(1) == {"popular": 0.5}

@@ -191,10 +191,10 @@ class Features:
 
     @staticmethod
     def _similarity(space: str, query: UserQuery, similarities: Similarities) -> list[Column]:
-        cosines = similarities.cosines(space)
-        if cosines is None:
+        in_space = similarities.space(space)
+        if in_space is None:
             return [np.float32(np.nan)] * len(_SIMILARITIES)
-        known, item_known = similarities.present(space)
+        cosines, known, item_known = in_space.cosines, in_space.known, in_space.item_known
         session = similarities.session
         return [
             *_mean_and_highest(cosines, known, item_known, 0, min(session, SEEDS)),

@@ -1,10 +1,25 @@
 """The cosines of candidates and a user's items by space, computed once for features and models."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from services.catalog.item_table import ItemTable
+from services.ranking.models.ctr import MAX_HISTORY
 from services.ranking.models.half_precision import as_float32
-from services.ranking.state.user_query import MAX_SEQUENCE, SEEDS, UserQuery
+from services.ranking.state.user_query import SEEDS, UserQuery
+
+
+@dataclass(frozen=True)
+class SpaceSimilarities:
+    """Cosines float32 (C, U) in one space, 0 where either has no vector.
+
+    `known` bool (C,) says which candidates have a vector, `item_known` bool (U,) which of the user's items.
+    """
+
+    cosines: np.ndarray
+    known: np.ndarray
+    item_known: np.ndarray
 
 
 class Similarities:
@@ -16,30 +31,27 @@ class Similarities:
 
     def __init__(self, table: ItemTable, query: UserQuery, rows: np.ndarray) -> None:
         self._table, self._rows = table, rows
-        session = query.session[:MAX_SEQUENCE]
+        session = query.session[:MAX_HISTORY]
         self.session = len(session)
-        history = query.history[: max(SEEDS, MAX_SEQUENCE - self.session)]
+        history = query.history[: max(SEEDS, MAX_HISTORY - self.session)]
         self.items = np.concatenate([session, history])
-        self._cosines: dict[str, np.ndarray] = {}
+        self._spaces: dict[str, SpaceSimilarities | None] = {}
 
     @property
     def count(self) -> int:
         """The number of candidates."""
         return len(self._rows)
 
-    def cosines(self, space: str) -> np.ndarray | None:
-        """Cosines float32 (C, U), 0 where either has no vector; None if no item has one."""
-        if space not in self._cosines:
-            column = self._table.vectors(space)
-            if column is None:
-                return None
-            values, _ = column
-            self._cosines[space] = as_float32(values[self._rows]) @ as_float32(values[self.items]).T
-        return self._cosines[space]
+    def space(self, name: str) -> SpaceSimilarities | None:
+        """The cosines in a space; None if no item has a vector in it."""
+        if name not in self._spaces:
+            column = self._table.vectors(name)
+            self._spaces[name] = None if column is None else self._computed(*column)
+        return self._spaces[name]
 
-    def present(self, space: str) -> tuple[np.ndarray, np.ndarray]:
-        """Which candidates, bool (C,), and which of the user's items, bool (U,), have a vector in a space."""
-        column = self._table.vectors(space)
-        if column is None:
-            return np.zeros(len(self._rows), bool), np.zeros(len(self.items), bool)
-        return np.ascontiguousarray(column[1][self._rows]), np.ascontiguousarray(column[1][self.items])
+    def _computed(self, values: np.ndarray, present: np.ndarray) -> SpaceSimilarities:
+        return SpaceSimilarities(
+            as_float32(values[self._rows]) @ as_float32(values[self.items]).T,
+            np.ascontiguousarray(present[self._rows]),
+            np.ascontiguousarray(present[self.items]),
+        )

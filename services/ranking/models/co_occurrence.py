@@ -125,9 +125,9 @@ class GraphView:
     def connections(
         self, relation: str, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The edges from weighted items (S,) to each of rows (C,): their sum, and the highest, 0 for none.
+        """The edges from weighted items (S,) to each of distinct rows (C,): their sum, and the highest.
 
-        Both float64 (C,); the weight of an edge is multiplied with that of its item.
+        Both float64 (C,), 0 for none; the weight of an edge is multiplied with that of its item.
         """
         weights, scratch = np.ascontiguousarray(weights, np.float32), self._scratch.of(self.size)
         parts = _parts(self._graph.relations[relation])

@@ -89,7 +89,7 @@ class CtrHead:
             plain = np.concatenate([np.broadcast_to(user, of.items.shape), of.items], axis=1)
             return self._linear("head", plain)
         user = self._attended(query, of)
-        tiers = [_tiers(np.ascontiguousarray(of.cosines[space])) for space in self.settings.spaces]
+        tiers = [_tiers(np.ascontiguousarray(of.cosines[space]), TIERS) for space in self.settings.spaces]
         dense = self.settings.scales.apply(matrix[:, self._columns])
         inner = self._linear(
             "head.0", np.concatenate([user, of.items, user * of.items, dense, *tiers], axis=1)
@@ -128,6 +128,7 @@ class CtrItems:
         self._head, self._table, self._lock = head, table, threading.Lock()
         self._version, self._built = -1, 0
         self._projected = np.empty((0, head.settings.width), np.float32)
+        self._refresh()  # now, not during a request
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """The projections of table rows, float32 (R, W)."""
@@ -174,12 +175,12 @@ def _event_features(query: UserQuery, count: int) -> np.ndarray:
     return features
 
 
-@kernel(array(np.float32, 2))
-def _tiers(cosines: np.ndarray) -> np.ndarray:
-    """The items of the history in each tier of similarity, float32 (C, 10): logarithms of counts."""
-    counts = np.zeros((len(cosines), TIERS), np.float32)
+@kernel(array(np.float32, 2), np.int64)
+def _tiers(cosines: np.ndarray, tiers: int) -> np.ndarray:
+    """The items of the history in each of T tiers of similarity, float32 (C, T): logarithms of counts."""
+    counts = np.zeros((len(cosines), tiers), np.float32)
     for candidate in range(cosines.shape[0]):
         for item in range(cosines.shape[1]):
-            tier = int(np.floor(cosines[candidate, item] * np.float32(TIERS)))
-            counts[candidate, min(max(tier, 0), TIERS - 1)] += 1
+            tier = int(np.floor(cosines[candidate, item] * np.float32(tiers)))
+            counts[candidate, min(max(tier, 0), tiers - 1)] += 1
     return np.log1p(counts)

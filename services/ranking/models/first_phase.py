@@ -1,7 +1,7 @@
 """The first phase of ranking: a linear model that chooses the candidates for the models of the second phase.
 
 It reads the scores of the candidate sources and columns that cost one look-up per item, so it takes less than
-a millisecond for thousands of candidates. Training and serving build its rows by the same function.
+a millisecond for thousands of candidates. Training scores its rows, `FirstPhaseScorer` the lists of sources.
 """
 
 import json

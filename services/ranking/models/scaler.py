@@ -54,7 +54,7 @@ class FeatureScaler:
 
 
 def standardized(values: np.ndarray, unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Values by the scales of their columns, all of one shape; 0 for unknown. See `FeatureScaler`."""
+    """Values by the scales of their columns, whose shapes broadcast; 0 for unknown. See `FeatureScaler`."""
     scaled = (_signed_log(values / unit) - mean) / scale
     scaled[np.isnan(scaled)] = 0
     return np.asarray(np.clip(scaled, -_CLIP, _CLIP, out=scaled))

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from services.core.accumulator import Accumulator
-from services.core.kernels import array, kernel
-from services.core.ordering import best_first, order
+from services.core.ordering import best_allowed, best_first
 from services.ranking.features.context import RankingContext
 from services.ranking.retrieval.impact_index import ImpactIndex
 from services.ranking.retrieval.sequence_index import SequenceIndex
@@ -88,13 +87,7 @@ class CandidateSources:
         """The best allowed rows, in the same order."""
         if not limit:
             return _NONE
-        rows, scores = _best(
-            np.ascontiguousarray(scored.rows),
-            np.ascontiguousarray(scored.scores, np.float64),
-            np.ascontiguousarray(allowed),
-            self._table.item_hashes,
-            limit,
-        )
+        rows, scores = best_allowed(scored.rows, scored.scores, allowed, self._table.item_hashes, limit)
         return ScoredRows(rows, scores.astype(np.float32))
 
     def related(self, query: UserQuery) -> dict[str, np.ndarray]:
@@ -224,27 +217,6 @@ _ITEM_SCORES: Mapping[str, Callable[[ItemStats], np.ndarray]] = {
         stats.popular[:, 0] > 0, stats.popular[:, 0] / np.sqrt(stats.popular[:, 2] + 1), 0
     ),
 }
-
-
-@kernel(array(np.int64), array(np.float64), array(np.bool_), array(np.int64), np.int64)
-def _best(
-    rows: np.ndarray, scores: np.ndarray, allowed: np.ndarray, hashes: np.ndarray, limit: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best `limit` allowed rows with a score above 0, ties by item hash, and their scores."""
-    usable, negative, count = np.empty(len(rows), np.int64), np.empty(len(rows)), 0
-    for index in range(len(rows)):
-        if scores[index] > 0 and rows[index] < len(allowed) and allowed[rows[index]]:
-            usable[count], negative[count] = rows[index], -scores[index]
-            count += 1
-    if count > limit:
-        threshold = np.partition(negative[:count], limit - 1)[limit - 1]
-        every, count = count, 0
-        for index in range(every):
-            if negative[index] <= threshold:
-                usable[count], negative[count] = usable[index], negative[index]
-                count += 1
-    ranked = order(negative[:count], hashes[usable[:count]])[:limit]
-    return usable[ranked], -negative[ranked]
 
 
 def _odds(rows: np.ndarray, log_odds: np.ndarray) -> ScoredRows:

@@ -111,8 +111,10 @@ class Scorer:
     @staticmethod
     def _cosines(space: str, similarities: Similarities, count: int) -> np.ndarray:
         """The cosines of candidates and the first `count` of the user's items, float32 (C, `count`)."""
-        cosines = similarities.cosines(space)
-        return np.zeros((similarities.count, count), np.float32) if cosines is None else cosines[:, :count]
+        in_space = similarities.space(space)
+        if in_space is None:
+            return np.zeros((similarities.count, count), np.float32)
+        return in_space.cosines[:, :count]
 
     def _logits_without(
         self, space: str, query: UserQuery, rows: np.ndarray, matrix: np.ndarray

@@ -780,7 +780,7 @@ class RankRequest(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SourceScores]:
-        """Optional. The sources that propose the candidates, at most 16. With them the bundle's first
+        """Optional. The sources that propose the candidates, at most 16, each once. With them the bundle's first
         phase selects the candidates that its models score; without them the models score all.
         """
 
@@ -903,7 +903,7 @@ class SourceScores(_message.Message):
     """
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Required. The candidates as indices of the request's candidates, ascending, at most 10,000."""
+        """Required. The candidates as indices of the request's candidates, strictly ascending, at most 10,000."""
 
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
