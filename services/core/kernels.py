@@ -1,8 +1,8 @@
 """Inner loops compiled by Numba.
 
 A kernel is compiled for one signature when its module is imported, and the result is kept on disk, so no
-request waits for a compiler. It does not check bounds: its caller does. It keeps Python's lock, because it
-takes microseconds, and a thread that gives the lock up may wait milliseconds for it (decision 0053).
+request waits for a compiler. It does not check bounds: its caller does. It keeps Python's lock: it takes
+microseconds, and giving the lock up made no difference (decision 0053).
 
 A kernel uses constants and kernels of its own module only: what is kept depends on the text of that file.
 """

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,6 +87,15 @@ def test_a_read_only_folder_is_read(module: Path, tmp_path: Path) -> None:
         run(module, disk.path)
         disk.make_read_only()
         assert run(module, disk.path) == ([6, 1], "")
+
+
+def test_the_command_of_the_page_for_operators_compiles_every_kernel(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    [code] = re.findall(r'`python -c "(import [^"]+)"`', page)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "protos" / "gen")])
+    environment = {**os.environ, "PYTHONPATH": paths, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert len(list(tmp_path.rglob("*.nbi"))) == len(list(kernels()))
 
 
 def kernels() -> Iterator[tuple[str, ast.Module, ast.FunctionDef]]:
