@@ -6,8 +6,7 @@ import numpy as np
 
 from services.core.kernels import array, kernel
 
-_INTEGERS, _NUMBERS = array(np.int64), array(np.float64)
-_SCRATCH = array(np.int32, writable=True)
+_INTEGERS, _SCRATCH = array(np.int64), array(np.int32, writable=True)
 
 
 class Scratch:
@@ -41,7 +40,8 @@ class Accumulator:
 
         `keys` int (N,) are from 0 to `size` - 1, `values` float (N,).
         """
-        return _sums(_integers(keys), np.ascontiguousarray(values, np.float64), self._scratch.of(size))
+        distinct, index = self.distinct(keys, size)
+        return distinct, np.bincount(index, values, len(distinct))
 
     def distinct(self, keys: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The distinct keys, int64 (K,), in their first order, and the index of each key, int64 (N,)."""
@@ -58,20 +58,6 @@ def first_occurrences(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _integers(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int64)
-
-
-@kernel(_INTEGERS, _NUMBERS, _SCRATCH)
-def _sums(keys: np.ndarray, values: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    distinct, totals, count = np.empty(len(keys), np.int64), np.zeros(len(keys)), 0
-    for index in range(len(keys)):
-        key = keys[index]
-        place = scratch[key]
-        if place < 0 or place >= count or distinct[place] != key:
-            place = count
-            scratch[key], distinct[place] = place, key
-            count += 1
-        totals[place] += values[index]
-    return distinct[:count].copy(), totals[:count].copy()
 
 
 @kernel(_INTEGERS, _SCRATCH)
