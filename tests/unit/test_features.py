@@ -1,5 +1,7 @@
 """Feature rows use only the past and equal a count by hand."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def state_of(events: list[Event]) -> EventState:
     return state
 
 
-def rows_at(events: list[Event], at: int, user: User) -> np.ndarray:
+def rows_at(events: list[Event], at: int, user: User, rows: Sequence[int] = range(6)) -> np.ndarray:
     items, state = table(), state_of(events)
     past = columns([e for e in events if e[3] * HOUR < at and e[2] > 0])
     graph = GraphView(
@@ -77,7 +79,7 @@ def rows_at(events: list[Event], at: int, user: User) -> np.ndarray:
     past = state.history(user.user_id, user.visitor_id, at, 200)
     query: UserQuery = make_query(state, items, user, past, at, np.array([2]))
     features = Features(RankingContext(items, graph, ["colour"], ["size"]))
-    return features.matrix(query, np.arange(6), item_stats(state, items, at))
+    return features.matrix(query, np.array(rows), item_stats(state, items, at))
 
 
 @given(EVENTS, st.integers(0, 3))
@@ -86,6 +88,16 @@ def test_later_events_change_no_feature(events: list[Event], user: int) -> None:
     someone = User(str(user), session=((int(NUMBERS[0]), "purchase"),))
     earlier = [event for event in events if event[3] * HOUR < NOW]
     np.testing.assert_array_equal(rows_at(events, NOW, someone), rows_at(earlier, NOW, someone))
+
+
+@given(EVENTS, st.integers(0, 3), st.lists(st.integers(0, 5), min_size=1, max_size=9))
+@settings(deadline=None)
+def test_a_candidate_has_its_features_however_often_it_comes(
+    events: list[Event], user: int, rows: list[int]
+) -> None:
+    someone = User(str(user), session=((int(NUMBERS[0]), "purchase"),))
+    every = rows_at(events, NOW, someone)
+    np.testing.assert_allclose(rows_at(events, NOW, someone, rows), every[rows], rtol=1e-6)
 
 
 @given(EVENTS)

@@ -125,7 +125,7 @@ class GraphView:
     def connections(
         self, relation: str, seeds: np.ndarray, weights: np.ndarray, rows: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The edges from weighted items (S,) to each of distinct rows (C,): their sum, and the highest.
+        """The edges from weighted items (S,) to each of rows (C,): their sum, and the highest.
 
         Both float64 (C,), 0 for none; the weight of an edge is multiplied with that of its item.
         """
@@ -187,4 +187,8 @@ def _connections(
                 weight = edge_weights[edge] * weights[seed]
                 totals[place] += weight
                 highest[place] = max(highest[place], weight)
+    for index in range(len(targets)):  # a target that comes twice has its sum in the last place
+        if targets[index] >= 0:
+            place = scratch[targets[index]]
+            totals[index], highest[index] = totals[place], highest[place]
     return totals, highest
