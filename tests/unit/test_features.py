@@ -97,7 +97,7 @@ def test_a_candidate_has_its_features_however_often_it_comes(
 ) -> None:
     someone = User(str(user), session=((int(NUMBERS[0]), "purchase"),))
     every = rows_at(events, NOW, someone)
-    np.testing.assert_allclose(rows_at(events, NOW, someone, rows), every[rows], rtol=1e-6)
+    np.testing.assert_allclose(rows_at(events, NOW, someone, rows), every[rows], rtol=1e-5, atol=1e-6)
 
 
 @given(EVENTS)
