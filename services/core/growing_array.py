@@ -18,7 +18,7 @@ def appended(values: np.ndarray, length: int, new: np.ndarray) -> np.ndarray:
     return values
 
 
-def fitted(values: np.ndarray, length: int) -> np.ndarray:
+def with_length(values: np.ndarray, length: int) -> np.ndarray:
     """The same array if it has `length` rows, else a copy of at least twice its length, with zeros."""
     if length <= len(values):
         return values

@@ -6,11 +6,9 @@ A file that cannot be read or written costs time, and is no error. A folder that
 read-only.
 """
 
-import contextlib
 import functools
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +24,8 @@ def cache_of(function: Callable[..., object]) -> FunctionCache | NullCache:
     """The cache of one kernel; one that keeps nothing if no folder can be written."""
     try:
         return _Cache(function)
-    except RuntimeError as error:
-        _warn_once(str(error))
+    except RuntimeError:  # of Numba, for each kernel
+        _warn_once("no folder can be written")
         return NullCache()
 
 
@@ -40,22 +38,22 @@ class _Locator(caching._CacheLocator):
             super().ensure_cache_path()
 
 
-class _Provided(_Locator, caching.UserProvidedCacheLocator):
+class _SettingFolder(_Locator, caching.UserProvidedCacheLocator):
     """The folder `NUMBA_CACHE_DIR`."""
 
 
-class _InTree(_Locator, caching.InTreeCacheLocator):
+class _ModuleFolder(_Locator, caching.InTreeCacheLocator):
     """The folder `__pycache__` of the module."""
 
 
-class _UserWide(_Locator, caching.UserWideCacheLocator):
+class _UserFolder(_Locator, caching.UserWideCacheLocator):
     """The cache folder of the user."""
 
 
 class _Files(CompileResultCacheImpl):
     """File names with a digest of the code: other code never shares a file."""
 
-    _locator_classes = [_Provided, _InTree, _UserWide]  # noqa: RUF012 - as in the class above
+    _locator_classes = [_SettingFolder, _ModuleFolder, _UserFolder]  # noqa: RUF012 - as in the class above
 
     def __init__(self, function: Callable[..., object]) -> None:
         super().__init__(function)
@@ -70,21 +68,28 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: object, target_context: object) -> object:
         try:
-            kept = super().load_overload(sig, target_context)
+            overload = super().load_overload(sig, target_context)
         except Exception as error:  # an interrupted write leaves anything
             _log.warning("a compiled loop cannot be read and is compiled again (%r)", error)
-            kept = None
-            with contextlib.suppress(OSError):
-                self.flush()
-        if kept is None:
+            overload = None
+            self._empty()
+        if overload is None:
             _announce()
-        return kept
+        return overload
 
     def save_overload(self, sig: object, data: object) -> None:
         try:
             super().save_overload(sig, data)
         except OSError as error:
-            _warn_once(f"{error.strerror}: {os.fspath(self.cache_path)}")
+            _warn_once(str(error.strerror))
+
+    def _empty(self) -> None:
+        """Replace an index that may be broken; if that cannot be written, keep nothing."""
+        try:
+            self.flush()
+        except OSError as error:
+            self.disable()
+            _warn_once(str(error.strerror))
 
 
 @functools.cache

@@ -33,7 +33,7 @@ def kernel(*signature: types.Type | type, reorder: bool = False) -> Callable[[F]
         one if isinstance(one, types.Type) else numba.from_dtype(np.dtype(one)) for one in signature
     )
 
-    def compiled(function: F) -> F:
+    def decorate(function: F) -> F:
         fast = {"reassoc", "contract"} if reorder else False
         dispatcher: Any = numba.njit(error_model="numpy", fastmath=fast)(function)
         if dispatcher is function:  # with NUMBA_DISABLE_JIT
@@ -43,4 +43,4 @@ def kernel(*signature: types.Type | type, reorder: bool = False) -> Callable[[F]
         dispatcher.disable_compile()
         return cast(F, dispatcher)
 
-    return compiled
+    return decorate

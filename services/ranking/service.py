@@ -339,7 +339,7 @@ class RankingService:
             for name, indices, _ in sources:
                 required[indices] |= name not in NAMES  # such as "quota": no score of the first phase
             required = required[in_table]
-            sources = _of_known(sources, in_table, len(item_hashes))
+            sources = _of_candidates(sources, in_table, len(item_hashes))
         scores = self._scorer.score(query, rows[in_table], stats, sources, required)
 
         def spread(values: np.ndarray) -> np.ndarray:
@@ -412,14 +412,16 @@ class RankingService:
         return await run_in(self._pool, function)
 
 
-def _of_known(sources: Sequence[SourceColumn], known: np.ndarray, count: int) -> Sequence[SourceColumn]:
-    """The sources over the candidates `known`, int64 (K,) indices of `count` ascending, instead of all."""
-    if len(known) == count:
+def _of_candidates(
+    sources: Sequence[SourceColumn], candidates: np.ndarray, count: int
+) -> Sequence[SourceColumn]:
+    """The sources over some of `count` candidates only: `candidates` int64 (K,) are their indices."""
+    if len(candidates) == count:
         return sources
     place = np.full(count, -1, np.int64)
-    place[known] = np.arange(len(known))
+    place[candidates] = np.arange(len(candidates))
     parts = ((name, place[indices], scores) for name, indices, scores in sources)
-    return [(name, indices[indices >= 0], scores[indices >= 0]) for name, indices, scores in parts]
+    return [(name, places[places >= 0], scores[places >= 0]) for name, places, scores in parts]
 
 
 def _refused(batch: Sequence[Event | VitrineError], error: VitrineError) -> list[Outcome]:

@@ -169,7 +169,7 @@ def test_projections_follow_the_items(tmp_path: Path) -> None:
             for n, of in zip(numbers, sources, strict=True)
         )
         rows = np.arange(table.length)[::-1]
-        fresh = head.projected(item_vectors_of(table, rows, head.settings.spaces))
+        fresh = head.projections(item_vectors_of(table, rows, head.settings.spaces))
         np.testing.assert_allclose(projections.of(rows), fresh, atol=1e-6)
 
 
@@ -193,9 +193,9 @@ def test_a_scorer_gives_the_head_the_history_that_it_reads(*, plain: bool, tmp_p
         rows = choice.permutation(ITEMS)[:40]
         matrix = features.matrix(query, rows, stats)
         expected = served_logits(head, query, rows, matrix, stored)[:, 0]
-        found = scorer.score(query, rows, stats).components["ctr_click"]
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        assert np.ptp(found) > 1e-3
+        logits = scorer.score(query, rows, stats).components["ctr_click"]
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        assert np.ptp(logits) > 1e-3
 
 
 def test_unknown_values_never_give_a_score_of_nan(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_model_reads_only_its_own_columns(tmp_path: Path) -> None:
     whole = FirstPhase(ConditionalLogit(list(COLUMNS), FeatureScaler.plain(len(COLUMNS)), weight), 4)
     table = ItemTable.of([Item("a"), Item("b")], {}, {}, [shops.UNTIL] * 2)
     stats = item_stats(EventState({"purchase": 1.0}), table, NOW)
-    inputs = listed(np.arange(2 * len(NAMES), dtype=np.float32).reshape(2, -1)), np.arange(2), stats
+    inputs = source_lists(np.arange(2 * len(NAMES), dtype=np.float32).reshape(2, -1)), np.arange(2), stats
     expected = FirstPhaseScorer(whole).score(*inputs)
     np.testing.assert_allclose(FirstPhaseScorer(model).score(*inputs), expected, rtol=1e-6)
 
@@ -152,7 +152,7 @@ def random_sources(generator: np.random.Generator, count: int) -> np.ndarray:
     return scores
 
 
-def listed(scores: np.ndarray) -> list[SourceColumn]:
+def source_lists(scores: np.ndarray) -> list[SourceColumn]:
     """The lists of sources whose scores are the columns of (C, S), NaN for no candidate."""
     lists = [
         (name, np.flatnonzero(~np.isnan(of_source)), of_source)
@@ -175,9 +175,10 @@ def test_scores_are_the_sums_of_the_terms_of_rows(seed: int, count: int, more: i
         rows = generator.permutation(length)
         scores = random_sources(generator, length)
         expected = choice.terms(first_phase_rows(scores, rows, extended)[:, index]).sum(1, dtype=np.float64)
-        found = scorer.score([*listed(scores), ("quota", rows[:2], np.ones(2, np.float32))], rows, extended)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        quota = "quota", rows[:2], np.ones(2, np.float32)
+        first = scorer.score([*source_lists(scores), quota], rows, extended)
+        assert first.dtype == np.float32
+        np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-5)
 
 
 def first_rows(stats: ItemStats, length: int) -> ItemStats:
@@ -223,7 +224,7 @@ def test_a_model_orders_by_the_column_that_it_weighs(name: str) -> None:
     scores, stats = random_sources(generator, count), stats_of(generator, count)
     rows = generator.permutation(count)
     column = first_phase_rows(scores, rows, stats)[:, COLUMNS.index(name)]
-    first = FirstPhaseScorer(weights_of(**{name: -1.0})).score(listed(scores), rows, stats)
+    first = FirstPhaseScorer(weights_of(**{name: -1.0})).score(source_lists(scores), rows, stats)
     assert first.dtype == np.float32
     known = ~np.isnan(column)
     expected = -np.log1p(np.abs(column[known])) * np.sign(column[known])
@@ -265,7 +266,7 @@ def test_the_second_phase_scores_the_best_candidates_and_those_required(
     write_first_phase(directory, model)
     scorer, stats = Scorer(features, table, reranker=directory), stats_of(generator, table.length)
     rows = generator.permutation(table.length)[:count]
-    sources = listed(random_sources(generator, len(rows)))
+    sources = source_lists(random_sources(generator, len(rows)))
     required = None if required_share is None else generator.random(count) < required_share
     ones = np.ones(1, np.float32)
     query = UserQuery(np.array([4]), ones, np.array([7]), ones, ones, ones > 0, np.full(1, -1, np.int16))
@@ -306,7 +307,7 @@ def test_nothing_changes_without_sources_or_without_a_first_phase(
     nobody = np.empty(0, np.float32)
     query = UserQuery(nobody.astype(int), nobody, nobody.astype(int), nobody, nobody, nobody > 0, nobody)
     rows = np.arange(table.length)
-    sources = listed(random_sources(np.random.default_rng(3), table.length))
+    sources = source_lists(random_sources(np.random.default_rng(3), table.length))
     write_first_phase(directory, weights_of(popular=1.0))
     (tmp_path / "choice.json").write_text((directory / "choice.json").read_text())
     both = Scorer(features, table, reranker=directory)

@@ -194,12 +194,13 @@ class Features:
         in_space = similarities.space(space)
         if in_space is None:
             return [np.float32(np.nan)] * len(_SIMILARITIES)
-        cosines, known, item_known = in_space.cosines, in_space.known, in_space.item_known
+        cosines, present, item_present = in_space.cosines, in_space.present, in_space.item_present
         session = similarities.session
+        end = min(session + SEEDS, len(item_present))
         return [
-            *_mean_and_highest(cosines, known, item_known, 0, min(session, SEEDS)),
-            *_mean_and_highest(cosines, known, item_known, session, min(session + SEEDS, len(item_known))),
-            _weighted_mean(cosines, known, item_known, query.latest_seeds()[1]),
+            *_mean_and_highest(cosines, present, item_present, 0, min(session, SEEDS)),
+            *_mean_and_highest(cosines, present, item_present, session, end),
+            _weighted_mean(cosines, present, item_present, query.latest_seeds()[1]),
         ]
 
     def _next_item(self, query: UserQuery, rows: np.ndarray) -> list[Column]:
@@ -233,20 +234,20 @@ class Features:
 
 @kernel(array(np.float32, 2), array(np.bool_), array(np.bool_), np.int64, np.int64)
 def _mean_and_highest(
-    cosines: np.ndarray, known: np.ndarray, item_known: np.ndarray, start: int, end: int
+    cosines: np.ndarray, present: np.ndarray, item_present: np.ndarray, start: int, end: int
 ) -> np.ndarray:
-    """The mean and the highest of the known columns from `start` to `end` of each row of cosines (C, U).
+    """The mean and the highest of the present columns from `start` to `end` of each row of cosines (C, U).
 
-    float32 (2, C), NaN for a row that is not known, and without a known column.
+    float32 (2, C), NaN for a row that is not present, and without a present column.
     """
     result = np.full((2, len(cosines)), np.nan, np.float32)
-    if not item_known[start:end].any():
+    if not item_present[start:end].any():
         return result
     for candidate in range(len(cosines)):
-        if known[candidate]:
+        if present[candidate]:
             total, highest, count = 0.0, -np.inf, 0
             for item in range(start, end):
-                if item_known[item]:
+                if item_present[item]:
                     total += cosines[candidate, item]
                     highest = max(highest, cosines[candidate, item])
                     count += 1
@@ -256,20 +257,20 @@ def _mean_and_highest(
 
 @kernel(array(np.float32, 2), array(np.bool_), array(np.bool_), array(np.float32))
 def _weighted_mean(
-    cosines: np.ndarray, known: np.ndarray, item_known: np.ndarray, weights: np.ndarray
+    cosines: np.ndarray, present: np.ndarray, item_present: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """The mean of the known of the first columns of each row of cosines (C, U), by `weights`: float32 (C,).
+    """The mean of the present of the first columns of each row of cosines (C, U), by `weights`: float32 (C,).
 
-    NaN for a row that is not known, and without a known column.
+    NaN for a row that is not present, and without a present column.
     """
     result = np.full(len(cosines), np.nan, np.float32)
-    if not item_known[: len(weights)].any():
+    if not item_present[: len(weights)].any():
         return result
     for candidate in range(len(cosines)):
-        if known[candidate]:
+        if present[candidate]:
             total, weight = 0.0, 1e-9
             for item in range(len(weights)):
-                if item_known[item]:
+                if item_present[item]:
                     total += cosines[candidate, item] * weights[item]
                     weight += weights[item]
             result[candidate] = total / weight

@@ -14,12 +14,12 @@ from services.ranking.state.user_query import SEEDS, UserQuery
 class SpaceSimilarities:
     """Cosines float32 (C, U) in one space, 0 where either has no vector.
 
-    `known` bool (C,) says which candidates have a vector, `item_known` bool (U,) which of the user's items.
+    `present` bool (C,) says which candidates have a vector, `item_present` bool (U,) which user's items.
     """
 
     cosines: np.ndarray
-    known: np.ndarray
-    item_known: np.ndarray
+    present: np.ndarray
+    item_present: np.ndarray
 
 
 class Similarities:
@@ -46,10 +46,10 @@ class Similarities:
         """The cosines in a space; None if no item has a vector in it."""
         if name not in self._spaces:
             column = self._table.vectors(name)
-            self._spaces[name] = None if column is None else self._computed(*column)
+            self._spaces[name] = None if column is None else self._similarities(*column)
         return self._spaces[name]
 
-    def _computed(self, values: np.ndarray, present: np.ndarray) -> SpaceSimilarities:
+    def _similarities(self, values: np.ndarray, present: np.ndarray) -> SpaceSimilarities:
         return SpaceSimilarities(
             as_float32(values[self._rows]) @ as_float32(values[self.items]).T,
             np.ascontiguousarray(present[self._rows]),

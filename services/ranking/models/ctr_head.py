@@ -5,7 +5,6 @@ starting some twenty small operations.
 """
 
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from services.catalog.item_table import ItemTable
+from services.catalog.row_arrays import RowArrays
 from services.core.errors import FailedPrecondition
-from services.core.growing_array import fitted
 from services.core.kernels import array, kernel
 from services.ranking.models.ctr import MAX_HISTORY, SETTINGS_FILE, TIERS, WEIGHTS_FILE, CtrSettings
 from services.ranking.models.half_precision import as_float32
@@ -25,15 +24,14 @@ from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.user_query import UserQuery
 
 _NORM_EPSILON = 1e-5  # of torch's layer norm
-_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class CtrInput:
     """A user's history of H items and C candidates, by their vectors.
 
-    `past` float32 (H, W) and `items` float32 (C, W) are their projections, see `CtrHead.projected`; `cosines`
-    float32 (C, H) are the cosines of their vectors by space, 0 where either has none.
+    `past` float32 (H, W) and `items` float32 (C, W) are their projections, see `CtrHead.projections`;
+    `cosines` float32 (C, H) are the cosines of their vectors by space, 0 where either has none.
     """
 
     past: np.ndarray
@@ -57,7 +55,7 @@ class CtrHead:
         self._columns = np.array([index[name] for name in self.settings.columns], np.int64)
         self._weights = {name: value.numpy() for name, value in load_file(directory / WEIGHTS_FILE).items()}
 
-    def projected(self, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+    def projections(self, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The projections of items, float32 (N, W); `vectors` float32 (N, D) by space, zeros for none."""
         total = sum(
             vectors[space] @ self._weights[f"project.{space}.weight"].T for space in self.settings.spaces
@@ -80,7 +78,8 @@ class CtrHead:
         (H, D), are by space, zeros for none; see `history_rows`.
         """
         cosines = {space: items[space] @ past[space].T for space in self.settings.spaces}
-        return self.logits_of(query, matrix, CtrInput(self.projected(past), self.projected(items), cosines))
+        read = CtrInput(self.projections(past), self.projections(items), cosines)
+        return self.logits_of(query, matrix, read)
 
     def logits_of(self, query: UserQuery, matrix: np.ndarray, of: CtrInput) -> np.ndarray:
         """The same from projections and cosines."""
@@ -88,7 +87,7 @@ class CtrHead:
             user = of.past.mean(0) if len(of.past) else np.zeros(self.settings.width, np.float32)
             plain = np.concatenate([np.broadcast_to(user, of.items.shape), of.items], axis=1)
             return self._linear("head", plain)
-        user = self._attended(query, of)
+        user = self._attention(query, of)
         tiers = [_tiers(np.ascontiguousarray(of.cosines[space]), TIERS) for space in self.settings.spaces]
         dense = self.settings.scales.apply(matrix[:, self._columns])
         inner = self._linear(
@@ -105,7 +104,7 @@ class CtrHead:
         calibrated = np.array(self.settings.slope) * logits + np.array(self.settings.offset)
         return dict(zip(self.settings.types, (1 / (1 + np.exp(-calibrated))).T, strict=True))
 
-    def _attended(self, query: UserQuery, of: CtrInput) -> np.ndarray:
+    def _attention(self, query: UserQuery, of: CtrInput) -> np.ndarray:
         """What each candidate attends to in the history, float32 (C, W)."""
         past = of.past + self._linear("event_projection", _event_features(query, len(of.past)))
         past = np.concatenate([past, self._weights["null_token"][None]])
@@ -125,28 +124,16 @@ class CtrItems:
     """The projections of the items of a table, which may grow and change; any thread may read them."""
 
     def __init__(self, head: CtrHead, table: ItemTable) -> None:
-        self._head, self._table, self._lock = head, table, threading.Lock()
-        self._version, self._built = -1, 0
-        self._projected = np.empty((0, head.settings.width), np.float32)
-        self._refresh()  # now, not during a request
+        def compute(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+            return (head.projections(item_vectors(table, rows, head.settings.spaces)),)
+
+        self._arrays = RowArrays(table, [head.settings.width], compute)
+        self._arrays.current()  # now, not during a request
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """The projections of table rows, float32 (R, W)."""
-        if self._version != self._table.version or self._built < self._table.length:
-            with self._lock:
-                self._refresh()
-        return np.asarray(self._projected[rows])
-
-    def _refresh(self) -> None:
-        length = self._table.length
-        rows, version = self._table.changed_since(self._version)
-        projected = fitted(self._projected, max(length, int(rows.max(initial=-1)) + 1))
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            batch = rows[start : start + _ROWS_AT_ONCE]
-            projected[batch] = self._head.projected(
-                item_vectors(self._table, batch, self._head.settings.spaces)
-            )
-        self._projected, self._version, self._built = projected, version, length
+        [projections] = self._arrays.current()
+        return np.asarray(projections[rows])
 
 
 def item_vectors(table: ItemTable, rows: np.ndarray, spaces: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from services.catalog.candidate_sources import NAMES
 from services.core.errors import FailedPrecondition
 from services.core.growing_array import appended
 from services.ranking.models.linear import ConditionalLogit
-from services.ranking.models.scaler import FeatureScaler, standardized
+from services.ranking.models.scaler import FeatureScaler, standardize
 from services.ranking.state.item_stats import ITEM_COLUMNS, ItemStats, item_columns
 from services.ranking.state.tick_cache import TickCache
 
@@ -80,16 +80,16 @@ class FirstPhaseScorer:
 
     def score(self, sources: Sequence[SourceColumn], rows: np.ndarray, stats: ItemStats) -> np.ndarray:
         """Scores float32 (C,) of table rows, int64 (C,), which order the candidates and have no unit."""
-        known = [(self._sources[name], indices, scores) for name, indices, scores in sources if name in NAMES]
+        lists = [(self._sources[name], indices, scores) for name, indices, scores in sources if name in NAMES]
         total = self._of_items.get(stats).values[rows] + self._absent
-        if known:
-            terms = np.array([term for term, *_ in known]).T
+        if lists:
+            terms = np.array([term for term, *_ in lists]).T
             unit, mean, scale, weight, proposed, absent = np.repeat(
-                terms, [len(i) for _, i, _ in known], axis=1
+                terms, [len(i) for _, i, _ in lists], axis=1
             )
-            scores = np.concatenate([scores for *_, scores in known])
-            more = weight * standardized(scores, unit, mean, scale) + proposed - absent
-            total += np.bincount(np.concatenate([indices for _, indices, _ in known]), more, len(rows))
+            scores = np.concatenate([scores for *_, scores in lists])
+            more = weight * standardize(scores, unit, mean, scale) + proposed - absent
+            total += np.bincount(np.concatenate([indices for _, indices, _ in lists]), more, len(rows))
         return np.asarray(total, np.float32)
 
     def _terms(self, rows: np.ndarray, stats: ItemStats) -> np.ndarray:

@@ -45,7 +45,7 @@ class FeatureScaler:
 
     def apply(self, columns: np.ndarray) -> np.ndarray:
         """Standardized columns (…, F), float32, 0 for unknown."""
-        return standardized(np.asarray(columns, np.float32), *self._arrays)
+        return standardize(np.asarray(columns, np.float32), *self._arrays)
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ class FeatureScaler:
         return unit, mean, scale
 
 
-def standardized(values: np.ndarray, unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def standardize(values: np.ndarray, unit: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Values by the scales of their columns, whose shapes broadcast; 0 for unknown. See `FeatureScaler`."""
     scaled = (_signed_log(values / unit) - mean) / scale
     scaled[np.isnan(scaled)] = 0

@@ -8,7 +8,6 @@ table, not how it is trained.
 """
 
 import json
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from scipy.special import erf
 from torch import nn
 
 from services.catalog.item_table import ItemTable
-from services.core.growing_array import fitted
+from services.catalog.row_arrays import RowArrays
 from services.core.kernels import array, kernel
 from services.core.sorted_arrays import find
 from services.ranking.state.user_query import UserQuery
 
 SETTINGS_FILE = "sequence.json"
 WEIGHTS_FILE = "sequence.safetensors"
-_ROWS_AT_ONCE = 4096
 _HOURS_A_DAY = 24.0
 _NORM_EPSILON = 1e-5  # of torch's layer norm
 _LAYERS = frozenset(
@@ -192,12 +190,8 @@ class SequenceView:
     def __init__(self, net: SequenceNet, table: ItemTable) -> None:
         self._net, self._table = net.eval(), table
         self._item_hashes = net.item_hashes.numpy()
-        self._refresh_lock = threading.Lock()
         self._forward = _LastPosition(net)
-        self._version, self._built = -1, 0
-        width = net.settings.width + 1
-        self._content = np.empty((0, width), np.float32)
-        self._vectors = np.empty((0, width), np.float32)
+        self._arrays = RowArrays(table, [net.settings.width + 1] * 2, self._item_arrays)
 
     @classmethod
     def load(cls, directory: Path, table: ItemTable) -> "SequenceView":
@@ -245,25 +239,15 @@ class SequenceView:
 
     def _items(self) -> tuple[np.ndarray, np.ndarray]:
         """The vectors of at least all rows, with deltas and without: float32 (N+, width + 1)."""
-        if self._version != self._table.version or self._built < self._table.length:
-            with self._refresh_lock:
-                self._refresh()
-        return self._vectors, self._content
+        vectors, content = self._arrays.current()
+        return vectors, content
 
-    def _refresh(self) -> None:
-        length = self._table.length
-        rows, version = self._table.changed_since(self._version)
-        capacity = max(length, int(rows.max(initial=-1)) + 1)
-        vectors, content = (fitted(values, capacity) for values in (self._vectors, self._content))
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            batch = rows[start : start + _ROWS_AT_ONCE]
-            items = read_items(self._table, batch, self._net.settings, self._item_hashes)
-            with torch.inference_mode():
-                batch_content = self._net.content(items)
-                content[batch] = batch_content.numpy()
-                vectors[batch] = (batch_content + self._net.delta(items.delta_rows)).numpy()
-        self._vectors, self._content = vectors, content
-        self._version, self._built = version, length
+    def _item_arrays(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of rows, with deltas and without."""
+        items = read_items(self._table, rows, self._net.settings, self._item_hashes)
+        with torch.inference_mode():
+            content = self._net.content(items)
+            return (content + self._net.delta(items.delta_rows)).numpy(), content.numpy()
 
 
 def dot_products(vectors: np.ndarray, rows: np.ndarray, vector: np.ndarray) -> np.ndarray:

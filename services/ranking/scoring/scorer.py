@@ -75,12 +75,12 @@ class Scorer:
         """
         model = self._first_phase
         if model is None or not sources or len(rows) <= model.depth:
-            return self._scored(query, rows, stats)
+            return self._second_phase(query, rows, stats)
         first = model.score(sources, rows, stats)
         is_selected = np.zeros(len(rows), bool) if required is None else required.copy()
         is_selected[np.argpartition(-first, model.depth)[: model.depth]] = True
         selected = np.flatnonzero(is_selected)
-        scores = self._scored(query, rows[selected], stats)
+        scores = self._second_phase(query, rows[selected], stats)
         return replace(scores, values=with_others(scores.values, selected, first), selected=selected)
 
     def ablated(
@@ -96,7 +96,7 @@ class Scorer:
             without[kind] = self._final(masked, self._logits_without(kind, query, rows, masked)).values
         return self._final(matrix, self._logits_without("", query, rows, matrix)).values, without
 
-    def _scored(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> Scores:
+    def _second_phase(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> Scores:
         similarities = Similarities(self._table, query, rows)
         matrix = self._features.matrix(query, rows, stats, similarities)
         logits = None
