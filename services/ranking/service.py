@@ -38,9 +38,10 @@ from services.ranking.retrieval.retriever import RetrievalOptions, Retriever, Re
 from services.ranking.scoring.explanations import Explainer
 from services.ranking.scoring.scorer import Scorer
 from services.ranking.state.event_columns import EventColumns, EventState
-from services.ranking.state.item_stats import DAY, TICKS, ItemStats, StatsGrowth, item_stats
+from services.ranking.state.item_stats import DAY, TICKS, ItemStats
 from services.ranking.state.query_builder import User
 from services.ranking.state.query_cache import QueryCache
+from services.ranking.state.stats_by_tick import StatsByTick
 from services.ranking.state.user_query import UserQuery
 from services.ranking.users.data_retention import DataRetention
 from services.ranking.users.profiles import RfmReference, UserProfile, profile
@@ -50,7 +51,6 @@ Outcome = RecordResult | VitrineError
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 20_000
 _THREADS = 2
-_MAX_NEW_ITEMS = 2000
 _MAX_PROFILE_EVENTS = 5000
 
 
@@ -119,7 +119,7 @@ class RankingService:
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
         self.state, self._followers = EventState(profile.event_types), followers
-        self._tick = TICKS[profile.granularity]
+        self._stats = StatsByTick(self.state, view.table, TICKS[profile.granularity])
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         sequence_view = SequenceView.load(sequence, view.table) if sequence else None
         context = RankingContext(
@@ -138,11 +138,9 @@ class RankingService:
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
         self._queries = QueryCache(self.state, view.table, self._targets)
-        self._stats: ItemStats | None = None
-        self._growth = StatsGrowth()
         self._rfm_reference: tuple[int, RfmReference] | None = None
         self._advance_lock = threading.Lock()
-        self._stats_lock = threading.Lock()
+        self._rfm_lock = threading.Lock()
         self._compute = compute
         self._pool, self._closed = ThreadPoolExecutor(_THREADS, "ranking"), False
         self.retention = DataRetention(store, self._on)
@@ -154,6 +152,7 @@ class RankingService:
         self._closed = True
         finish_queued(self._compute)
         self._pool.shutdown()
+        self._stats.close()
 
     async def write(self, events: Sequence[Event | VitrineError]) -> list[Outcome]:
         """Commit events in their order; one that is an error already stays one.
@@ -204,9 +203,10 @@ class RankingService:
     def delete(self, from_state: Callable[[EventState], None]) -> None:
         """Delete from the state what the store has deleted; statistics are computed anew."""
         # `advance` may have read events before their deletion: the lock waits until it has added them.
-        with self._advance_lock, self._stats_lock:
+        with self._advance_lock, self._rfm_lock:
             from_state(self.state)
-            self._stats = self._rfm_reference = None
+            self._stats.clear()
+            self._rfm_reference = None
             self._queries.clear()
 
     async def retrieve(
@@ -298,19 +298,8 @@ class RankingService:
         return time - time % DAY if self.profile.granularity == "day" else time
 
     def stats(self, as_of: datetime) -> ItemStats:
-        """The statistics of the items at the last tick before `as_of`."""
-        time = (as_of - _EPOCH) // timedelta(microseconds=1)
-        tick = time - time % self._tick
-        with self._stats_lock:
-            stats = self._stats
-            if stats is None or stats.tick != tick or self._outgrown(stats):
-                stats = item_stats(self.state, self.view.table, tick)
-            self._stats = stats = self._growth.extended(stats, self.view.table)
-            return stats
-
-    def _outgrown(self, stats: ItemStats) -> bool:
-        """Whether so many items are new that scanning them costs more than computing the statistics."""
-        return self.view.table.length > stats.counted * 9 // 8 + _MAX_NEW_ITEMS
+        """The statistics of the items that hold at `as_of`."""
+        return self._stats.at((as_of - _EPOCH) // timedelta(microseconds=1))
 
     def _submit(self, batch: Sequence[Event | VitrineError], caller: object) -> Future[list[Outcome]]:
         """Queue a batch; if the store refuses it, a future with the refusal for each event."""
@@ -360,7 +349,7 @@ class RankingService:
 
     def _profile(self, user_id: str, visitor_id: str, as_of: datetime) -> UserProfile:
         stats, cutoff = self.stats(as_of), self.cutoff(as_of)
-        with self._stats_lock:  # a deletion meanwhile must not be undone
+        with self._rfm_lock:  # a deletion meanwhile must not be undone
             cached = self._rfm_reference
             if cached is None or cached[0] != stats.tick:
                 cached = stats.tick, RfmReference.of(self.state.all(), self._targets, stats.tick)

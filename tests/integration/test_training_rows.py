@@ -160,7 +160,7 @@ def test_a_row_without_interactions_equals_that_of_an_item_without_events(*, wit
         question = EvalQuery(user, as_of, ((item_hash("i1"), "purchase"),), np.empty(0, np.int64))
         own_items = {interaction.item for interaction in interactions if interaction.user == user} | {"i1"}
         now, query = whole.stats_at(as_of), whole.query(question)
-        features = whole.features(now)
+        features = whole.features(as_of)
         for row in (2, 9, 14, 20, 23):
             if items[row].id in own_items:
                 continue
@@ -171,7 +171,7 @@ def test_a_row_without_interactions_equals_that_of_an_item_without_events(*, wit
                 [interaction for interaction in interactions if interaction.item != items[row].id]
             )
             then, query_without = without.stats_at(as_of), without.query(question)
-            expected = without.features(then).matrix(query_without, np.array([row]), then)
+            expected = without.features(as_of).matrix(query_without, np.array([row]), then)
             for name, a, b in zip(whole.names, matrix[0], expected[0], strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=f"{name} of {items[row].id}")
     assert count > 3
@@ -194,7 +194,7 @@ def test_targets_are_kept_and_sampled_negatives_are_weighted() -> None:
         start += size
         now, query = past.stats_at(question.as_of), past.query(question)
         has_events = ~np.isnan(now.age)
-        every, _ = past.candidates(query, now, past.live(question.as_of) & has_events)
+        every, _ = past.candidates(query, question.as_of, past.live(question.as_of) & has_events)
         items_of_query, label, weight = rows.items[span], rows.label[span] > 0, rows.weight[span]
         assert len(set(items_of_query.tolist())) == size
         assert set(items_of_query.tolist()) <= set(every.tolist())
@@ -208,13 +208,13 @@ def test_targets_are_kept_and_sampled_negatives_are_weighted() -> None:
         assert weight.sum() == pytest.approx(len(others) + label.sum(), rel=1e-5)
         is_sampled = ~label & (weight > 1)
         assert is_sampled.sum() <= sample_size - sample_size // 2
-        score = baseline_scores(past.names, past.features(now).matrix(query, others, now))
+        score = baseline_scores(past.names, past.features(question.as_of).matrix(query, others, now))
         best = others[np.argsort(-score, kind="stable")[: sample_size // 2]]
         assert set(best.tolist()) <= set(items_of_query[weight == 1].tolist())
         # A row is the feature function's own, or the same without the item's behavior.
-        matrix = past.features(now).matrix(query, items_of_query, now)
+        matrix = past.features(question.as_of).matrix(query, items_of_query, now)
         is_hidden = rows.no_interactions[span]
-        matrix[is_hidden] = past.features(now).without_interactions(
+        matrix[is_hidden] = past.features(question.as_of).without_interactions(
             matrix[is_hidden], items_of_query[is_hidden], now
         )
         np.testing.assert_allclose(rows.matrix[span], matrix, rtol=1e-5, atol=1e-6)
@@ -222,7 +222,7 @@ def test_targets_are_kept_and_sampled_negatives_are_weighted() -> None:
     missing_queries = [q for q in queries if (q.user_id, q.as_of) not in query_keys]
     for question in missing_queries:
         now, query = past.stats_at(question.as_of), past.query(question)
-        every, _ = past.candidates(query, now, past.live(question.as_of) & ~np.isnan(now.age))
+        every, _ = past.candidates(query, question.as_of, past.live(question.as_of) & ~np.isnan(now.age))
         assert not np.isin(past.table.rows(question.targets.tolist()), every).any()
 
 
@@ -248,7 +248,7 @@ def test_page_items_are_graded_by_their_strongest_interaction() -> None:
     assert rows.size.tolist() == [4]
     assert rows.weight.tolist() == [1] * 4
     now = past.stats_at(moment)
-    features = past.features(now)
+    features = past.features(moment)
     matrix = features.matrix(past.query(page), rows.items, now)
     blank = features.without_interactions(matrix, rows.items, now)
     np.testing.assert_array_equal(rows.matrix, np.where(rows.no_interactions[:, None], blank, matrix))

@@ -194,14 +194,14 @@ class RankingInput(NamedTuple):
 def training_input(past: PointInTime, query: EvalQuery) -> RankingInput:
     """The ranking input that training computes for a query."""
     now, user_query = past.stats_at(query.as_of), past.query(query)
-    rows, scores = past.candidates(user_query, now, past.live(query.as_of))
+    rows, scores = past.candidates(user_query, query.as_of, past.live(query.as_of))
     bits = past.source_bits(scores)
     names = past.source_names
     sources = {
         int(past.table.item_hashes[row]): {n for at, n in enumerate(names) if bit >> at & 1}
         for row, bit in zip(rows.tolist(), bits.tolist(), strict=True)
     }
-    matrix = past.features(now).matrix(user_query, np.arange(past.table.length), now)
+    matrix = past.features(query.as_of).matrix(user_query, np.arange(past.table.length), now)
     return RankingInput(sources, past.table.item_hashes, matrix)
 
 

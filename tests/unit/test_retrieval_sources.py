@@ -465,7 +465,7 @@ def test_statistics_with_rows_for_new_items_equal_those_computed_with_them(
         earlier.append(stats)
     assert stats.length == len(items)
     for one in earlier:  # an earlier one keeps its rows
-        assert (one.tick, one.counted, one.origin) == (TICK, counted, earlier[0].origin)
+        assert (one.tick, one.counted, one.derived) == (TICK, counted, earlier[0].derived)
         for name in ("popular", "age", "idle", "price", "highest", "channels"):
             of_all = getattr(expected, name)[: one.length]
             np.testing.assert_array_equal(getattr(one, name), of_all, strict=True)

@@ -60,12 +60,12 @@ def step_milliseconds(
         eval_query, user_query = rows.eval_queries[index], rows.user_queries[index]
         stats = past.stats_at(eval_query.as_of)
         query_rows = rows.take(np.array([index]))
-        features = past.features(stats)
+        features = past.features(eval_query.as_of)
         if stats is not previous:  # exclude the work that queries of one time share
-            list(past.proposals(user_query, stats, allowed))
+            list(past.proposals(user_query, eval_query.as_of, allowed))
             list(features.blocks(user_query, query_rows.items, stats))
             previous = stats
-        _measure(past.proposals(user_query, stats, allowed), cost)
+        _measure(past.proposals(user_query, eval_query.as_of, allowed), cost)
         _measure(features.blocks(user_query, query_rows.items, stats), cost)
         _measure(_score_steps(query_rows, models, vectors), cost)
     total = dict.fromkeys((COUNTS, *STEPS), 0.0)

@@ -186,8 +186,8 @@ def proposed_by_others(past: PointInTime, rows: FeatureRows, parts: Collection[s
     query_of = rows.group()[graph_only]
     for query in np.unique(query_of):
         query_rows = graph_only[query_of == query]
-        stats = past.stats_at(rows.eval_queries[query].as_of)
-        by_relation = past.related(rows.user_queries[query], stats, rows.items[query_rows])
+        as_of = rows.eval_queries[query].as_of
+        by_relation = past.related(rows.user_queries[query], as_of, rows.items[query_rows])
         proposed[query_rows] = np.any(
             [tied for relation, tied in by_relation.items() if relation not in parts], axis=0
         )
@@ -253,8 +253,8 @@ def _index_recall(
     recalls: dict[str, list[float]] = {}
     for index in np.sort(np.random.default_rng(5).permutation(len(queries))[:_RECALL_QUERIES]):
         query = queries[index]
-        stats, live = past.stats_at(query.as_of), past.live(query.as_of)
-        for source, recall in past.index_recalls(past.query(query), stats, allowed & live).items():
+        live = allowed & past.live(query.as_of)
+        for source, recall in past.index_recalls(past.query(query), query.as_of, live).items():
             recalls.setdefault(source, []).append(recall)
     return {name: {"recall": float(np.mean(r)), "queries": len(r)} for name, r in recalls.items()}
 

@@ -82,12 +82,12 @@ def training_rows(
     for eval_query in track(eval_queries, "rows"):
         stats, user_query = past.stats_at(eval_query.as_of), past.query(eval_query)
         allowed = past.live(eval_query.as_of) & ~np.isnan(stats.age)
-        items, scores = past.candidates(user_query, stats, allowed)
+        items, scores = past.candidates(user_query, eval_query.as_of, allowed)
         targets = past.table.rows(eval_query.targets.tolist())
         label = _grades(items, targets, eval_query.grades)
         if not label.any():
             continue
-        features = past.features(stats)
+        features = past.features(eval_query.as_of)
         matrix = features.matrix(user_query, items, stats)
         selected, weight = _sample_rows(label, baseline_scores(past.names, matrix), negatives, generator)
         matrix, no_interactions = matrix[selected], generator.random(len(selected)) < cold_start_share
@@ -118,9 +118,9 @@ def evaluation_rows(past: PointInTime, eval_queries: Sequence[EvalQuery], allowe
     parts = []
     for eval_query in track(eval_queries, "queries"):
         stats, user_query = past.stats_at(eval_query.as_of), past.query(eval_query)
-        items, scores = past.candidates(user_query, stats, allowed & past.live(eval_query.as_of))
+        items, scores = past.candidates(user_query, eval_query.as_of, allowed & past.live(eval_query.as_of))
         label = _grades(items, past.table.rows(eval_query.targets.tolist()), eval_query.grades)
-        matrix = past.features(stats).matrix(user_query, items, stats)
+        matrix = past.features(eval_query.as_of).matrix(user_query, items, stats)
         ones, no_interactions = np.ones(len(items), np.float32), np.zeros(len(items), bool)
         parts.append(
             (
@@ -162,7 +162,7 @@ def page_rows(
         items = items[in_catalog]
         if not len(items):
             continue
-        features = past.features(stats)
+        features = past.features(page.as_of)
         matrix, no_interactions = (
             features.matrix(user_query, items, stats),
             generator.random(len(items)) < cold_start_share,

@@ -62,14 +62,14 @@ class PointInTime:
         self._present = present
         self._day = settings.time.granularity == "day"
         self._exclude_purchased = settings.task.exclude_purchased
-        self._tick = TICKS[settings.time.granularity]
+        self._ticks = TICKS[settings.time.granularity]
         self._targets = np.array([self.state.kinds[t] for t in settings.targets], np.int16)
         self._stats: ItemStats | None = None
         self._pools: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def stats_at(self, as_of: int) -> ItemStats:
-        """The item statistics at the last tick before `as_of`, microseconds since 1970."""
-        tick = as_of - as_of % self._tick
+        """The item statistics that hold at `as_of`, microseconds since 1970."""
+        tick = self._ticks.at(as_of)
         if self._stats is None or self._stats.tick != tick:
             self._stats = item_stats(self.state, self.table, tick)
         return self._stats
@@ -81,9 +81,9 @@ class PointInTime:
         user = User(eval_query.user_id, session=eval_query.session)
         return make_query(self.state, self.table, user, past, cut, self._targets)
 
-    def features(self, stats: ItemStats) -> Features:
-        """The feature function of the day of `stats`."""
-        return self._features[stats.tick // DAY]
+    def features(self, as_of: int) -> Features:
+        """The feature function of the day of `as_of`."""
+        return self._features[as_of // DAY]
 
     def live(self, as_of: int) -> np.ndarray:
         """Which rows are available at `as_of`, bool (M,)."""
@@ -95,14 +95,14 @@ class PointInTime:
         return [*next(iter(self._sources.values())).by_name, *self._vectors]
 
     def candidates(
-        self, query: UserQuery, stats: ItemStats, allowed: np.ndarray
+        self, query: UserQuery, as_of: int, allowed: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates of all sources: rising rows int64 (C,), and their scores float32 (C, S).
+        """The candidates of all sources at `as_of`: rising rows int64 (C,), and their scores float32 (C, S).
 
         The scores are in the order of `NAMES`, NaN where a source does not propose a row. `allowed` is bool
         (M,). The session is excluded, and so are purchases if the task says so.
         """
-        proposals = list(self.proposals(query, stats, allowed))
+        proposals = list(self.proposals(query, as_of, allowed))
         rows, place = np.unique(np.concatenate([s.rows for _, s in proposals]), return_inverse=True)
         scores, end = np.full((len(rows), len(NAMES)), np.nan, np.float32), 0
         for name, scored in proposals:
@@ -118,20 +118,20 @@ class PointInTime:
         return bits
 
     def proposals(
-        self, query: UserQuery, stats: ItemStats, allowed: np.ndarray
+        self, query: UserQuery, as_of: int, allowed: np.ndarray
     ) -> Iterator[tuple[str, ScoredRows]]:
         """The rows of each source and their scores, in the order of `source_names`, computed lazily."""
         excluded, eligible = self._eligible(query, allowed)
-        sources = self._sources[stats.tick // DAY]
+        sources, stats = self._sources[as_of // DAY], self.stats_at(as_of)
         for name in sources.by_name:
             yield name, sources.candidates(name, query, stats, eligible, CANDIDATES_PER_SOURCE)
         for space in self._vectors:
             yield space, self._near(space, query, allowed, excluded)
 
-    def index_recalls(self, query: UserQuery, stats: ItemStats, allowed: np.ndarray) -> dict[str, float]:
+    def index_recalls(self, query: UserQuery, as_of: int, allowed: np.ndarray) -> dict[str, float]:
         """By source with an index: the share of the best items that it finds; none without any such item."""
         _, eligible = self._eligible(query, allowed)
-        sources, recalls = self._sources[stats.tick // DAY], {}
+        sources, stats, recalls = self._sources[as_of // DAY], self.stats_at(as_of), {}
         for name in INDEXED:
             best = sources.exact(name, query, stats, eligible, CANDIDATES_PER_SOURCE).rows
             if len(best):
@@ -148,9 +148,9 @@ class PointInTime:
         eligible[excluded] = False
         return excluded, eligible
 
-    def related(self, query: UserQuery, stats: ItemStats, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def related(self, query: UserQuery, as_of: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Which of `rows`, int64 (C,), each graph relation connects to the user: bool (C,)."""
-        by_relation = self._sources[stats.tick // DAY].related(query)
+        by_relation = self._sources[as_of // DAY].related(query)
         return {relation: np.isin(rows, related) for relation, related in by_relation.items()}
 
     def _near(self, space: str, query: UserQuery, allowed: np.ndarray, excluded: np.ndarray) -> ScoredRows:

@@ -4,7 +4,9 @@ Only events recorded before that time count. The time is a tick of the shop's gr
 serving use the same ticks.
 """
 
+import threading
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +15,9 @@ from services.core.growing_array import appended
 from services.core.sorted_arrays import find
 from services.ranking.state.event_columns import EventState
 
-HOUR = 3_600_000_000
+_MINUTE = 60_000_000
+HOUR = 60 * _MINUTE
 DAY = 24 * HOUR
-TICKS = {"hour": HOUR, "day": DAY}
 WINDOWS = (1, 3, 7, 30)
 ITEM_COLUMNS = (
     *(f"popular_{days}d" for days in WINDOWS),
@@ -28,6 +30,47 @@ ITEM_COLUMNS = (
 
 
 @dataclass(frozen=True)
+class Ticks:
+    """The times of statistics, every `length` microseconds.
+
+    The statistics of a tick hold from `delay` microseconds after it. Meanwhile they can be prepared, once
+    every event that was recorded before the tick is in memory, so that no request has to wait for them.
+    """
+
+    length: int
+    delay: int = 0
+
+    def at(self, time: int) -> int:
+        """The tick whose statistics hold at a time; both in microseconds since 1970."""
+        return self._last(time - self.delay)
+
+    def upcoming(self, time: int) -> int | None:
+        """The tick whose statistics can be prepared at a time; None if there is none."""
+        latest = self._last(time - _COMMIT_TIME)
+        return latest if latest > self.at(time) else None
+
+    def is_over(self, tick: int, time: int) -> bool:
+        """Whether no request at a time or shortly before it uses the statistics of a tick."""
+        return time >= tick + self.length + self.delay + _COMMIT_TIME
+
+    def _last(self, time: int) -> int:
+        return time - time % self.length
+
+
+# By that time after a tick, an event that was recorded before it is committed and in memory.
+_COMMIT_TIME = _MINUTE
+# With days, nothing of the same day counts: midnight is a time like any other there, and queries begin at it.
+TICKS = {"hour": Ticks(HOUR, 5 * _MINUTE), "day": Ticks(DAY)}
+
+
+class Derived:
+    """What is derived from statistics, by the cache that computes it; `lock` is for who adds to it."""
+
+    def __init__(self) -> None:
+        self.by_cache, self.lock = dict[Any, Any](), threading.RLock()
+
+
+@dataclass(frozen=True)
 class ItemStats:
     """Columns over the N rows of an item table, float32, NaN for unknown.
 
@@ -36,7 +79,7 @@ class ItemStats:
     3, 7 and 30 days and ever; `age` and `idle` (N,): days since the first and the last interaction; `price`
     (N,): the last one paid, else the list price; `highest` (N,): the highest one paid; `channels` (N, K):
     weight of the interactions of the last 30 days in each of the shop's channels. Statistics with rows for
-    new items have the `origin` of those that they extend: what is derived from one holds for the other.
+    new items share `derived` with those that they extend.
     """
 
     tick: int
@@ -47,7 +90,7 @@ class ItemStats:
     price: np.ndarray
     highest: np.ndarray
     channels: np.ndarray
-    origin: object = field(default_factory=object, repr=False)
+    derived: Derived = field(default_factory=Derived, repr=False)
 
     @property
     def length(self) -> int:
@@ -69,7 +112,7 @@ class StatsGrowth:
     """
 
     def __init__(self) -> None:
-        self._origin: object = None
+        self._derived: Derived | None = None
         self._columns: dict[str, np.ndarray] = {}
 
     def extended(self, stats: ItemStats, table: ItemTable) -> ItemStats:
@@ -77,8 +120,8 @@ class StatsGrowth:
         length, more = stats.length, table.length - stats.length
         if more <= 0:
             return stats
-        if self._origin is not stats.origin:
-            self._origin = stats.origin
+        if self._derived is not stats.derived:
+            self._derived = stats.derived
             self._columns = {name: getattr(stats, name) for name in _COLUMNS}
         list_price = table.numbers("price")
         price = np.full(more, np.nan) if list_price is None else list_price[length : length + more, 0]
@@ -94,10 +137,10 @@ class StatsGrowth:
         for name, rows in new.items():
             self._columns[name] = appended(self._columns[name], length, rows)
         columns = {name: values[: length + more] for name, values in self._columns.items()}
-        return ItemStats(stats.tick, stats.counted, origin=stats.origin, **columns)
+        return ItemStats(stats.tick, stats.counted, derived=stats.derived, **columns)
 
 
-_COLUMNS = tuple(f.name for f in fields(ItemStats) if f.name not in ("tick", "counted", "origin"))
+_COLUMNS = tuple(f.name for f in fields(ItemStats) if f.name not in ("tick", "counted", "derived"))
 
 
 def item_stats(state: EventState, table: ItemTable, tick: int) -> ItemStats:
