@@ -35,7 +35,7 @@ from training.evaluation import evaluate
 from training.evaluation.report import write_report
 from training.examples import queries, training_set
 from training.examples.queries import DAY
-from training.ranking import propensity
+from training.ranking import propensity, taste_models
 from training.retrieval import daily_graphs, sequence_models
 
 _MAX_POPULAR = 2000
@@ -83,7 +83,8 @@ def train(
     encoded = fit_encoders.encode(stages, shop, settings, split_time)
     graphs = _graph_stage(stages, shop, encoded, split_time)
     sequences = _sequence_stage(stages, shop, settings, encoded, split_time)
-    rankers = _ranking_stage(stages, shop, settings, encoded, graphs, sequences)
+    tastes = _taste_stage(stages, shop, settings, split_time)
+    rankers = _ranking_stage(stages, shop, settings, encoded, graphs, sequences, tastes)
     propensities = _propensity_stage(stages, shop, settings)
     sections = json.loads((rankers / evaluate.FILE).read_text())
     sections["propensity"] = json.loads((propensities / propensity.FILE).read_text())
@@ -96,7 +97,7 @@ def train(
             shop,
             until,
             encoded,
-            (graphs, sequences, rankers, propensities),
+            (graphs, sequences, tastes, rankers, propensities),
             document,
             skip_evaluation=skip_evaluation,
         )
@@ -107,16 +108,16 @@ def _publish(
     shop: ShopData,
     until: datetime | None,
     encoded: FittedEncoders,
-    parts: tuple[Path, Path, Path, Path],
+    parts: tuple[Path, Path, Path, Path, Path],
     report: Mapping[str, object],
     *,
     skip_evaluation: bool,
 ) -> Path:
     """Assemble and publish a bundle under `out` from the encoders and the stage directories `parts`.
 
-    `parts` are the graphs, the sequence models, the rankers and the propensity models.
+    `parts` are the graphs, the sequence and taste models, the rankers and the propensity models.
     """
-    graphs, sequences, rankers, propensities = parts
+    graphs, sequences, tastes, rankers, propensities = parts
     staged = out / ".staged"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -125,6 +126,8 @@ def _publish(
     shutil.copytree(graphs / daily_graphs.FINAL, staged / "graph")
     if (sequences / sequence_models.FINAL).is_dir():
         shutil.copytree(sequences / sequence_models.FINAL, staged / "sequence")
+    if (tastes / taste_models.FINAL).is_dir():
+        shutil.copytree(tastes / taste_models.FINAL, staged / "taste")
     for part in ranking_stage.PARTS:
         if (rankers / part).is_dir():
             shutil.copytree(rankers / part, staged / part)
@@ -193,7 +196,9 @@ def _graph_stage(stages: Stages, shop: ShopData, encoded: FittedEncoders, split_
             events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), basket_codes.tobytes()
         ),
         digest_of(is_engagement.tobytes(), early.tobytes(), hashes.tobytes()),
-        settings.model_dump(mode="json", exclude={"text", "image", "ranking", "sequence", "propensity"}),
+        settings.model_dump(
+            mode="json", exclude={"text", "image", "ranking", "sequence", "taste", "propensity"}
+        ),
         settings.ranking.no_session_share,
         split_time,
         encoded.base_keys,
@@ -231,6 +236,20 @@ def _sequence_stage(
     )
 
 
+def _taste_stage(stages: Stages, shop: ShopData, settings: ShopConfig, split_time: int) -> Path:
+    """Fit one taste model without the ranking days and one on all events."""
+    events = shop.events
+    inputs = [
+        split_time,
+        digest_of(events.user.tobytes(), events.number.tobytes(), events.time.tobytes()),
+        digest_of(events.kind.tobytes(), *(key.encode() for key in events.user_ids)),
+        digest_of(*(repr((item.id, item.attributes, item.price)).encode() for item in shop.items)),
+        [dict(settings.event_types), settings.targets, settings.items.text_attributes],
+        settings.taste.model_dump(),
+    ]
+    return stages.run("taste", inputs, taste_models.write_models, shop, settings.taste, split_time)
+
+
 def _ranking_stage(
     stages: Stages,
     shop: ShopData,
@@ -238,6 +257,7 @@ def _ranking_stage(
     encoded: FittedEncoders,
     graphs: Path,
     sequences: Path,
+    tastes: Path,
 ) -> Path:
     """Fit the CTR head and the reranker and evaluate them."""
     events = shop.events
@@ -245,6 +265,7 @@ def _ranking_stage(
     inputs = [
         graphs.name,
         sequences.name,
+        tastes.name,
         encoded.fold_keys,
         digest_of(events.kind.tobytes(), events.position.tobytes(), events.session.tobytes()),
         digest_of(events.channel.tobytes(), *(name.encode() for name in events.channel_names)),
@@ -261,6 +282,7 @@ def _ranking_stage(
         encoded.present,
         graphs,
         sequences,
+        tastes,
     )
 
 

@@ -17,10 +17,11 @@ from training.examples import queries
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import DAY
 from training.examples.training_set import first_day, make_training_set
+from training.ranking import taste_models
 from training.ranking.first_phase import choose_depth, fit_first_phase
 from training.ranking.fit_models import fit_models
+from training.retrieval import sequence_models
 from training.retrieval.daily_graphs import load_daily_graphs
-from training.retrieval.sequence_models import BEFORE
 
 CTR, RERANKER = "ctr", "reranker"
 PARTS = (CTR, RERANKER)
@@ -35,13 +36,21 @@ def write_rankers(
     present: Mapping[str, np.ndarray],
     graphs: Path,
     sequences: Path,
+    tastes: Path,
 ) -> None:
-    """Fit, evaluate and write the models of a shop, with the graphs and sequence models of earlier stages."""
+    """Fit, evaluate and write the models of a shop, with graphs and other models of earlier stages."""
     if not len(shop.events):
         evaluate.write_empty(directory)
         return
-    model = sequences / BEFORE
-    past = PointInTime(shop, load_daily_graphs(graphs), vectors, present, model if model.is_dir() else None)
+    sequence, taste = sequences / sequence_models.BEFORE, tastes / taste_models.BEFORE
+    past = PointInTime(
+        shop,
+        load_daily_graphs(graphs),
+        vectors,
+        present,
+        sequence if sequence.is_dir() else None,
+        taste if taste.is_dir() else None,
+    )
     fit(past, shop, settings, vectors, directory)
 
 

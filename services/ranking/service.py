@@ -33,6 +33,7 @@ from services.ranking.models.co_occurrence import GraphView, ItemGraph
 from services.ranking.models.first_phase import SourceColumn
 from services.ranking.models.propensity import Propensity
 from services.ranking.models.sequence import SequenceView
+from services.ranking.models.taste import read_taste
 from services.ranking.retrieval.candidate_sources import CandidateSources
 from services.ranking.retrieval.retriever import RetrievalOptions, Retriever, RetrieveResult, UserState
 from services.ranking.scoring.explanations import Explainer
@@ -115,6 +116,7 @@ class RankingService:
         ctr: Path | None = None,
         reranker: Path | None = None,
         sequence: Path | None = None,
+        taste: Path | None = None,
         propensity: Path | None = None,
     ) -> None:
         self.store, self.view, self.profile = store, view, profile
@@ -123,7 +125,12 @@ class RankingService:
         self._targets = np.array([self.state.kinds[t] for t in profile.targets], np.int16)
         sequence_view = SequenceView.load(sequence, view.table) if sequence else None
         context = RankingContext(
-            view.table, GraphView(graph, view.table), profile.attributes, profile.numbers, sequence_view
+            view.table,
+            GraphView(graph, view.table),
+            profile.attributes,
+            profile.numbers,
+            sequence_view,
+            read_taste(taste) if taste else None,
         )
         self.features = Features(context)
         self._scorer = Scorer(self.features, view.table, ctr, reranker)
@@ -137,7 +144,7 @@ class RankingService:
             self._targets,
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
-        self._queries = QueryCache(self.state, view.table, self._targets)
+        self._queries = QueryCache(self.state, view.table, self._targets, reads_impressions=taste is not None)
         self._rfm_reference: tuple[int, RfmReference] | None = None
         self._advance_lock = threading.Lock()
         self._rfm_lock = threading.Lock()

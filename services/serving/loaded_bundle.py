@@ -275,6 +275,7 @@ class LoadedBundle:
             ctr=self.bundle.component("ctr"),
             reranker=self.bundle.component("reranker"),
             sequence=self.bundle.component("sequence"),
+            taste=self.bundle.component("taste"),
             propensity=self.bundle.component("propensity"),
         )
         self._closing.append(self._ranking.close)

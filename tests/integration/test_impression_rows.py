@@ -35,6 +35,7 @@ from tests.support.histories import (
     RankingInput,
     assert_same_input,
     datetime_of,
+    drawn_taste_model,
     fit_graph,
     fit_sequence_model,
     make_items,
@@ -59,6 +60,7 @@ async def serve(
     vectors: dict[str, np.ndarray],
     present: dict[str, np.ndarray],
     sequence: Path | None,
+    taste: Path,
     questions: Sequence[EvalQuery],
     root: Path,
 ) -> list[RankingInput]:
@@ -75,6 +77,7 @@ async def serve(
     graph.save(staging / "graph")
     if sequence is not None:
         shutil.copytree(sequence, staging / "sequence")
+    shutil.copytree(taste, staging / "taste")
     bundle = Bundle(publish(staging, root / "bundles", pipeline.shop_schema(shop), datetime_of(FIRST * DAY)))
     settings = Settings(bundle=bundle.directory, state=root / "state", address="127.0.0.1:0")
     import_events(settings, bundle, shop)
@@ -109,8 +112,10 @@ async def both(
     vectors, present = random_vectors(len(shop.items))
     graph = fit_graph(shop, vectors, present)
     sequence = fit_sequence_model(shop, vectors, present, root / "sequence")
-    past = PointInTime(shop, dict.fromkeys(range(FIRST, FIRST + DAYS + 1), graph), vectors, present, sequence)
-    answers = await serve(shop, graph, vectors, present, sequence, questions, root)
+    taste = drawn_taste_model(shop, root / "taste")
+    graphs = dict.fromkeys(range(FIRST, FIRST + DAYS + 1), graph)
+    past = PointInTime(shop, graphs, vectors, present, sequence, taste)
+    answers = await serve(shop, graph, vectors, present, sequence, taste, questions, root)
     return [(answer, training_input(past, q)) for q, answer in zip(questions, answers, strict=True)]
 
 

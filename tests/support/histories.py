@@ -13,6 +13,7 @@ from services.catalog.item_table import ItemTable
 from services.catalog.items import Attribute, Item, item_hash
 from services.ranking.models.co_occurrence import ItemGraph
 from services.ranking.models.sequence import write_sequence
+from services.ranking.models.taste import PriceScale, TasteModel, TasteSettings, write_taste
 from tests.support.models import DIMENSION
 from training.data.config import ItemColumns, RankingTraining, SequenceTraining, ShopConfig, Time
 from training.data.dataset import Events, ShopData
@@ -170,6 +171,26 @@ def fit_sequence_model(
     if net is None:
         return None
     write_sequence(directory, net)
+    return directory
+
+
+def drawn_taste_model(shop: ShopData, directory: Path) -> Path:
+    """A taste model of random effects, in which items of even number count as new."""
+    random = np.random.default_rng(3)
+    hashes = np.sort(np.array([item_hash(item.id) for item in shop.items[1::2]], np.int64))
+    settings = TasteSettings(
+        attributes=("colour", "family_id"),
+        variances=(0.8, 0.2, 0.4, 0.1),
+        value_effects={"colour": {"red": 0.3, "blue": -0.2, "gone": 1.0}},
+        price_effects=(0.1, -0.2),
+        intercept=-1.0,
+        strong_slope=0.6,
+        strong_intercept=-0.5,
+        price=PriceScale("colour", {"red": 3.0, "green": 3.5}, 3.2, 0.7),
+    )
+    write_taste(
+        directory, TasteModel(settings, hashes, random.standard_normal(len(hashes)).astype(np.float32))
+    )
     return directory
 
 

@@ -170,6 +170,12 @@ class SequenceTraining(Section):
     )
 
 
+class TasteTraining(Section):
+    """How the taste model is learned from impressions."""
+
+    users: int = Field(50_000, ge=0, description="maximum number of users to learn from; 0 means no model")
+
+
 class RankingTraining(Section):
     """How the CTR head and the reranker are trained."""
 
@@ -223,6 +229,7 @@ class ShopConfig(Section):
     image: ImageTraining = ImageTraining()
     graph: GraphTraining = GraphTraining()
     sequence: SequenceTraining = SequenceTraining()
+    taste: TasteTraining = TasteTraining()
     ranking: RankingTraining = RankingTraining()
     propensity: PropensityTraining = PropensityTraining()
 

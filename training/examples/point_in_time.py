@@ -18,9 +18,10 @@ from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import Features
 from services.ranking.models.co_occurrence import GraphView, ItemGraph
 from services.ranking.models.sequence import SequenceView
+from services.ranking.models.taste import read_taste
 from services.ranking.retrieval.candidate_sources import INDEXED, CandidateSources, ScoredRows
 from services.ranking.state.item_stats import TICKS, ItemStats, item_stats
-from services.ranking.state.query_builder import User, make_query
+from services.ranking.state.query_builder import MAX_IMPRESSIONS, User, make_query
 from services.ranking.state.user_query import MAX_HISTORY, UserQuery, recency
 from training.data.shop import ShopData
 from training.examples.queries import DAY, EvalQuery
@@ -34,7 +35,7 @@ class PointInTime:
 
     `graphs` maps a day since 1970 to the graph for its queries, fitted on earlier days. `vectors` and
     `present` are by space, (M, D) and bool (M,), in the order of the shop's items. `sequence` is the
-    directory of a sequence model fitted on earlier days.
+    directory of a sequence model fitted on earlier days, `taste` that of a taste model.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PointInTime:
         vectors: Mapping[str, np.ndarray],
         present: Mapping[str, np.ndarray],
         sequence: Path | None = None,
+        taste: Path | None = None,
     ) -> None:
         settings = shop.settings
         self.table = ItemTable.of(shop.items, vectors, present, [creation_time(item) for item in shop.items])
@@ -51,8 +53,10 @@ class PointInTime:
         views = {day: GraphView(graph, self.table) for day, graph in graphs.items()}
         attributes, number_attributes = settings.items.text_attributes, settings.items.number_attributes
         sequences = SequenceView.load(sequence, self.table) if sequence else None
+        tastes = read_taste(taste) if taste else None
+        self._reads_impressions = tastes is not None
         parts = {
-            day: RankingContext(self.table, view, attributes, number_attributes, sequences)
+            day: RankingContext(self.table, view, attributes, number_attributes, sequences, tastes)
             for day, view in views.items()
         }
         self._features = {day: Features(part) for day, part in parts.items()}
@@ -79,7 +83,10 @@ class PointInTime:
         cut = eval_query.as_of - eval_query.as_of % DAY if self._day else eval_query.as_of
         past = self.state.history(eval_query.user_id, "", cut, MAX_HISTORY)
         user = User(eval_query.user_id, session=eval_query.session)
-        return make_query(self.state, self.table, user, past, cut, self._targets)
+        shown = None
+        if self._reads_impressions:
+            shown = self.state.impressions(eval_query.user_id, "", cut, MAX_IMPRESSIONS)
+        return make_query(self.state, self.table, user, past, cut, self._targets, shown)
 
     def features(self, as_of: int) -> Features:
         """The feature function of the day of `as_of`."""
@@ -94,9 +101,7 @@ class PointInTime:
         """The sources, in the order of the bits that `source_bits` returns."""
         return [*next(iter(self._sources.values())).by_name, *self._vectors]
 
-    def candidates(
-        self, query: UserQuery, as_of: int, allowed: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def candidates(self, query: UserQuery, as_of: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The candidates of all sources at `as_of`: rising rows int64 (C,), and their scores float32 (C, S).
 
         The scores are in the order of `NAMES`, NaN where a source does not propose a row. `allowed` is bool

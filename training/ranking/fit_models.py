@@ -23,13 +23,14 @@ _COLUMNS = {
     "image": ("image_",),
     "graph": ("baskets_", "people_"),
     "sequence": ("sequence_",),
+    "taste": ("taste_",),
     "words": ("words_",),
     "ctr": ("ctr_",),
 }
 
 
 def is_column_of(column: str, *parts: str) -> bool:
-    """Whether a feature column belongs to one of the parts: text, image, words, graph, sequence or ctr."""
+    """Whether a feature column belongs to one of the parts, which are the keys of `_COLUMNS`."""
     return any(column.startswith(_COLUMNS.get(part, ())) for part in parts)
 
 

@@ -9,11 +9,12 @@ from services.ranking.features.tfidf_similarity import TfidfSimilarity
 from services.ranking.features.value_codes import AttributeValues
 from services.ranking.models.co_occurrence import GraphView
 from services.ranking.models.sequence import SequenceView
+from services.ranking.models.taste import TasteModel, TasteView
 
 
 @dataclass(frozen=True)
 class RankingContext:
-    """An item table, and an item graph and optionally a sequence model over its rows.
+    """An item table, and an item graph and optionally a sequence and a taste model over its rows.
 
     `attributes` and `numeric_attributes` name the text and number attributes that features read.
     """
@@ -23,6 +24,7 @@ class RankingContext:
     attributes: Sequence[str] = ()
     numeric_attributes: Sequence[str] = ()
     sequence: SequenceView | None = None
+    taste_model: TasteModel | None = None
 
     @cached_property
     def attribute_similarity(self) -> TfidfSimilarity:
@@ -38,3 +40,8 @@ class RankingContext:
     def values(self) -> AttributeValues:
         """The values of text attributes."""
         return AttributeValues(self.table)
+
+    @cached_property
+    def taste(self) -> TasteView | None:
+        """The taste model over the rows."""
+        return TasteView(self.taste_model, self.table, self.values) if self.taste_model else None

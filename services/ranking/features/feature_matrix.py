@@ -15,6 +15,7 @@ from services.core.kernels import array, kernel
 from services.ranking.features.context import RankingContext
 from services.ranking.features.numeric_rank import RANK_PARTS, NumericRank
 from services.ranking.features.similarities import Similarities
+from services.ranking.models.taste import TASTE_COLUMNS
 from services.ranking.state.item_stats import ITEM_COLUMNS, WINDOWS, ItemStats, item_columns
 from services.ranking.state.user_query import SEEDS, UserQuery, recency
 
@@ -55,6 +56,7 @@ class Features:
 
     def __init__(self, context: RankingContext) -> None:
         self._table, self._graph, self._sequence = context.table, context.graph, context.sequence
+        self._taste = context.taste
         self._attributes = tuple(context.attributes)
         self._numeric_attributes = tuple(context.numeric_attributes)
         self._attribute_similarity = context.attribute_similarity
@@ -67,6 +69,7 @@ class Features:
             "graph": tuple(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
             **{space: tuple(f"{space}_{part}" for part in _SIMILARITIES) for space in _SPACES},
             "sequence": SEQUENCE_COLUMNS,
+            "taste": TASTE_COLUMNS,
             "words": tuple(f"words_{part}" for part in _SIMILARITIES),
             "labels": (
                 *(f"attributes_{part}" for part in _ATTRIBUTE_PARTS),
@@ -113,6 +116,7 @@ class Features:
         for space in _SPACES:
             yield space, self._similarity(space, query, similarities)
         yield "sequence", self._next_item(query, rows)
+        yield "taste", self._likes(query, rows, stats)
         yield "words", self._title_words(query, rows, stats)
         labels = self._attribute_similarities(query, rows, stats)
         for attribute in self._attributes:
@@ -136,6 +140,7 @@ class Features:
         masked[:, column["rising"]] = 1
         next_item, as_new = (column[name] for name in SEQUENCE_COLUMNS)
         masked[:, next_item] = masked[:, as_new]
+        masked[:, column["taste_appeal"]] = masked[:, column["taste_as_new"]]
         masked[:, column["channel_fit"]] *= 0  # NaN stays NaN
         unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
         masked[:, [column[name] for name in unknown]] = np.nan
@@ -208,6 +213,11 @@ class Features:
         if self._sequence is None or user is None:
             return [np.float32(np.nan)] * len(SEQUENCE_COLUMNS)
         return list(self._sequence.scores(user, rows))
+
+    def _likes(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
+        if self._taste is None:
+            return [np.float32(np.nan)] * len(TASTE_COLUMNS)
+        return list(self._taste.columns(query, rows, stats))
 
     def _title_words(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[Column]:
         session, history = query.session[:SEEDS], query.history[:SEEDS]

@@ -21,6 +21,7 @@ KINDS = (BEHAVIOR, TEXT, IMAGE, ATTRIBUTES, POPULARITY)
 _KIND_OF_PART = {
     "graph": BEHAVIOR,
     "sequence": BEHAVIOR,
+    "taste": BEHAVIOR,
     "text": TEXT,
     "image": IMAGE,
     "words": ATTRIBUTES,

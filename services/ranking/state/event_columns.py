@@ -144,26 +144,17 @@ class EventState:
         `until_sequence` leaves out events committed after that sequence number. Event types of weight 0,
         such as impressions, are left out.
         """
-        ranges, columns = self._ranges(user_id, visitor_id), self._columns
-
-        def keep(rows: np.ndarray) -> np.ndarray:
-            kinds = columns.kind[rows]
-            mask = (columns.recorded[rows] < before) & (kinds >= 0)
-            mask &= self.weights[np.maximum(kinds, 0)] > 0
-            if until_sequence is not None:
-                mask &= columns.sequence[rows] <= until_sequence
-            return np.asarray(mask)
-
-        return columns.take(_newest(ranges, columns.occurred, keep, limit))
+        return self._latest(self.weights > 0, user_id, visitor_id, before, limit, until_sequence)
 
     def everything(self, user_id: str, visitor_id: str, before: int, limit: int) -> EventColumns:
         """The interactions and impressions of a user, newest first, as in `history`."""
-        ranges, columns = self._ranges(user_id, visitor_id), self._columns
+        return self._latest(self.weights >= 0, user_id, visitor_id, before, limit)
 
-        def keep(rows: np.ndarray) -> np.ndarray:
-            return np.asarray((columns.recorded[rows] < before) & (columns.kind[rows] >= 0))
-
-        return columns.take(_newest(ranges, columns.occurred, keep, limit))
+    def impressions(
+        self, user_id: str, visitor_id: str, before: int, limit: int, until_sequence: int | None = None
+    ) -> EventColumns:
+        """The impressions of a user, newest first, as in `history`: the events of types of weight 0."""
+        return self._latest(self.weights == 0, user_id, visitor_id, before, limit, until_sequence)
 
     def ignored(
         self, user_id: str, visitor_id: str, since: int, before: int, until_sequence: int | None = None
@@ -188,6 +179,28 @@ class EventState:
         counts = np.zeros(len(hashes))
         np.add.at(counts, item[ignored], np.exp2(-np.maximum(before - occurred[ignored], 0) / _WEEK))
         return hashes[counts > 0], counts[counts > 0].astype(np.float32)
+
+    def _latest(
+        self,
+        of_kinds: np.ndarray,
+        user_id: str,
+        visitor_id: str,
+        before: int,
+        limit: int,
+        until_sequence: int | None = None,
+    ) -> EventColumns:
+        """The events of a user whose kind is in a mask, bool (K,), newest first, as in `history`."""
+        ranges, columns = self._ranges(user_id, visitor_id), self._columns
+
+        def keep(rows: np.ndarray) -> np.ndarray:
+            kinds = columns.kind[rows]
+            mask = (columns.recorded[rows] < before) & (kinds >= 0)
+            mask &= of_kinds[np.maximum(kinds, 0)]
+            if until_sequence is not None:
+                mask &= columns.sequence[rows] <= until_sequence
+            return np.asarray(mask)
+
+        return columns.take(_newest(ranges, columns.occurred, keep, limit))
 
     def keys_of(self, user_id: str, visitor_id: str) -> set[int]:
         """The keys of a user; the key of a visitor who belongs to another user is left out."""

@@ -10,7 +10,9 @@ import numpy as np
 from services.catalog.item_table import ItemTable
 from services.ranking.state.event_columns import EventColumns, EventState
 from services.ranking.state.item_stats import DAY
-from services.ranking.state.user_query import UserQuery
+from services.ranking.state.user_query import Impressions, UserQuery
+
+MAX_IMPRESSIONS = 100
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ def make_query(
     past: EventColumns,
     cutoff: int,
     targets: np.ndarray,
+    impressions: EventColumns | None = None,
 ) -> UserQuery:
     """The user in rows of the table; items that the table lacks and events of weight 0 are left out."""
     session = [(h, w) for h, t in reversed(user.session) if (w := state.weights[state.kinds[t]]) > 0]
@@ -45,4 +48,26 @@ def make_query(
         weights=state.weights[kinds],
         purchased=np.isin(kinds, targets),
         channels=past.channel[events],
+        impressions=Impressions.none()
+        if impressions is None
+        else shown_items(state, table, impressions, past, targets),
     )
+
+
+def shown_items(
+    state: EventState, table: ItemTable, impressions: EventColumns, past: EventColumns, targets: np.ndarray
+) -> Impressions:
+    """The impressions of a user with what followed; not those of items that the user had purchased before.
+
+    `impressions` and `past`, the interactions, are of one user.
+    """
+    lightest = float(state.weights[state.weights > 0].min(initial=np.inf))
+    weights = state.weights[past.kind]
+    same = impressions.item_hash[:, None] == past.item_hash[None, :]
+    passed = past.occurred[None, :] - impressions.occurred[:, None]
+    purchased = (same & (passed < 0) & np.isin(past.kind, targets)).any(1)
+    rows = table.rows(impressions.item_hash)
+    used = np.flatnonzero((rows >= 0) & ~purchased)
+    after = (same & (passed >= 0) & (passed < DAY))[used]
+    strong = (after & (weights > lightest)).any(1)
+    return Impressions(rows[used], impressions.occurred[used], after.any(1), strong, lightest)

@@ -4,7 +4,7 @@ import numpy as np
 
 from services.catalog.item_table import ItemTable
 from services.ranking.state.event_columns import EventColumns, EventState
-from services.ranking.state.query_builder import User, make_query
+from services.ranking.state.query_builder import MAX_IMPRESSIONS, User, make_query
 from services.ranking.state.user_query import MAX_HISTORY, UserQuery
 
 _MAX_ENTRIES = 64
@@ -14,11 +14,15 @@ _Key = tuple[User, int, int | None, int, int]
 class QueryCache:
     """Users in rows of `table`, from the events of `state`; `targets` are the kinds of purchases.
 
-    One thread reads users, any thread may clear.
+    `reads_impressions` says whether a model reads the impressions of a user. One thread reads users, any
+    thread may clear.
     """
 
-    def __init__(self, state: EventState, table: ItemTable, targets: np.ndarray) -> None:
+    def __init__(
+        self, state: EventState, table: ItemTable, targets: np.ndarray, *, reads_impressions: bool = False
+    ) -> None:
         self._state, self._table, self._targets = state, table, targets
+        self._reads_impressions = reads_impressions
         self._entries: dict[_Key, tuple[UserQuery, EventColumns]] = {}
 
     def query(self, user: User, cutoff: int, until_sequence: int | None) -> tuple[UserQuery, EventColumns]:
@@ -29,8 +33,12 @@ class QueryCache:
         is_complete = until_sequence is not None and until_sequence <= self._state.sequence
         if is_complete and (entry := entries.get(key)):
             return entry
-        past = self._state.history(user.user_id, user.visitor_id, cutoff, MAX_HISTORY, until_sequence)
-        entry = make_query(self._state, self._table, user, past, cutoff, self._targets), past
+        ids = user.user_id, user.visitor_id
+        past = self._state.history(*ids, cutoff, MAX_HISTORY, until_sequence)
+        shown = None
+        if self._reads_impressions:
+            shown = self._state.impressions(*ids, cutoff, MAX_IMPRESSIONS, until_sequence)
+        entry = make_query(self._state, self._table, user, past, cutoff, self._targets, shown), past
         if is_complete:
             if len(entries) >= _MAX_ENTRIES:
                 entries.pop(next(iter(entries)), None)

@@ -28,13 +28,35 @@ class ItemSequence:
 
 
 @dataclass(frozen=True)
+class Impressions:
+    """The latest impressions of a user, I items that were shown, newest first.
+
+    `rows` int64 (I,); `occurred` int64, microseconds since 1970; `engaged` bool (I,), whether an interaction
+    with the item followed within a day, and `strong` bool (I,), whether one of more weight than the
+    `lightest` interaction did.
+    """
+
+    rows: np.ndarray
+    occurred: np.ndarray
+    engaged: np.ndarray
+    strong: np.ndarray
+    lightest: float = np.inf
+
+    @classmethod
+    def none(cls) -> "Impressions":
+        """No impressions."""
+        number, flag = np.empty(0, np.int64), np.empty(0, bool)
+        return cls(number, number, flag, flag)
+
+
+@dataclass(frozen=True)
 class UserQuery:
     """A user at a point in time, in rows of the item table, newest first.
 
     `session` int64 (S,) and `history` int64 (H,) with `ages` float32 (H,), in days, and `weights` float32,
     those of the event types; `purchased` bool says which were purchased, `channels` int16 by which channel,
-    -1 unknown. `derived` keeps what models derive from a user, by model, so that Rank does not
-    compute again what Retrieve has computed.
+    -1 unknown. `impressions` are empty where no model reads them. `derived` keeps what models derive from a
+    user, by model, so that Rank does not compute again what Retrieve has computed.
     """
 
     session: np.ndarray
@@ -44,6 +66,7 @@ class UserQuery:
     weights: np.ndarray
     purchased: np.ndarray
     channels: np.ndarray
+    impressions: Impressions = field(default_factory=Impressions.none)
     derived: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def seeds(self) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,392 @@
+"""Fits the taste model: appeal by penalized likelihood, variances of tastes by how well they predict.
+
+Appeal and users' parts are fitted in turn. The variances of the effects that make the appeal are estimated by
+maximum likelihood (expectation-maximization). The variances of the users' effects are those under which the
+past of users predicts their later impressions best: the marginal likelihood of Laplace's method shrinks them
+too much for users with few events (Breslow and Clayton, 1993), and the model serves to predict.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+from scipy.special import expit, log_expit
+
+from services.catalog.item_table import ItemTable
+from services.ranking.models.taste import (
+    MAX_OBSERVATIONS,
+    Observations,
+    PriceScale,
+    TasteModel,
+    TasteSettings,
+    posterior_weights,
+    user_part,
+)
+from services.ranking.state.event_columns import EventState
+from services.ranking.state.query_builder import shown_items
+from training.core import metrics
+from training.core.progress import track
+
+_MAX_EVENTS = 2000  # of a user, the latest impressions and interactions
+_MIN_SHOWN, _MIN_ENGAGED = 2000, 200
+_MAX_VALUES = 1000  # an attribute of more values is part of users' tastes only, not of the appeal
+_LATER_SHARE = 0.2
+_LATER_USERS, _LATER_SHOWN = 1200, 50
+_ROUNDS, _STEPS = 4, 4
+_MAX_STEP = 1.0
+_VALUE, _PRICE, _USER = 0.1, 0.1, 0.2  # the first variances
+_LEAST = 0.004  # of a variance; less counts as none
+_FACTORS = (4.0, 4.0, 2.0)
+_TINY = 1e-9
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TasteFit:
+    """What a model is fitted on: `users` are ids, `attributes` names, `targets` int16 kinds of purchases."""
+
+    state: EventState
+    table: ItemTable
+    users: Sequence[str]
+    attributes: Sequence[str]
+    targets: np.ndarray
+
+    def shown(self, users: Sequence[str], since: int, until: int) -> "Shown":
+        """What users were shown from a time to another, with what they did within a day and by its end."""
+        number, flag = np.empty(0, np.int64), np.empty(0, bool)
+        sizes = [0]
+        parts: list[tuple[np.ndarray, ...]] = [(number, number, flag, flag)]
+        for user in users:
+            impressions = self.state.impressions(user, "", until, _MAX_EVENTS)
+            if not len(impressions.user):
+                continue
+            past = self.state.history(user, "", until, _MAX_EVENTS)
+            shown = shown_items(self.state, self.table, impressions, past, self.targets)
+            end = int(np.count_nonzero(shown.occurred >= since))  # newest first
+            for start in range(0, end, MAX_OBSERVATIONS):
+                block = slice(start, min(start + MAX_OBSERVATIONS, end))
+                columns = (shown.rows, shown.occurred, shown.engaged, shown.strong)
+                parts.append(tuple(column[block] for column in columns))
+                sizes.append(len(parts[-1][0]))
+        rows, time, engaged, strong = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return Shown(rows, time, engaged, strong, np.cumsum(sizes))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """N items shown to users, in B blocks of at most `MAX_OBSERVATIONS` of one user, newest first.
+
+    `rows` int64 of a table, `time` int64, `engaged` and `strong` bool; `start` int64 (B + 1,) are the blocks.
+    """
+
+    rows: np.ndarray
+    time: np.ndarray
+    engaged: np.ndarray
+    strong: np.ndarray
+    start: np.ndarray
+
+    def blocks(self) -> Iterator[slice]:
+        """The blocks."""
+        for start, end in zip(self.start[:-1].tolist(), self.start[1:].tolist(), strict=True):
+            yield slice(start, end)
+
+
+class Catalog:
+    """The values and prices of N items: `codes` int32 (N, A) of `attributes`, `price` float64 (N,)."""
+
+    def __init__(self, table: ItemTable, attributes: Sequence[str]) -> None:
+        self.table, self.rows = table, np.arange(table.length)
+        columns = {name: table.texts_of_rows(name, self.rows) for name in attributes}
+        self.columns = {name: column for name, column in columns.items() if column is not None}
+        self.attributes = tuple(self.columns)
+        first = [codes[:, 0] for codes, _ in self.columns.values()]
+        self.codes = np.ascontiguousarray(np.stack(first, axis=1), np.int32) if first else _no_codes(table)
+        self.price_scale = _price_scale(table, self)
+        self.price = self.price_scale.of(table, self.rows)
+
+    def observations(self, shown: Shown, block: slice, appeal: np.ndarray) -> Observations:
+        """A block of what was shown; `appeal` float64 (N,) is of all items."""
+        rows = shown.rows[block]
+        return Observations(
+            self.codes[rows], self.price[rows], appeal[rows], shown.engaged[block], shown.strong[block]
+        )
+
+
+def _no_codes(table: ItemTable) -> np.ndarray:
+    return np.empty((table.length, 0), np.int32)
+
+
+def _price_scale(table: ItemTable, catalog: Catalog) -> PriceScale:
+    """The price within the values of the attribute that explains prices best."""
+    column = table.numbers("price")
+    price = np.full(table.length, np.nan) if column is None else column[: table.length, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_price = np.log(price)
+    known = np.isfinite(log_price)
+    if not known.any():
+        return PriceScale("", {}, 0.0, 1.0)
+    mean = float(log_price[known].mean())
+    best = PriceScale("", {}, mean, _deviation(log_price[known] - mean))
+    for at, (name, (_, vocabulary)) in enumerate(catalog.columns.items()):
+        codes = catalog.codes[:, at]
+        used = known & (codes >= 0)
+        size = np.bincount(codes[used], minlength=len(vocabulary))
+        if np.count_nonzero(size) > used.sum() / 10:  # a type has several items
+            continue
+        means = np.bincount(codes[used], log_price[used], len(vocabulary)) / np.maximum(size, 1)
+        rest = np.where(used, log_price - means[np.maximum(codes, 0)], log_price - mean)[known]
+        if _deviation(rest) < best.deviation:
+            names = {value: float(means[code]) for value, code in vocabulary.items() if size[code]}
+            best = PriceScale(name, names, mean, _deviation(rest))
+    return best
+
+
+def _deviation(values: np.ndarray) -> float:
+    return max(float(values.std()), 1e-3)
+
+
+class Appeal:
+    """The appeal of items, fitted to what was shown: effects of values and prices, and of each item.
+
+    `total` float64 (N,) is the appeal of each item, `of_items` float64 (N,) the part of the item itself.
+    """
+
+    def __init__(self, catalog: Catalog, rate: float) -> None:
+        price = np.stack([catalog.price, catalog.price**2], axis=1)
+        self._names, parts = list[tuple[str, str]](), [sparse.csr_array(price)]
+        count = len(catalog.rows)
+        for at, (name, (_, vocabulary)) in enumerate(catalog.columns.items()):
+            codes = catalog.codes[:, at]
+            values = np.unique(codes[codes >= 0])
+            if len(values) > _MAX_VALUES:
+                continue
+            text_of = {code: text for text, code in vocabulary.items()}
+            self._names += [(name, text_of[code]) for code in values.tolist()]
+            used = np.flatnonzero(codes >= 0)
+            place = np.searchsorted(values, codes[used])
+            one_hot = sparse.csr_array((np.ones(len(used)), (used, place)), (count, len(values)))
+            parts.append(one_hot)
+        parts.append(sparse.csr_array(np.ones((count, 1))))
+        self._design = sparse.csr_array(sparse.hstack(parts))
+        self._penalty = np.ones(self._design.shape[1])
+        self._penalty[[0, 1, -1]] = 1e-3  # prices and the intercept are free
+        self._item_variance = self._value_variance = 0.3
+        intercept = float(np.log(rate / (1 - rate)))
+        self.effects = np.zeros(self._design.shape[1])
+        self.effects[-1] = intercept
+        self.total, self.of_items = np.full(count, intercept), np.zeros(count)
+
+    def step(self, gradient: np.ndarray, curvature: np.ndarray) -> None:
+        """One step by the gradient and the curvature of the log-likelihood of each item, float64 (N,)."""
+        seen = curvature > _TINY
+        weight = np.maximum(curvature, _TINY)
+        working = self.total + gradient / weight
+        precision = np.where(seen, 1 / (1 / weight + self._item_variance), 0)
+        scaled = self._design.multiply(precision[:, None]).tocsr()
+        normal = (self._design.T @ scaled).toarray() + np.diag(self._penalty / self._value_variance)
+        inverse = np.linalg.inv(normal)
+        self.effects = inverse @ (self._design.T @ (precision * working))
+        content = self._design @ self.effects
+        share = self._item_variance / (self._item_variance + 1 / weight)
+        self.of_items = np.where(seen, (working - content) * share, 0)
+        change = content + self.of_items - self.total
+        self.total = self.total + np.clip(change, -_MAX_STEP, _MAX_STEP)
+        if seen.any():
+            spread = self.of_items[seen] ** 2 + 1 / (weight[seen] + 1 / self._item_variance)
+            self._item_variance = float(spread.mean())
+        values = self.effects[2:-1] ** 2 + np.diag(inverse)[2:-1]
+        self._value_variance = float(values.mean()) if len(values) else 1.0
+
+    def by_value(self) -> dict[str, dict[str, float]]:
+        """The effects by attribute and value."""
+        effects: dict[str, dict[str, float]] = {}
+        for (name, text), effect in zip(self._names, self.effects[2:-1].tolist(), strict=True):
+            effects.setdefault(name, {})[text] = effect
+        return effects
+
+
+def fit_taste(fit: TasteFit, until: int, like: TasteModel | None = None) -> TasteModel | None:
+    """Fit a model on the events before `until`, microseconds since 1970; with the variances of another one.
+
+    None if too little was shown, or if tastes do not predict what users did later better than the appeal of
+    items alone.
+    """
+    shown = fit.shown(fit.users, 0, until)
+    engaged = np.count_nonzero(shown.engaged)
+    if len(shown.rows) < _MIN_SHOWN or engaged < _MIN_ENGAGED:
+        if len(shown.rows):
+            message = "no taste model: %d items shown, %d of them engaged with; %d and %d are needed"
+            _log.info(message, len(shown.rows), engaged, _MIN_SHOWN, _MIN_ENGAGED)
+        return None
+    table, catalog = fit.table, Catalog(fit.table, fit.attributes)
+    chosen = (
+        _choose(fit, catalog, int(np.quantile(shown.time, 1 - _LATER_SHARE)), until)
+        if like is None
+        else _variances_of(like.settings, catalog)
+    )
+    if chosen is None:
+        return None
+    appeal, slope, intercept = _fit_appeal(catalog, shown, chosen)
+    used = np.flatnonzero(chosen[: len(catalog.attributes)])
+    price_effects = appeal.effects[:2].tolist()
+    settings = TasteSettings(
+        attributes=tuple(catalog.attributes[index] for index in used),
+        variances=(*chosen[used].tolist(), *chosen[len(catalog.attributes) :].tolist()),
+        value_effects=appeal.by_value(),
+        price_effects=(price_effects[0], price_effects[1]),
+        intercept=float(appeal.effects[-1]),
+        strong_slope=slope,
+        strong_intercept=intercept,
+        price=catalog.price_scale,
+    )
+    seen = np.unique(shown.rows)
+    order = np.argsort(table.item_hashes[seen])
+    hashes = table.item_hashes[seen][order]
+    return TasteModel(settings, hashes, appeal.of_items[seen][order].astype(np.float32))
+
+
+def _variances_of(settings: TasteSettings, catalog: Catalog) -> np.ndarray:
+    """The variances of a model for all attributes of a catalog."""
+    of_name = dict(zip(settings.attributes, settings.variances, strict=False))
+    others = settings.variances[len(settings.attributes) :]
+    return np.array([*(of_name.get(name, 0.0) for name in catalog.attributes), *others])
+
+
+def _fit_appeal(
+    catalog: Catalog, shown: Shown, variances: np.ndarray, rounds: int = _ROUNDS
+) -> tuple[Appeal, float, float]:
+    """The appeal next to users' parts of these variances, and slope and intercept of strong interactions."""
+    rate = float(np.clip(shown.engaged.mean(), 0.001, 0.999))
+    appeal, part = Appeal(catalog, rate), np.zeros(len(shown.rows))
+    slope = intercept = 0.0
+    count = len(catalog.rows)
+    for number in range(rounds):
+        for _ in range(2 * _STEPS if number == 0 else _STEPS):
+            probability = expit(appeal.total[shown.rows] + part)
+            gradient = np.bincount(shown.rows, shown.engaged - probability, count)
+            curvature = np.bincount(shown.rows, probability * (1 - probability), count)
+            appeal.step(gradient, curvature)
+        if number:
+            slope, intercept = _strong(appeal.total[shown.rows[shown.engaged]], shown.strong[shown.engaged])
+        for block in shown.blocks():
+            seen = catalog.observations(shown, block, appeal.total)
+            weights = posterior_weights(seen, variances, slope, intercept)
+            part[block] = user_part(seen.codes, seen.price, seen, weights, variances)
+    return appeal, slope, intercept
+
+
+def _strong(appeal: np.ndarray, strong: np.ndarray) -> tuple[float, float]:
+    """Slope and intercept of the logit of a strong interaction by the appeal; (0, 0) without a slope."""
+    if not strong.any() or strong.all():
+        return 0.0, 0.0
+    slope, intercept = _logistic(appeal[:, None], strong)
+    return (slope, intercept) if slope > 0 else (0.0, 0.0)
+
+
+def _logistic(columns: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """The coefficients (K,) of columns (N, K) and the intercept, float64 (K + 1,), by Newton's method."""
+    design = np.column_stack([columns, np.ones(len(columns))])
+    rate = float(np.clip(label.mean(), 0.001, 0.999))
+    coefficients = np.zeros(design.shape[1])
+    coefficients[-1] = np.log(rate / (1 - rate))
+    for _ in range(25):
+        probability = expit(design @ coefficients)
+        gradient = design.T @ (label - probability) - 1e-3 * coefficients
+        curvature = (design * (probability * (1 - probability))[:, None]).T @ design
+        step = np.linalg.solve(curvature + 1e-3 * np.eye(len(curvature)), gradient)
+        coefficients += np.clip(step, -0.5, 0.5)
+        if np.abs(step).max() < 1e-6:  # noqa: PLR2004 - converged
+            break
+    return coefficients
+
+
+class _Later:
+    """What users of the past were shown later: how well tastes of some variances predict it."""
+
+    def __init__(self, catalog: Catalog, past: list[tuple[Shown, Shown]], appeal: Appeal) -> None:
+        self._catalog, self._pairs, self._appeal = catalog, past, appeal.total
+        rows = np.concatenate([later.rows for _, later in past])
+        self._engaged = np.concatenate([later.engaged for _, later in past])
+        self._of_items = appeal.total[rows]
+        self.user = np.repeat(np.arange(len(past)), [len(later.rows) for _, later in past])
+
+    def likelihoods(self, variances: np.ndarray | None, slope: float, intercept: float) -> np.ndarray:
+        """The log-likelihood of each item shown later, float64 (L,); by appeal alone without variances.
+
+        Appeal and tastes have the scales that are best here: what counts is the order.
+        """
+        columns = [self._of_items]
+        if variances is not None:
+            columns.append(self._parts(variances, slope, intercept))
+        design = np.stack(columns, axis=1)
+        coefficients = _logistic(design, self._engaged)
+        logit = design @ coefficients[:-1] + coefficients[-1]
+        return np.asarray(log_expit(np.where(self._engaged, logit, -logit)))
+
+    def _parts(self, variances: np.ndarray, slope: float, intercept: float) -> np.ndarray:
+        parts = []
+        for past, later in self._pairs:
+            seen = self._catalog.observations(past, slice(None), self._appeal)
+            weights = posterior_weights(seen, variances, slope, intercept)
+            codes, price = self._catalog.codes[later.rows], self._catalog.price[later.rows]
+            parts.append(user_part(codes, price, seen, weights, variances))
+        return np.concatenate(parts)
+
+
+def _choose(fit: TasteFit, catalog: Catalog, edge: int, until: int) -> np.ndarray | None:
+    """The variances under which events before `edge` predict those after it best; None if none do."""
+    shown = fit.shown(fit.users, 0, edge)
+    variances = np.array([*[_VALUE] * len(catalog.attributes), _PRICE, _USER])
+    if not len(shown.rows) or not shown.engaged.any():
+        return None
+    appeal, slope, intercept = _fit_appeal(catalog, shown, variances, rounds=2)
+    pairs = []
+    for number in np.random.default_rng(1).permutation(len(fit.users)).tolist():
+        user = [fit.users[number]]
+        past, later = fit.shown(user, 0, edge), fit.shown(user, edge, until)
+        if len(past.rows) and len(later.rows):
+            pairs.append((_first(past, MAX_OBSERVATIONS), _first(later, _LATER_SHOWN)))
+        if len(pairs) == _LATER_USERS:
+            break
+    if not pairs:
+        _log.info("no taste model: no user was shown items on early and on late days")
+        return None
+    later_shown = _Later(catalog, pairs, appeal)
+    best = later_shown.likelihoods(variances, slope, intercept)
+    for factor in track(_FACTORS, "tastes"):
+        for index in np.flatnonzero(variances).tolist():
+            for tried in (variances[index] * factor, variances[index] / factor):
+                other = variances.copy()
+                other[index] = tried if tried >= _LEAST else 0.0
+                likelihoods = later_shown.likelihoods(other, slope, intercept)
+                if likelihoods.mean() > best.mean():
+                    best, variances = likelihoods, other
+                    break
+    alone = later_shown.likelihoods(None, slope, intercept)
+    size = np.bincount(later_shown.user)
+    gain = metrics.interval(np.bincount(later_shown.user, best - alone) / size)
+    names = (*catalog.attributes, "price", "user")
+    described = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, variances, strict=True) if v)
+    _log.info(
+        "tastes gain %.4f [%.4f, %.4f] of log-likelihood per user; variances: %s",
+        gain.mean,
+        gain.low,
+        gain.high,
+        described,
+    )
+    return variances if gain.low > 0 else None
+
+
+def _first(shown: Shown, count: int) -> Shown:
+    """The newest items of one user."""
+    first = slice(count)
+    size = len(shown.rows[first])
+    return Shown(
+        shown.rows[first],
+        shown.time[first],
+        shown.engaged[first],
+        shown.strong[first],
+        np.array([0, size]),
+    )

@@ -1,0 +1,43 @@
+"""The two taste models of a training run: one without the ranking days, one on all events."""
+
+from pathlib import Path
+
+import numpy as np
+
+from services.catalog.bundle import creation_time
+from services.catalog.item_table import ItemTable
+from services.ranking.models.taste import write_taste
+from training.data.config import TasteTraining
+from training.data.shop import ShopData
+from training.examples.shop_state import state_of
+from training.ranking.taste import TasteFit, fit_taste
+
+BEFORE, FINAL = "before", "final"
+
+
+def write_models(directory: Path, shop: ShopData, training: TasteTraining, split_time: int) -> None:
+    """Fit and write one model on the events before `split_time` and one, of the same variances, on all.
+
+    None is written if the first one cannot be fitted, or predicts nothing.
+    """
+    if not training.users or not len(shop.events):
+        return
+    settings, state = shop.settings, state_of(shop)
+    table = ItemTable.of(shop.items, {}, {}, [creation_time(item) for item in shop.items])
+    targets = np.array([state.kinds[name] for name in settings.targets], np.int16)
+    users = _sample(shop.events.user_ids, training.users)
+    fit = TasteFit(state, table, users, settings.items.text_attributes, targets)
+    before = fit_taste(fit, split_time)
+    if before is None:
+        return
+    write_taste(directory / BEFORE, before)
+    final = fit_taste(fit, int(shop.events.time[-1]) + 1, like=before)
+    if final is not None:
+        write_taste(directory / FINAL, final)
+
+
+def _sample(users: list[str], limit: int) -> list[str]:
+    if len(users) <= limit:
+        return users
+    chosen = np.sort(np.random.default_rng(0).permutation(len(users))[:limit])
+    return [users[index] for index in chosen]
