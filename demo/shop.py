@@ -62,7 +62,7 @@ projection_steps = 150
 
 [ranking]
 ranking_days = 28
-max_queries = 3000
+max_queries = 12000
 candidates_per_query = 100
 eval_queries = 400
 trees = 100

@@ -299,7 +299,9 @@ def test_within_one_day_folds_never_split_a_user() -> None:
 
 def test_a_training_set_before_the_first_query_is_empty() -> None:
     rows = taste_rows(5, item_vectors(), seed=1)
-    training_set = TrainingSet(rows, rows, rows.label[:, None], ["purchase"], has_impressions=False)
+    training_set = TrainingSet(
+        rows, rows, rows.label[:, None], positions(rows), ["purchase"], has_impressions=False
+    )
     assert [q.as_of for q in training_set.before(3).rows.eval_queries] == [0, 1, 2]
     nothing = training_set.before(0)
     assert (len(nothing.rows.size), len(nothing.ctr_rows.items), len(nothing.labels)) == (0, 0, 0)
@@ -309,17 +311,20 @@ def test_a_sample_of_a_training_set_keeps_labels_with_their_rows() -> None:
     vectors = item_vectors()
     rows, pages = taste_rows(9, vectors, seed=1), taste_rows(6, vectors, seed=2, size=4)
     marks = np.arange(len(pages.items), dtype=np.float32)[:, None]
-    some = TrainingSet(rows, pages, marks, ["click"], has_impressions=True).sample(4)
+    some = TrainingSet(rows, pages, marks, positions(pages), ["click"], has_impressions=True).sample(4)
     assert (len(some.rows.size), len(some.ctr_rows.size)) == (4, 4)
     sample_rows = some.labels[:, 0].astype(int)
     np.testing.assert_array_equal(pages.matrix[sample_rows], some.ctr_rows.matrix)
+    np.testing.assert_array_equal(positions(pages)[sample_rows], some.positions)
     assert (np.diff(sample_rows) > 0).all()
-    alike = TrainingSet(rows, rows, rows.label[:, None], ["click"], has_impressions=False).sample(4)
+    alike = TrainingSet(
+        rows, rows, rows.label[:, None], positions(rows), ["click"], has_impressions=False
+    ).sample(4)
     np.testing.assert_array_equal(alike.rows.matrix, alike.ctr_rows.matrix)
     np.testing.assert_array_equal(alike.labels[:, 0], alike.ctr_rows.label)
     assert (
         len(
-            TrainingSet(rows, rows, rows.label[:, None], ["click"], has_impressions=False)
+            TrainingSet(rows, rows, rows.label[:, None], positions(rows), ["click"], has_impressions=False)
             .sample(99)
             .rows.size
         )
@@ -399,7 +404,13 @@ def test_one_class_calibrates_to_finite_values_and_no_logits_to_identity() -> No
 def impression_training_set(lists: int, vectors: dict[str, np.ndarray]) -> TrainingSet:
     queries, pages = taste_rows(lists, vectors, seed=1), taste_rows(lists, vectors, seed=2, size=6)
     labels = np.stack([pages.label, np.zeros(len(pages.items), np.float32)], axis=1)
-    return TrainingSet(queries, pages, labels, ["click", "purchase"], has_impressions=True)
+    types = ["click", "purchase"]
+    return TrainingSet(queries, pages, labels, positions(pages), types, has_impressions=True)
+
+
+def positions(rows: FeatureRows) -> np.ndarray:
+    """The places of rows that are pages."""
+    return np.arange(len(rows.items)) - np.repeat(np.cumsum(rows.size) - rows.size, rows.size) + 1
 
 
 def test_a_head_that_does_not_improve_ranking_is_no_column() -> None:
@@ -410,7 +421,7 @@ def test_a_head_that_does_not_improve_ranking_is_no_column() -> None:
     assert models.model.choice.columns == list(NAMES)
     assert models.head is not None
     rows = replace(training_set.rows, label=np.random.default_rng(5).permutation(training_set.rows.label))
-    alone = TrainingSet(rows, rows, rows.label[:, None], ["click"], has_impressions=False)
+    alone = TrainingSet(rows, rows, rows.label[:, None], positions(rows), ["click"], has_impressions=False)
     silent = fit_models(alone, settings, vectors)
     assert (silent.head, silent.model.choice.columns) == (None, list(NAMES))
     assert np.isfinite([models.score(rows, vectors), silent.score(rows, vectors)]).all()
@@ -433,7 +444,12 @@ def test_a_shop_with_impressions_trains_all_models() -> None:
         again = fit_models(training_set, settings, vectors, (), heads)
         np.testing.assert_array_equal(again.score(rows, vectors), whole.score(rows, vectors))
     alone = replace(
-        training_set, has_impressions=False, ctr_rows=rows, labels=rows.label[:, None], types=["click"]
+        training_set,
+        has_impressions=False,
+        ctr_rows=rows,
+        labels=rows.label[:, None],
+        positions=positions(rows),
+        types=["click"],
     )
     unseen = fit_models(alone, settings, vectors)
     fresh = taste_rows(20, vectors, seed=3)

@@ -33,7 +33,8 @@ from tests.support.prediction_models import served_logits
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import reranker as reranker_fit
 from training.ranking.conditional_logit import fit_choice
-from training.ranking.reranker import fit_reranker, validation_mask
+from training.ranking.reranker import fit_reranker
+from training.ranking.validation import validation_mask
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TWO = ("fame", "taste")
@@ -84,37 +85,6 @@ def test_sampled_rows_stay_complete_and_in_their_list() -> None:
     assert not np.array_equal(matrix, np.concatenate(expected))
 
 
-def offers() -> tuple[RankingGroups, RankingGroups]:
-    """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
-    choice = np.random.default_rng(0)
-    matrix = choice.random((40_000, 2)).astype(np.float32)
-    fame, taste = matrix.T
-    is_offered = choice.random(40_000) < fame**2
-    is_taken = (is_offered & (choice.random(40_000) < taste)).astype(np.float32)
-    sample = np.flatnonzero(is_offered)[:10_000]
-    return lists(matrix, is_taken), lists(matrix[sample], is_taken[sample])
-
-
-def test_ignored_impressions_count_more_than_sampled_negatives() -> None:
-    queries, impressions = offers()
-    alone, both = (
-        fame_for_taste(fit_reranker(queries, TWO, 40, page_groups=pages)) for pages in (None, impressions)
-    )
-    assert 0 < both < 0.8 * alone
-
-
-def fame_for_taste(model: RerankerModel) -> float:
-    """How much more a model makes of fame than of taste."""
-    low, high, rest = np.full(50, 0.4), np.full(50, 0.9), np.linspace(0.4, 0.9, 50)
-
-    def gain_of(column: int) -> float:
-        ends = [np.stack([end, rest][:: 1 - 2 * column], axis=1) for end in (low, high)]
-        before, after = (model.score(end.astype(np.float32)) for end in ends)
-        return float(np.mean(after - before))
-
-    return gain_of(0) / gain_of(1)
-
-
 def test_ties_do_not_rank_the_target_first() -> None:
     """Of noise no number of trees helps to put answers first, wherever they stood."""
     choice = np.random.default_rng(0)
@@ -135,9 +105,8 @@ def test_ties_do_not_rank_the_target_first() -> None:
 def test_the_number_of_trees_is_validated_on_unseen_days(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    queries, pages = lists(*liking_of_the_middle(40_000)), lists(*liking_of_the_middle(10_000))
-    queries = replace(queries, time=queries.time // 1_000_000 * DAY // 1000)  # four days
-    pages = replace(pages, time=pages.time // 1_000_000 * DAY // 240)  # five days, 240 a day
+    queries = lists(*liking_of_the_middle(10_000))
+    queries = replace(queries, time=queries.time // 1_000_000 * DAY // 240)  # five days, 240 a day
     training_groups: list[RankingGroups] = []
     sets: list[list[tuple[np.ndarray, np.ndarray]]] = []
     train = lightgbm.train
@@ -156,17 +125,14 @@ def test_the_number_of_trees_is_validated_on_unseen_days(
     monkeypatch.setattr(reranker_fit, "fit_choice", fit_choice_model)
     monkeypatch.setattr(reranker_fit, "ascend", lambda choice, _: choice)
     monkeypatch.setattr(lightgbm, "train", train_and_record)
-    model = fit_reranker(queries, TWO, 20, page_groups=pages)
+    model = fit_reranker(queries, TWO, 20)
     # The fifth is cut at 800 of 1,000; the day begins at 720.
-    early = int((queries.time < 3 * DAY).sum())
-    assert [len(groups.size) for groups in training_groups] == [early + 720, len(queries.size) + 1000]
-    np.testing.assert_allclose(training_groups[1].grade[: len(queries.grade)], 0.1 * queries.grade)
-    np.testing.assert_array_equal(training_groups[1].grade[len(queries.grade) :], pages.grade)
+    assert [len(groups.size) for groups in training_groups] == [720, 1000]
     (training, validation), (final,) = sets
     for (data, scores), rows, choice in (
-        (training, pages.matrix[:7200], fit_choice(training_groups[0], TWO)),
-        (validation, pages.matrix[7200:], fit_choice(training_groups[0], TWO)),
-        (final, pages.matrix, model.choice),
+        (training, queries.matrix[:7200], fit_choice(training_groups[0], TWO)),
+        (validation, queries.matrix[7200:], fit_choice(training_groups[0], TWO)),
+        (final, queries.matrix, model.choice),
     ):
         np.testing.assert_array_equal(np.sort(data, axis=0), np.sort(rows, axis=0))
         np.testing.assert_allclose(scores, choice.terms(data).sum(1), rtol=1e-5)
@@ -191,22 +157,8 @@ def test_noise_mostly_gives_no_trees() -> None:
 def test_some_lists_are_always_held_out(moments: int) -> None:
     late = validation_mask(noise(0, moments))
     assert 0 < late.sum() <= len(late) / 2
-    for pages in (None, noise(0, moments)):
-        trees = fit_reranker(noise(0, moments), TWO, 200, page_groups=pages).trees
-        assert trees is None or trees.num_trees() < 100
-
-
-def test_trees_from_pages_must_not_harm_the_ranking_of_the_catalog() -> None:
-    """On pages the taste is for what is in between, of everything for the rest."""
-    matrix, is_taken = liking_of_the_middle(20_000)
-    pages = lists(matrix, is_taken)
-    pages = replace(pages, time=np.arange(len(pages.size)) // 400 * DAY)
-    other = (np.random.default_rng(1).random(len(matrix)) < 0.3 * (np.abs(matrix[:, 0]) > 0.7)).astype(
-        np.float32
-    )
-    for grade, has_trees in ((is_taken, True), (other, False)):
-        queries = replace(pages, grade=grade)
-        assert (fit_reranker(queries, TWO, 20, page_groups=pages).trees is not None) == has_trees
+    trees = fit_reranker(noise(0, moments), TWO, 200).trees
+    assert trees is None or trees.num_trees() < 100
 
 
 def test_one_list_grows_no_tree() -> None:
@@ -267,9 +219,7 @@ def test_a_few_lists_suffice_for_a_model(count: int) -> None:
         np.random.default_rng(0).random((10 * count, 2)).astype(np.float32), np.arange(10 * count) % 10 == 3
     )
     few = replace(few, grade=few.grade.astype(np.float32))
-    for pages in (None, few):
-        model = fit_reranker(few, TWO, 5, page_groups=pages)
-        assert np.isfinite(model.score(few.matrix)).all()
+    assert np.isfinite(fit_reranker(few, TWO, 5).score(few.matrix)).all()
 
 
 def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:

@@ -241,7 +241,8 @@ def test_page_items_are_graded_by_their_strongest_interaction() -> None:
         0.1,
     )
     assert graded_rows is not None
-    rows, labels = graded_rows
+    rows, labels, positions = graded_rows
+    assert positions.tolist() == [1, 3, 4, 5]
     assert past.table.ids(rows.items) == ["i3", "i0", "i7", "i1"]
     np.testing.assert_array_equal(labels, interactions[[0, 2, 3, 4]])
     np.testing.assert_allclose(rows.label, [0.25, 0, 0.8, 0.8])
@@ -262,6 +263,7 @@ def test_session_items_are_no_rows_of_the_page() -> None:
     rows = page_rows(past, [page], [np.array([[0], [1], [1]], np.float32)], np.ones(1), 0.1)
     assert rows is not None
     assert past.table.ids(rows[0].items) == ["i3", "i7"]
+    assert rows[2].tolist() == [1, 3]
     assert rows[1].ravel().tolist() == rows[0].label.tolist() == [0, 1]
 
 

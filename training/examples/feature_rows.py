@@ -145,16 +145,17 @@ def page_rows(
     labels: Sequence[np.ndarray],
     weights: np.ndarray,
     cold_start_share: float,
-) -> tuple[FeatureRows, np.ndarray] | None:
-    """Rows of logged pages, and their labels, float32 (N, T), one column per event type.
+) -> tuple[FeatureRows, np.ndarray, np.ndarray] | None:
+    """Rows of logged pages; their labels, float32 (N, T), one column per event type; their positions.
 
-    The targets of a page are the items on it; its labels are float32 (S, T). Items of the session are
+    The targets of a page are the items on it, in the order of their positions, int64 (N,), which count from
+    1; its labels are float32 (S, T). Items of the session are
     excluded, as from candidates. The grade of a row is the largest weight of its labels, by `weights`
     float32 (T,). A share `cold_start_share` of the rows hides its item's interactions. None if no page has an
     item of the catalog.
     """
     generator = np.random.default_rng(0)
-    parts, page_labels = [], []
+    parts, page_labels, positions = [], [], []
     for page, label in zip(track(pages, "pages"), labels, strict=True):
         stats, user_query = past.stats_at(page.as_of), past.query(page)
         items = past.table.rows(page.targets.tolist())
@@ -177,7 +178,11 @@ def page_rows(
             (page, user_query, matrix, first, items, zeros, grade, ones, no_interactions, len(items))
         )
         page_labels.append(label[in_catalog])
-    return (_concatenate(past, parts), np.concatenate(page_labels).astype(np.float32)) if parts else None
+        positions.append(np.flatnonzero(in_catalog) + 1)
+    if not parts:
+        return None
+    every_label = np.concatenate(page_labels).astype(np.float32)
+    return _concatenate(past, parts), every_label, np.concatenate(positions)
 
 
 def _grades(items: np.ndarray, targets: np.ndarray, grades: np.ndarray) -> np.ndarray:

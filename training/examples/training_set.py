@@ -19,12 +19,14 @@ class TrainingSet:
 
     `rows` are candidates of past queries. The CTR head is trained on `ctr_rows` with `labels`,
     float32 (N, T): the rows of logged pages if the shop logs impressions (`has_impressions`), else `rows`.
-    The reranker is trained on logged pages as well.
+    The reranker is trained on logged pages as well; `positions` int64 (N,) are those of the rows on their
+    pages, 0 without pages.
     """
 
     rows: FeatureRows
     ctr_rows: FeatureRows
     labels: np.ndarray
+    positions: np.ndarray
     types: list[str]
     has_impressions: bool
 
@@ -38,6 +40,7 @@ class TrainingSet:
             early_rows,
             self.ctr_rows.take(early_ctr),
             self.labels[label_rows],
+            self.positions[label_rows],
             self.types,
             self.has_impressions,
         )
@@ -51,6 +54,7 @@ class TrainingSet:
             self.rows.take(queries),
             self.ctr_rows.take(ctr_queries),
             self.labels[label_rows],
+            self.positions[label_rows],
             self.types,
             self.has_impressions,
         )
@@ -81,9 +85,8 @@ def make_training_set(
     if page_data is not None:
         return TrainingSet(rows, *page_data, types, has_impressions=True)
     target = "_or_".join(settings.targets)
-    return TrainingSet(
-        rows, rows, (rows.label[:, None] > 0).astype(np.float32), [target], has_impressions=False
-    )
+    labels, nowhere = (rows.label[:, None] > 0).astype(np.float32), np.zeros(len(rows.label), np.int64)
+    return TrainingSet(rows, rows, labels, nowhere, [target], has_impressions=False)
 
 
 def _sample_queries(eval_queries: list[EvalQuery], limit: int) -> list[EvalQuery]:

@@ -1,7 +1,7 @@
 """Fits CTR head and reranker together; the reranker is trained on the head's out-of-fold scores."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from training.examples.feature_rows import FeatureRows
 from training.examples.ranking_groups import RankingGroups
 from training.examples.training_set import TrainingSet
 from training.ranking import ctr
+from training.ranking.page_reranker import LoggedPages, fit_page_reranker, improves_likelihood
 from training.ranking.reranker import fit_reranker, improves_ndcg
 
 _log = logging.getLogger(__name__)
@@ -108,24 +109,28 @@ def fit_models(
     sources = zip(heads.sources, matrices, strict=True)
     groups = [_groups(rows, matrix[:, columns]) for rows, matrix in sources]
     columns_read = [names[index] for index in columns]
-    page_groups = groups[1] if data.has_impressions else None
+    pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
-    if (
-        check_head
-        and from_head.any()
-        and not improves_ndcg(groups[0], columns_read, from_head, page_groups=page_groups)
-    ):
+    if check_head and from_head.any() and not _improves(groups[0], pages, columns_read, from_head):
         _log.info("the CTR head does not improve the ranking")
-        columns, columns_read = (
-            columns[~from_head],
-            [name for name in columns_read if not is_column_of(name, "ctr")],
-        )
+        columns = columns[~from_head]
+        columns_read = [name for name in columns_read if not is_column_of(name, "ctr")]
         groups = [part.select_columns(~from_head) for part in groups]
-        page_groups = groups[1] if data.has_impressions else None
+        pages = pages.select_columns(~from_head) if pages else None
         head = head if data.has_impressions else None  # trained on pages, it also serves probabilities
     trees = 0 if "trees" in without else settings.ranking.trees
-    model = fit_reranker(groups[0], columns_read, trees, page_groups=page_groups)
-    return FittedModels(head, model, columns)
+    if pages is None:
+        return FittedModels(head, fit_reranker(groups[0], columns_read, trees), columns)
+    return FittedModels(head, fit_page_reranker(groups[0], pages, columns_read, trees), columns)
+
+
+def _improves(
+    queries: RankingGroups, pages: LoggedPages | None, columns: Sequence[str], tested: np.ndarray
+) -> bool:
+    """Whether the columns `tested`, bool (K,), improve the ranking of pages, or of queries without pages."""
+    if pages is None:
+        return improves_ndcg(queries, columns, tested)
+    return improves_likelihood(queries, pages, columns, tested)
 
 
 def _groups(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:

@@ -28,6 +28,7 @@ from services.ranking.state.event_columns import EventState
 from services.ranking.state.query_builder import shown_items
 from training.core import metrics
 from training.core.progress import track
+from training.ranking.logistic import fit_logistic
 
 _MAX_EVENTS = 2000  # of a user, the latest impressions and interactions
 _MIN_SHOWN, _MIN_ENGAGED = 2000, 200
@@ -281,25 +282,8 @@ def _strong(appeal: np.ndarray, strong: np.ndarray) -> tuple[float, float]:
     """Slope and intercept of the logit of a strong interaction by the appeal; (0, 0) without a slope."""
     if not strong.any() or strong.all():
         return 0.0, 0.0
-    slope, intercept = _logistic(appeal[:, None], strong)
+    slope, intercept = fit_logistic(np.stack([appeal, np.ones(len(appeal))], axis=1), strong).tolist()
     return (slope, intercept) if slope > 0 else (0.0, 0.0)
-
-
-def _logistic(columns: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """The coefficients (K,) of columns (N, K) and the intercept, float64 (K + 1,), by Newton's method."""
-    design = np.column_stack([columns, np.ones(len(columns))])
-    rate = float(np.clip(label.mean(), 0.001, 0.999))
-    coefficients = np.zeros(design.shape[1])
-    coefficients[-1] = np.log(rate / (1 - rate))
-    for _ in range(25):
-        probability = expit(design @ coefficients)
-        gradient = design.T @ (label - probability) - 1e-3 * coefficients
-        curvature = (design * (probability * (1 - probability))[:, None]).T @ design
-        step = np.linalg.solve(curvature + 1e-3 * np.eye(len(curvature)), gradient)
-        coefficients += np.clip(step, -0.5, 0.5)
-        if np.abs(step).max() < 1e-6:  # noqa: PLR2004 - converged
-            break
-    return coefficients
 
 
 class _Later:
@@ -317,12 +301,11 @@ class _Later:
 
         Appeal and tastes have the scales that are best here: what counts is the order.
         """
-        columns = [self._of_items]
+        columns = [self._of_items, np.ones(len(self._of_items))]
         if variances is not None:
             columns.append(self._parts(variances, slope, intercept))
         design = np.stack(columns, axis=1)
-        coefficients = _logistic(design, self._engaged)
-        logit = design @ coefficients[:-1] + coefficients[-1]
+        logit = design @ fit_logistic(design, self._engaged)
         return np.asarray(log_expit(np.where(self._engaged, logit, -logit)))
 
     def _parts(self, variances: np.ndarray, slope: float, intercept: float) -> np.ndarray:

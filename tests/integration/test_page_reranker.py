@@ -1,0 +1,201 @@
+"""The reranker of logged pages learns what users like, not where it stood."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import lightgbm
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from services.ranking.models.linear import ConditionalLogit
+from services.ranking.models.reranker import RerankerModel
+from services.ranking.state.item_stats import DAY
+from training.examples.ranking_groups import RankingGroups
+from training.ranking import page_reranker
+from training.ranking.conditional_logit import fit_choice
+from training.ranking.page_reranker import LoggedPages, fit_page_reranker, improves_likelihood
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+TWO = ("fame", "taste")
+SIZE = 10
+
+
+def lists(matrix: np.ndarray, grade: np.ndarray, days: int = 10) -> RankingGroups:
+    """Lists of ten rows, as many on each day."""
+    count = len(matrix) // SIZE
+    weight = np.ones(len(matrix), np.float32)
+    time = np.arange(count) * days // count * DAY
+    return RankingGroups(matrix, grade.astype(np.float32), weight, np.full(count, SIZE), time)
+
+
+def pages_of(groups: RankingGroups) -> LoggedPages:
+    """Pages whose rows are in the order of their positions."""
+    return LoggedPages(groups, np.tile(np.arange(1, SIZE + 1), len(groups.size)))
+
+
+def no_queries(columns: int = 2) -> RankingGroups:
+    """One query, from which nothing can be learned."""
+    return replace(lists(np.zeros((SIZE, columns), np.float32), np.zeros(SIZE)), time=np.zeros(1, np.int64))
+
+
+def gain_of(model: RerankerModel, column: int, low: float = 0.0, high: float = 1.0) -> float:
+    """How much a column raises the score of rows whose other column is .5."""
+    rows = np.full((2, 2), 0.5, np.float32)
+    rows[:, column] = low, high
+    before, after = model.score(rows)
+    return float(after - before)
+
+
+def pages_by_fame(pages: int, slope: float = 2.0) -> LoggedPages:
+    """The shop sorts by fame; users look at the first places, and click what they like of what they see."""
+    random = np.random.default_rng(0)
+    rows = random.random((pages, SIZE, 2)).astype(np.float32)
+    rows = np.take_along_axis(rows, np.argsort(-rows[:, :, :1], axis=1), axis=1)
+    is_seen = random.random((pages, SIZE)) < np.arange(1, SIZE + 1) ** -0.8
+    is_click = is_seen & (random.random((pages, SIZE)) < expit(slope * rows[:, :, 1] - 1.5))
+    return pages_of(lists(rows.reshape(-1, 2), is_click.ravel()))
+
+
+def test_what_stands_first_is_not_taken_for_what_is_liked() -> None:
+    pages = pages_by_fame(3000)
+    blind = LoggedPages(pages.groups, np.ones_like(pages.position))
+    with_positions, without = (fit_page_reranker(no_queries(), p, TWO, 0) for p in (pages, blind))
+    assert abs(gain_of(with_positions, 0)) < 0.25 * gain_of(with_positions, 1)
+    assert gain_of(without, 0) > gain_of(without, 1)
+
+
+def test_a_score_is_a_logit_up_to_a_constant() -> None:
+    """On a page that every user sees whole, the difference of two scores is that of their log odds."""
+    random = np.random.default_rng(0)
+    matrix = random.random((40_000, 2)).astype(np.float32)
+    is_click = random.random(40_000) < expit(2 * matrix[:, 1] - 1.5)
+    for trees in (0, 50):
+        model = fit_page_reranker(no_queries(), pages_of(lists(matrix, is_click)), TWO, trees)
+        assert gain_of(model, 1) == pytest.approx(2, abs=0.3)
+
+
+def test_ignored_impressions_count_more_than_sampled_negatives() -> None:
+    """Lists of all there is and of what was on offer: fame decides what is, taste what is taken of it."""
+    random = np.random.default_rng(0)
+    matrix = random.random((40_000, 2)).astype(np.float32)
+    fame, taste = matrix.T
+    is_offered = random.random(40_000) < fame**2
+    is_taken = is_offered & (random.random(40_000) < taste)
+    sample = np.flatnonzero(is_offered)[:10_000]
+    queries, pages = lists(matrix, is_taken), pages_of(lists(matrix[sample], is_taken[sample]))
+    model = fit_page_reranker(queries, pages, TWO, 40)
+    alone = fit_choice(queries, TWO).terms(np.array([[0, 0.5], [1, 0.5], [0.5, 0], [0.5, 1]], np.float32))
+    fame_of_queries, taste_of_queries = (float((alone[b] - alone[a]).sum()) for a, b in ((0, 1), (2, 3)))
+    share = gain_of(model, 0) / gain_of(model, 1)
+    assert 0 < share < 0.8 * fame_of_queries / taste_of_queries
+
+
+def liking_of_the_middle(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two columns, and a taste for what is neither low nor high in the first, which no sum knows."""
+    random = np.random.default_rng(0)
+    matrix = random.normal(0, 1, (count, 2)).astype(np.float32)
+    return matrix, random.random(count) < 0.3 * (np.abs(matrix[:, 0]) < 0.7)
+
+
+def test_trees_grow_only_for_nonlinear_effects() -> None:
+    pages = pages_of(lists(*liking_of_the_middle(20_000)))
+    assert fit_page_reranker(no_queries(), pages, TWO, 20).trees is not None
+    random = np.random.default_rng(0)
+    sign = np.sign(pages.groups.matrix)
+    is_click = random.random(len(sign)) < expit(2 * sign[:, 0] - 2)  # a sum of one column says it all
+    plain = pages_of(lists(sign, is_click))
+    assert fit_page_reranker(no_queries(), plain, TWO, 20).trees is None
+
+
+def noise(seed: int, days: int = 10) -> LoggedPages:
+    """Pages that nothing tells apart."""
+    random = np.random.default_rng(seed)
+    return pages_of(lists(random.random((8000, 2)).astype(np.float32), random.random(8000) < 0.2, days))
+
+
+def test_noise_mostly_gives_no_trees() -> None:
+    """One in six gains a standard error by chance; of the best of forty numbers it would be half."""
+    has_trees = [
+        fit_page_reranker(no_queries(), noise(seed), TWO, 50).trees is not None for seed in range(16)
+    ]
+    assert sum(has_trees) <= 6
+
+
+@pytest.mark.parametrize("days", [1, 2, 10])
+def test_some_pages_are_always_held_out(days: int) -> None:
+    trees = fit_page_reranker(no_queries(), noise(0, days), TWO, 200).trees
+    assert trees is None or trees.num_trees() < 100
+
+
+def test_the_number_of_trees_is_validated_on_unseen_days(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, is_click = liking_of_the_middle(10_000)
+    pages, queries = pages_of(lists(matrix, is_click, days=5)), lists(matrix, is_click, days=4)
+    pages = replace(pages, groups=replace(pages.groups, time=np.arange(1000) * DAY // 240))  # 240 a day
+    training_groups: list[RankingGroups] = []
+    sets: list[list[tuple[np.ndarray, np.ndarray]]] = []
+    train = lightgbm.train
+
+    def fit_and_record(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
+        training_groups.append(groups)
+        return fit_choice(groups, columns)
+
+    def train_and_record(
+        parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any
+    ) -> Any:
+        every = [rows, *more.get("valid_sets", [])]  # LightGBM frees them afterwards
+        sets.append([(np.array(data.data), np.array(data.init_score)) for data in every])
+        return train(parameters, rows, *rest, **more)
+
+    monkeypatch.setattr(page_reranker, "fit_choice", fit_and_record)
+    monkeypatch.setattr(lightgbm, "train", train_and_record)
+    model = fit_page_reranker(queries, pages, TWO, 20)
+    # The fifth is cut at 800 of 1,000; the day begins at 720.
+    early = int((queries.time < 3 * DAY).sum())
+    assert [len(groups.size) for groups in training_groups] == [early + 720, len(queries.size) + 1000]
+    np.testing.assert_allclose(training_groups[1].grade[: len(queries.grade)], 0.1 * queries.grade)
+    np.testing.assert_array_equal(training_groups[1].grade[len(queries.grade) :], pages.groups.grade)
+    (training, validation), (final,) = sets
+    for (data, _), rows in (
+        (training, matrix[:7200]),
+        (validation, matrix[7200:]),
+        (final, matrix),
+    ):
+        np.testing.assert_array_equal(data, rows)
+    # Trees start from the scores of the choice model and one effect for each position.
+    rest = (final[1] - model.choice.terms(matrix).sum(1)).reshape(-1, SIZE)
+    np.testing.assert_allclose(rest, np.broadcast_to(rest[0], rest.shape), atol=1e-4)
+    assert model.trees is not None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("clicks", [0, 1, SIZE])
+def test_a_few_pages_suffice_for_a_model(count: int, clicks: int) -> None:
+    matrix = np.random.default_rng(0).random((SIZE * count, 2)).astype(np.float32)
+    few = pages_of(lists(matrix, np.arange(SIZE * count) % SIZE < clicks))
+    model = fit_page_reranker(few.groups, few, TWO, 5)
+    assert np.isfinite(model.score(matrix)).all()
+    assert model.trees is None or count > 1
+
+
+def test_a_column_earns_its_place_by_the_likelihood_of_later_pages() -> None:
+    random = np.random.default_rng(0)
+    matrix = random.random((20_000, 2)).astype(np.float32)
+    is_click = random.random(20_000) < expit(2 * matrix[:, 1] - 1.5)
+    pages, tested = pages_of(lists(matrix, is_click)), np.array([False, True])
+    assert improves_likelihood(no_queries(), pages, TWO, tested)
+    assert not improves_likelihood(no_queries(), pages, TWO, ~tested)
+    one = pages.take(np.arange(2000) == 0)
+    assert improves_likelihood(no_queries(), one, TWO, ~tested)  # too little to decide
+
+
+def test_a_gain_that_is_certain_but_tiny_earns_no_place(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    random = np.random.default_rng(0)
+    matrix = random.random((400_000, 2)).astype(np.float32)
+    is_click = random.random(400_000) < expit(0.1 * matrix[:, 1] - 1.5)
+    pages = pages_of(lists(matrix, is_click))
+    assert not improves_likelihood(no_queries(), pages, TWO, np.array([False, True]))
+    gain, error = (float(caplog.messages[-1].split(part)[1].split()[0].rstrip(",")) for part in ("gain", "±"))
+    assert gain >= error > 0 or gain < 0.0005

@@ -1,0 +1,224 @@
+"""Fits the reranker of a shop that logs pages: what is clicked among what was shown, wherever it stood.
+
+A choice model orders the items of pages, and of past queries over the whole catalog at a tenth of their
+grades: a page limits what a user can choose. Trees by LightGBM raise the likelihood of each item's engagement
+from there. Users look at the first places of a page more often. So both are fitted next to effects of the
+position, as in the position-based click model (Craswell et al., 2008), which are left out when ranking.
+
+Models and columns are judged by the likelihood of what happened on later pages, with those effects.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import lightgbm
+import numpy as np
+from scipy.special import log_expit
+
+from services.ranking.models.linear import ConditionalLogit
+from services.ranking.models.reranker import RerankerModel
+from services.ranking.models.scaler import FeatureScaler
+from training.examples.queries import DAY
+from training.examples.ranking_groups import RankingGroups
+from training.ranking.conditional_logit import fit_choice
+from training.ranking.logistic import fit_logistic
+from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, tree_counts, validation_mask
+
+_QUERY_GRADE_SHARE = 0.1
+_POSITIONS = 20  # later ones count as this
+_PATIENCE = 50
+# Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
+_LEAST_GAIN = 0.0005
+_PARAMETERS = {
+    "objective": "binary",
+    "learning_rate": 0.05,
+    "num_leaves": 7,
+    "min_data_in_leaf": 300,
+    "feature_fraction": 0.6,
+    "bagging_fraction": 0.8,
+    "bagging_freq": 1,
+    "lambda_l2": 5.0,
+    "max_bin": 127,
+    "verbosity": -1,
+    "deterministic": True,
+    "force_row_wise": True,
+    "seed": 0,
+    "num_threads": 0,
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoggedPages:
+    """Pages as groups of rows; `position` int64 (N,) is the place of a row on its page, from 1."""
+
+    groups: RankingGroups
+    position: np.ndarray
+
+    def take(self, selected: np.ndarray) -> "LoggedPages":
+        """Some of the pages, `selected` bool (Q,)."""
+        return LoggedPages(self.groups.take(selected), self.position[np.repeat(selected, self.groups.size)])
+
+    def select_columns(self, columns: np.ndarray) -> "LoggedPages":
+        """The same pages with some columns, bool (K,)."""
+        return replace(self, groups=self.groups.select_columns(columns))
+
+    @property
+    def engaged(self) -> np.ndarray:
+        """Which rows have a grade, bool (N,)."""
+        return np.asarray(self.groups.grade > 0)
+
+    def by_page(self, values: np.ndarray) -> np.ndarray:
+        """The mean over the rows of each page, float64 (Q,)."""
+        sums = np.bincount(self.groups.group(), values, len(self.groups.size))
+        return np.asarray(sums / self.groups.size)
+
+
+def fit_page_reranker(
+    queries: RankingGroups, pages: LoggedPages, columns: Sequence[str], trees: int
+) -> RerankerModel:
+    """Fit a model with at most `trees` trees.
+
+    The last fifth of the pages, cut between days, decides how many trees to use, and whether trees help at
+    all. If most pages are of the first day, a random fifth decides.
+    """
+    is_late = validation_mask(pages.groups)
+    count = 0
+    if trees and is_late.any():
+        early, late = pages.take(~is_late), pages.take(is_late)
+        choice = _fit_choice(_before(queries, late), early, columns)
+        count = _tree_count(choice, early, late, trees)
+    choice = _fit_choice(queries, pages, columns)
+    logit = _Logit.of(choice, pages)
+    # On the scale of a logit: trees add to it.
+    choice = replace(choice, weight=[weight * logit.scale for weight in choice.weight])
+    if not count:
+        return RerankerModel(choice, None)
+    data = _dataset(pages, logit.of_pages(pages))
+    return RerankerModel(choice, lightgbm.train(_PARAMETERS, data, count))
+
+
+def improves_likelihood(
+    queries: RankingGroups, pages: LoggedPages, columns: Sequence[str], tested: np.ndarray
+) -> bool:
+    """Whether the columns `tested`, bool (K,), raise the likelihood of later pages enough.
+
+    Enough is more than one standard error, and at least .0005 for the logarithm of a row's. True if there is
+    too little data to decide.
+    """
+    is_late = validation_mask(pages.groups)
+    if np.count_nonzero(is_late) < MIN_GROUPS:
+        return True
+    early, late = pages.take(~is_late), pages.take(is_late)
+    queries, likelihoods = _before(queries, late), []
+    for mask in (np.ones(len(columns), bool), ~tested):
+        names = [name for name, selected in zip(columns, mask, strict=True) if selected]
+        training = early.select_columns(mask)
+        choice = _fit_choice(queries.select_columns(mask), training, names)
+        logit = _Logit.of(choice, training)
+        likelihoods.append(_likelihood(late, logit.of_pages(late.select_columns(mask))))
+    mean, error = mean_and_error(likelihoods[0] - likelihoods[1])
+    tested_names = [name for name, is_tested in zip(columns, tested, strict=True) if is_tested]
+    _log.info("%s gain %.4f of log-likelihood, ± %.4f", ", ".join(tested_names), mean, error)
+    return mean > max(error, _LEAST_GAIN)
+
+
+def _before(queries: RankingGroups, late: LoggedPages) -> RankingGroups:
+    """The queries before the day of the first of some pages; all if that leaves none."""
+    early = queries.time < late.groups.time[0] // DAY * DAY
+    return queries.take(early) if early.any() else queries
+
+
+def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[str]) -> ConditionalLogit:
+    """A choice model of pages and queries, without its effects of positions."""
+    positions = _one_hot(pages.position)[:, 1:]
+    nowhere = np.zeros((len(queries.grade), positions.shape[1]), np.float32)
+    groups = RankingGroups.concatenate(
+        [
+            replace(
+                queries,
+                grade=_QUERY_GRADE_SHARE * queries.grade,
+                matrix=np.concatenate([queries.matrix, nowhere], axis=1),
+            ),
+            replace(pages.groups, matrix=np.concatenate([pages.groups.matrix, positions], axis=1)),
+        ]
+    )
+    names = [*columns, *(f"position {place}" for place in range(2, _POSITIONS + 1))]
+    fitted, count = fit_choice(groups, names), len(columns)
+    scales = fitted.scales
+    return ConditionalLogit(
+        list(columns),
+        FeatureScaler(scales.unit[:count], scales.mean[:count], scales.scale[:count]),
+        fitted.weight[:count],
+    )
+
+
+def _one_hot(position: np.ndarray) -> np.ndarray:
+    """The position of rows, float32 (N, `_POSITIONS`)."""
+    places = np.clip(position, 1, _POSITIONS) - 1
+    return np.asarray(np.eye(_POSITIONS, dtype=np.float32)[places])
+
+
+@dataclass(frozen=True)
+class _Logit:
+    """The logit of an engagement: a choice model's score times `scale`, and the effect of each position."""
+
+    choice: ConditionalLogit
+    scale: float
+    effects: np.ndarray
+
+    @classmethod
+    def of(cls, choice: ConditionalLogit, pages: LoggedPages) -> "_Logit":
+        score = _score(choice, pages.groups)
+        scale, *effects = fit_logistic(
+            np.column_stack([score, _one_hot(pages.position)]), pages.engaged
+        ).tolist()
+        # Where the choice model knows nothing, its order still counts.
+        return cls(choice, scale if scale > 0 else 1e-3, np.array(effects))
+
+    def of_pages(self, pages: LoggedPages) -> np.ndarray:
+        """The logit of each row, float64 (N,)."""
+        effects = _one_hot(pages.position) @ self.effects
+        return np.asarray(self.scale * _score(self.choice, pages.groups) + effects)
+
+
+def _score(choice: ConditionalLogit, groups: RankingGroups) -> np.ndarray:
+    return np.asarray(choice.terms(groups.matrix).sum(1, dtype=np.float64))
+
+
+def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
+    """The mean log-likelihood of the rows of each page, float64 (Q,)."""
+    return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))
+
+
+def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages, limit: int) -> int:
+    """The best number of trees for later pages; 0 if the gain is not significant."""
+    logit = _Logit.of(choice, early)
+    training, start = _dataset(early, logit.of_pages(early)), logit.of_pages(late)
+    validation = _dataset(late, start, training)
+    stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
+    booster = lightgbm.train(_PARAMETERS, training, limit, valid_sets=[validation], callbacks=[stop])
+    counts = tree_counts(booster.current_iteration())
+    base, gains, used = _likelihood(late, start), [], 0
+    for count in counts.tolist():
+        more = booster.predict(
+            late.groups.matrix, start_iteration=used, num_iteration=count - used, raw_score=True
+        )
+        start, used = start + more, count
+        gains.append(_likelihood(late, start) - base)
+    best, mean, error = best_count(counts, np.stack(gains))
+    _log.info("trees gain %.4f of log-likelihood, ± %.4f; %d is the best number", mean, error, best)
+    return best if mean > error else 0
+
+
+def _dataset(
+    pages: LoggedPages, logit: np.ndarray, reference: lightgbm.Dataset | None = None
+) -> lightgbm.Dataset:
+    return lightgbm.Dataset(
+        pages.groups.matrix,
+        pages.engaged.astype(np.float32),
+        weight=pages.groups.weight,
+        init_score=logit,
+        reference=reference,
+    )

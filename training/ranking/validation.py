@@ -1,0 +1,51 @@
+"""Held-out groups, and what they decide."""
+
+import math
+
+import numpy as np
+
+from training.examples.queries import DAY
+from training.examples.ranking_groups import RankingGroups
+
+_VALIDATION_SHARE = 0.2
+_TREE_COUNTS = 40
+# The least number of groups for a standard error.
+MIN_GROUPS = 2
+
+
+def validation_mask(groups: RankingGroups) -> np.ndarray:
+    """The validation groups, bool (Q,): the last fifth, cut between days; none of a single group.
+
+    If most groups are of the first day, a random fifth.
+    """
+    count = len(groups.size)
+    start = int(count * (1 - _VALIDATION_SHARE))
+    if not start:
+        return np.zeros(count, bool)
+    edge = groups.time[start] // DAY * DAY
+    if groups.time[0] < edge:
+        return np.asarray(groups.time >= edge)
+    return np.random.default_rng(0).permutation(count) >= start
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def tree_counts(limit: int) -> np.ndarray:
+    """At most forty numbers of trees up to a limit, rising int64 (K,)."""
+    return np.unique(np.linspace(1, limit, _TREE_COUNTS).astype(int))
+
+
+def best_count(counts: np.ndarray, gains: np.ndarray) -> tuple[int, float, float]:
+    """The best of `counts`, (K,), by the gain in each group, (K, Q); the mean of the gain and its error.
+
+    The best of many numbers gains by chance as well, so each half of the groups is measured with the number
+    that is best for the other half. The gain is 0 and its error infinite with fewer than two groups.
+    """
+    if gains.shape[1] < MIN_GROUPS:
+        return 0, 0.0, math.inf
+    half = np.random.default_rng(0).permutation(gains.shape[1]) % 2 == 0
+    crossed = [gains[gains[:, ~in_half].mean(1).argmax(), in_half] for in_half in (half, ~half)]
+    return int(counts[gains.mean(1).argmax()]), *mean_and_error(np.concatenate(crossed))
