@@ -81,18 +81,29 @@ class PageEvaluator:
         return [row[:PAGE].tolist() for row in np.argsort(-masked, axis=1, kind="stable")]
 
     def evaluate(self, pages: Sequence[Sequence[int]], queries: QueryUsers) -> dict[str, float]:
-        """Mean utility of the pages, of random and of best pages, and the scaled score."""
+        """Mean utility of the pages, of random and of best pages; the scaled score and its interval.
+
+        The interval is of 95%, by a bootstrap over users.
+        """
         utility = self.truth.utility(queries.users)
-        mean = float(np.mean([utility[n, page].mean() for n, page in enumerate(pages) if page]))
+        shown = [n for n, page in enumerate(pages) if page]
+        of_page = np.array([utility[n, pages[n]].mean() for n in shown])
         best_pages = self.top(utility, queries)
-        oracle = float(np.mean([utility[n, page].mean() for n, page in enumerate(best_pages)]))
-        random = float(utility.mean())
+        of_best = np.array([utility[n, best_pages[n]].mean() for n in shown])
+        random, rows = (
+            float(utility.mean()),
+            np.random.default_rng(0).integers(0, len(shown), (1000, len(shown))),
+        )
+        shares = (of_page[rows].mean(1) - random) / (of_best[rows].mean(1) - random)
+        low, high = np.percentile(shares, [2.5, 97.5]).tolist()
         fresh = self.bought.sum(0) == 0
         return {
-            "utility": mean,
+            "utility": float(of_page.mean()),
             "random": random,
-            "oracle": oracle,
-            "share": (mean - random) / (oracle - random),
+            "oracle": float(of_best.mean()),
+            "share": float((of_page.mean() - random) / (of_best.mean() - random)),
+            "share_low": low,
+            "share_high": high,
             "never_bought": float(np.mean([fresh[page].mean() for page in pages if page])),
         }
 
@@ -180,7 +191,8 @@ def show(
         for name in ("mean true utility", "share of the best", "never bought before"):
             table.add_column(name, justify="right")
         for way, scores in ways.items():
-            cells = (f"{scores['utility']:.3f}", f"{scores['share']:.1%}", f"{scores['never_bought']:.1%}")
+            share = f"{scores['share']:.1%} [{scores['share_low']:.1%}, {scores['share_high']:.1%}]"
+            cells = (f"{scores['utility']:.3f}", share, f"{scores['never_bought']:.1%}")
             table.add_row(way, *cells)
         any_scores = next(iter(ways.values()))
         table.add_row("random", f"{any_scores['random']:.3f}", "0.0%", "")
