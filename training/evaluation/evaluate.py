@@ -20,13 +20,15 @@ from training.data.config import ShopConfig
 from training.data.events import Events
 from training.data.shop import ShopData
 from training.evaluation.cumulative_ablation import COUNTS, STEPS, cumulative_ablation, step_milliseconds
+from training.evaluation.page_likelihood import BUNDLE, page_likelihood
 from training.examples.feature_rows import FeatureRows, evaluation_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import EvalQuery
 from training.examples.training_set import TrainingSet
 from training.ranking import ctr
 from training.ranking.first_phase import depth_losses, fit_first_phase
-from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, is_column_of
+from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, groups_of, is_column_of
+from training.ranking.page_reranker import LoggedPages
 
 FILE = "evaluation.json"
 PAGE = 20
@@ -76,17 +78,7 @@ def evaluate(
     heads = CtrHeads(training, settings.ranking.ctr_epochs)
     models = fit_models(training, settings, vectors, heads=heads)
     matrix = models.matrix(rows, vectors)
-    matrix = models.matrix(rows, vectors)
-    pages = {"whole bundle": _pages(rows, models.model.score(matrix))}
-    pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
-    pages["item graph"] = _pages(rows, rows.matrix[:, _columns(rows, "baskets_", "people_")].sum(1))
-    for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
-        score = rows.matrix[:, rows.names.index(column)]
-        if not np.isnan(score).all():
-            pages[name] = _pages(rows, score)
-    pages["choice model alone"] = _pages(rows, models.model.choice.terms(matrix).sum(1))
-    if models.head is not None:
-        pages["CTR head alone"] = _pages(rows, ctr.score(models.head, rows, vectors)[:, -1])
+    pages = _by_method(models, rows, matrix, vectors)
     counts = _counts(past, shop.events, since)
     inputs = _metric_inputs(past, counts, queries, int(allowed.sum()))
     results = {
@@ -105,12 +97,16 @@ def evaluate(
     missing |= {"ctr"} if models.head is None else set()
     parts = [part for part in STEPS if part not in missing]
     head_unused = not any(is_column_of(name, "ctr") for name in models.model.choice.columns)
+    late = data.since(since).sample(_TRAINING_QUERIES)
+    on_pages = _page_scores(models, late, vectors) if data.has_impressions else {}
 
     def fitted_without(*removed_parts: str) -> list[np.ndarray]:
         _log.info("evaluating without %s", ", ".join(removed_parts))
         # The ablated models use a CTR head if and only if the full model does.
         excluded = {*removed_parts, *({"ctr"} if head_unused else ())}
         models_without = fit_models(training, settings, vectors, excluded, heads, check_head=False)
+        if data.has_impressions and len(removed_parts) == 1:
+            on_pages[f"without {removed_parts[0]}"] = models_without.score(late.ctr_rows, vectors)
         score = models_without.score(rows, vectors)
         return _pages(rows, np.where(proposed_by_others(past, rows, removed_parts), score, _EXCLUDED))
 
@@ -129,7 +125,41 @@ def evaluate(
     results["cold_start"] = _cold_start(pages["whole bundle"], without, targets, counts)
     losses = _first_phase_losses(training, rows, models.model.score(matrix), targets)
     results["first_phase"] = {"recall_loss": losses, "depth": depth}
+    if data.has_impressions:
+        late_groups = groups_of(late.ctr_rows, late.ctr_rows.matrix)
+        results["pages"] = page_likelihood(on_pages, LoggedPages(late_groups, late.positions))
     (directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _by_method(
+    models: FittedModels, rows: FeatureRows, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
+) -> dict[str, list[np.ndarray]]:
+    """The pages of the whole bundle, and those of simpler methods over the same candidates."""
+    pages = {BUNDLE: _pages(rows, models.model.score(matrix))}
+    pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
+    pages["item graph"] = _pages(rows, rows.matrix[:, _columns(rows, "baskets_", "people_")].sum(1))
+    for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
+        score = rows.matrix[:, rows.names.index(column)]
+        if not np.isnan(score).all():
+            pages[name] = _pages(rows, score)
+    pages["choice model alone"] = _pages(rows, models.model.choice.terms(matrix).sum(1))
+    if models.head is not None:
+        pages["CTR head alone"] = _pages(rows, ctr.score(models.head, rows, vectors)[:, -1])
+    return pages
+
+
+def _page_scores(
+    models: FittedModels, late: TrainingSet, vectors: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The scores of the rows of logged pages, float64 (N,), by method."""
+    rows = late.ctr_rows
+    matrix = models.matrix(rows, vectors)
+    scores = {BUNDLE: models.model.score(matrix)}
+    scores["without trees"] = models.model.choice.terms(matrix).sum(1, dtype=np.float64)
+    scores["hand-set weights"] = baseline_scores(rows.names, rows.matrix)
+    for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
+        scores[name] = rows.matrix[:, rows.names.index(column)].astype(np.float64)
+    return scores
 
 
 def _cold_start(

@@ -44,6 +44,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         provenance  {"device": str, "libraries": {name: version}, "settings": {key: non-default value}}
         split       {"learned_until": time, "evaluated": [time, time], "queries": int, "note": str}
         ranking     {method: `metrics.ranking_metrics`}, the bundle first
+        pages       {method: {"log_likelihood", "gained", "lost": interval}}, of a shop that logs pages
         ablation    {part: {"recall", "ndcg", "recall_difference", "ndcg_difference": interval}},
                     without the part, and the bundle minus that
         cumulative_ablation
@@ -197,6 +198,25 @@ def _ranking(methods: Section) -> list[str]:
         [name, *(m.get(key) for m in figures)] for key, name in (("coverage", "coverage"), ("gini", "Gini"))
     ]
     return [_table(("measure", *(_text(name) for name in methods)), rows)]
+
+
+def _logged_pages(methods: Section) -> list[str]:
+    columns = {
+        "log_likelihood": "log-likelihood",
+        "gained": "gain over positions alone",
+        "lost": "loss against the whole bundle",
+    }
+    rows = ([name, *(_fine(method.get(c)) for c in columns)] for name, method in methods.items())
+    return [_table(("scores", *columns.values()), rows)]
+
+
+def _fine(interval: Any) -> str:
+    """An interval of small numbers."""
+    measured = complete_interval(interval)
+    if not measured:
+        return "–"
+    mean, low, high = measured
+    return f"{mean:.4f} ({low:.4f}, {high:.4f})"
 
 
 def _ablation(parts: Section) -> list[str]:
@@ -359,6 +379,15 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "strictly cold items have no earlier engagements. Coverage is the share of items that "
         "any query recommends. Gini is 0 if all items are recommended equally often and 1 if only one is.",
         _ranking,
+    ),
+    (
+        "pages",
+        "Logged pages",
+        "How well scores predict what users engage with among what they were shown, next to its position: "
+        "the log-likelihood of an item on later pages. In a shop that logs pages, this decides which models "
+        "and columns are used. Recall of next items does not: users can only take what the shop has shown, "
+        "so it favors scores that are like those that filled the shop's pages.",
+        _logged_pages,
     ),
     (
         "ablation",

@@ -32,23 +32,25 @@ class TrainingSet:
 
     def before(self, until: int) -> "TrainingSet":
         """The part before `until`, microseconds since 1970."""
-        early = np.flatnonzero([q.as_of < until for q in self.rows.eval_queries])
-        early_ctr = np.flatnonzero([q.as_of < until for q in self.ctr_rows.eval_queries])
-        label_rows = np.isin(self.ctr_rows.group(), early_ctr)
-        early_rows = self.rows.take(early)
-        return TrainingSet(
-            early_rows,
-            self.ctr_rows.take(early_ctr),
-            self.labels[label_rows],
-            self.positions[label_rows],
-            self.types,
-            self.has_impressions,
+        return self._take(
+            np.flatnonzero([q.as_of < until for q in self.rows.eval_queries]),
+            np.flatnonzero([q.as_of < until for q in self.ctr_rows.eval_queries]),
+        )
+
+    def since(self, time: int) -> "TrainingSet":
+        """The part from a time on, microseconds since 1970."""
+        return self._take(
+            np.flatnonzero([q.as_of >= time for q in self.rows.eval_queries]),
+            np.flatnonzero([q.as_of >= time for q in self.ctr_rows.eval_queries]),
         )
 
     def sample(self, limit: int) -> "TrainingSet":
         """A random sample of at most `limit` queries and `limit` pages, in their order."""
-        queries = _sample(len(self.rows.size), limit)
-        ctr_queries = _sample(len(self.ctr_rows.size), limit)  # the same sample if both are the same rows
+        # The same sample if both are the same rows.
+        return self._take(_sample(len(self.rows.size), limit), _sample(len(self.ctr_rows.size), limit))
+
+    def _take(self, queries: np.ndarray, ctr_queries: np.ndarray) -> "TrainingSet":
+        """Some of the queries of `rows` and of `ctr_rows`, rising int64."""
         label_rows = np.isin(self.ctr_rows.group(), ctr_queries)
         return TrainingSet(
             self.rows.take(queries),

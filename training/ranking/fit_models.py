@@ -107,7 +107,7 @@ def fit_models(
         [index for index, name in enumerate(names) if not is_column_of(name, *without)], np.int64
     )
     sources = zip(heads.sources, matrices, strict=True)
-    groups = [_groups(rows, matrix[:, columns]) for rows, matrix in sources]
+    groups = [groups_of(rows, matrix[:, columns]) for rows, matrix in sources]
     columns_read = [names[index] for index in columns]
     pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
@@ -133,6 +133,7 @@ def _improves(
     return improves_likelihood(queries, pages, columns, tested)
 
 
-def _groups(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:
+def groups_of(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:
+    """The queries of rows as groups, with the columns `matrix`, float32 (N, K)."""
     time = np.array([q.as_of for q in rows.eval_queries], np.int64)
     return RankingGroups(matrix, rows.label, rows.weight, rows.size, time)

@@ -132,7 +132,7 @@ def _before(queries: RankingGroups, late: LoggedPages) -> RankingGroups:
 
 def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[str]) -> ConditionalLogit:
     """A choice model of pages and queries, without its effects of positions."""
-    positions = _one_hot(pages.position)[:, 1:]
+    positions = position_columns(pages.position)[:, 1:]
     nowhere = np.zeros((len(queries.grade), positions.shape[1]), np.float32)
     groups = RankingGroups.concatenate(
         [
@@ -154,8 +154,8 @@ def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[st
     )
 
 
-def _one_hot(position: np.ndarray) -> np.ndarray:
-    """The position of rows, float32 (N, `_POSITIONS`)."""
+def position_columns(position: np.ndarray) -> np.ndarray:
+    """A column for each position, float32 (N, 20); the last one is for all later positions."""
     places = np.clip(position, 1, _POSITIONS) - 1
     return np.asarray(np.eye(_POSITIONS, dtype=np.float32)[places])
 
@@ -172,14 +172,14 @@ class _Logit:
     def of(cls, choice: ConditionalLogit, pages: LoggedPages) -> "_Logit":
         score = _score(choice, pages.groups)
         scale, *effects = fit_logistic(
-            np.column_stack([score, _one_hot(pages.position)]), pages.engaged
+            np.column_stack([score, position_columns(pages.position)]), pages.engaged
         ).tolist()
         # Where the choice model knows nothing, its order still counts.
         return cls(choice, scale if scale > 0 else 1e-3, np.array(effects))
 
     def of_pages(self, pages: LoggedPages) -> np.ndarray:
         """The logit of each row, float64 (N,)."""
-        effects = _one_hot(pages.position) @ self.effects
+        effects = position_columns(pages.position) @ self.effects
         return np.asarray(self.scale * _score(self.choice, pages.groups) + effects)
 
 
