@@ -189,7 +189,7 @@ def show(
         table = Table(title=f"Pages of {PAGE} for {group}", title_justify="left")
         table.add_column("by")
         for name in ("mean true utility", "share of the best", "never bought before"):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for way, scores in ways.items():
             share = f"{scores['share']:.1%} [{scores['share_low']:.1%}, {scores['share_high']:.1%}]"
             cells = (f"{scores['utility']:.3f}", share, f"{scores['never_bought']:.1%}")

@@ -12,6 +12,7 @@ from scipy.special import expit
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import RerankerModel
 from services.ranking.state.item_stats import DAY
+from training.evaluation.page_likelihood import page_likelihood
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import page_reranker
 from training.ranking.conditional_logit import fit_choice
@@ -199,3 +200,25 @@ def test_a_gain_that_is_certain_but_tiny_earns_no_place(caplog: pytest.LogCaptur
     assert not improves_likelihood(no_queries(), pages, TWO, np.array([False, True]))
     gain, error = (float(caplog.messages[-1].split(part)[1].split()[0].rstrip(",")) for part in ("gain", "±"))
     assert gain >= error > 0 or gain < 0.0005
+
+
+def test_likelihood_tells_what_was_liked_from_what_stood_first() -> None:
+    pages = pages_by_fame(2000)
+    fame, taste = pages.groups.matrix.T.astype(np.float64)
+    unknown = np.where(np.arange(len(taste)) % 3 == 0, np.nan, taste)
+    scores = {"whole bundle": taste, "fame": fame, "partly unknown": unknown, "constant": np.zeros(len(fame))}
+    found = page_likelihood(scores, pages)
+    assert list(found) == ["position alone", *scores]
+    assert found["whole bundle"]["gained"]["ci95"][0] > 0.002
+    assert found["fame"]["gained"]["ci95"][0] < 0.001  # the position says it already
+    assert 0 < found["partly unknown"]["gained"]["mean"] < found["whole bundle"]["gained"]["mean"]
+    assert found["constant"]["gained"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert found["whole bundle"]["lost"]["ci95"] == [0, 0]
+    for of_method in found.values():
+        lost = found["whole bundle"]["log_likelihood"]["mean"] - of_method["log_likelihood"]["mean"]
+        assert of_method["lost"]["mean"] == pytest.approx(lost, abs=2e-5)
+
+
+def test_three_pages_tell_nothing() -> None:
+    pages = pages_by_fame(3)
+    assert page_likelihood({"whole bundle": np.zeros(3 * SIZE)}, pages) == {}

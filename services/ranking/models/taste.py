@@ -130,8 +130,14 @@ def user_part(
     weights: np.ndarray,
     variances: np.ndarray,
 ) -> np.ndarray:
-    """The part of a user for items with `codes` (C, A) and deviations `price` (C,): float64 (C,)."""
-    return np.asarray(_user_part(codes, price, observations.codes, observations.price, weights, variances))
+    """The part of a user for items with `codes` (C, A) and deviations `price` (C,): float64 (C,).
+
+    Of several `weights`, (W, O), a part by each: float64 (W, C).
+    """
+    each = np.ascontiguousarray(weights.reshape(-1, len(observations.price)))
+    by_attribute = np.ascontiguousarray(observations.codes.T)
+    parts = _user_parts(codes, price, by_attribute, observations.price, each, variances)
+    return np.asarray(parts.reshape(*weights.shape[:-1], len(price)))
 
 
 class TasteView:
@@ -150,14 +156,12 @@ class TasteView:
     def columns(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[np.ndarray]:
         """The columns `TASTE_COLUMNS` of rows (C,), float32 (C,); the user's are NaN if nothing is known."""
         own, observed = self._arrays.current()[0][rows], self._observed(query, stats)
-        parts = [np.full(len(rows), np.nan, np.float32)] * 2
+        parts = np.full((2, len(rows)), np.nan, np.float32)
         if observed is not None:
             observations, weights, in_session = observed
             codes, price = self._codes(rows, stats), np.ascontiguousarray(own[:, 2], np.float64)
-            parts = [
-                user_part(codes, price, observations, weights * chosen, self._variances).astype(np.float32)
-                for chosen in (in_session, ~in_session)
-            ]
+            by_time = np.stack([weights * in_session, weights * ~in_session])
+            parts[:] = user_part(codes, price, observations, by_time, self._variances)
         return [own[:, 0], own[:, 1], *parts]
 
     def _observed(
@@ -309,8 +313,8 @@ def _posterior(
     return weights
 
 
-@kernel(_CODES, _NUMBERS, _CODES, _NUMBERS, _NUMBERS, _NUMBERS)
-def _user_part(
+@kernel(_CODES, _NUMBERS, _CODES, _NUMBERS, array(np.float64, 2), _NUMBERS, reorder=True)
+def _user_parts(
     codes: np.ndarray,
     price: np.ndarray,
     observed_codes: np.ndarray,
@@ -318,22 +322,26 @@ def _user_part(
     weights: np.ndarray,
     variances: np.ndarray,
 ) -> np.ndarray:
+    """The sums of each of weights, float64 (W, O), by the kernel of items and observations: (W, C).
+
+    `observed_codes` are by attribute, int32 (A, O).
+    """
     count, width = codes.shape
-    base = variances[width + 1] * weights.sum()
-    result = np.empty(count)
-    for index in range(count):
-        near = 0.0
-        for observation in range(len(weights)):
-            distance = abs(price[index] - observed_price[observation])
-            near += weights[observation] * max(1 - distance / _PRICE_RANGE, 0.0)
-        total = base + variances[width] * near
-        for column in range(width):
-            code = codes[index, column]
-            if code >= 0:
-                same = 0.0
-                for observation in range(len(weights)):
-                    if observed_codes[observation, column] == code:
-                        same += weights[observation]
-                total += variances[column] * same
-        result[index] = total
+    result = np.empty((len(weights), count))
+    for each in range(len(weights)):
+        of_each = weights[each]
+        base = variances[width + 1] * of_each.sum()
+        for index in range(count):
+            near = 0.0
+            for observation in range(len(of_each)):
+                distance = abs(price[index] - observed_price[observation])
+                near += of_each[observation] * max(1 - distance / _PRICE_RANGE, 0.0)
+            total = base + variances[width] * near
+            for column in range(width):
+                code, same = codes[index, column], 0.0
+                if code >= 0:
+                    for observation in range(len(of_each)):
+                        same += of_each[observation] * (observed_codes[column, observation] == code)
+                    total += variances[column] * same
+            result[each, index] = total
     return result
