@@ -87,6 +87,8 @@ class PageEvaluator:
         """
         utility = self.truth.utility(queries.users)
         shown = [n for n, page in enumerate(pages) if page]
+        if not shown:
+            raise RuntimeError("every page is empty: has the gateway items of this shop?")
         of_page = np.array([utility[n, pages[n]].mean() for n in shown])
         best_pages = self.top(utility, queries)
         of_best = np.array([utility[n, best_pages[n]].mean() for n in shown])

@@ -162,6 +162,18 @@ class ItemTable:
         dictionary = column.current
         return dictionary.codes.of_rows(rows), dictionary.vocabulary
 
+    def first_texts(self, attribute: str, rows: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """The first text of each of rows, int64 (R,): the distinct texts, and each row's index in them.
+
+        The index is int64 (R,), -1 for no text.
+        """
+        if (column := self._texts.get(attribute)) is None or not len(rows):
+            return [], np.full(len(rows), -1, np.int64)
+        dictionary = column.current
+        codes, index = np.unique(dictionary.codes.of_rows(rows)[:, 0], return_inverse=True)
+        none = int(np.count_nonzero(codes < 0))  # of which there is at most one, the first
+        return [dictionary.texts[code] for code in codes[none:].tolist()], index - none
+
     def text_entries(self, attribute: str) -> tuple[np.ndarray, np.ndarray, Sequence[str]] | None:
         """A text attribute as pairs: rows int32 (E,) in order, codes int32 (E,); the text of each code."""
         if (column := self._texts.get(attribute)) is None:

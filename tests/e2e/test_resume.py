@@ -187,7 +187,7 @@ def test_a_changed_price_trains_no_encoder_again(
     def change(of_items: Rows, of_events: Rows) -> None:
         of_items[3]["price"] = 77
 
-    assert rebuilt_stages(change, killed_runs, shop, bases, caplog) == {"ranking"}
+    assert rebuilt_stages(change, killed_runs, shop, bases, caplog) == {"taste", "ranking"}
 
 
 def test_a_changed_title_trains_both_encoders_again(
@@ -196,8 +196,9 @@ def test_a_changed_title_trains_both_encoders_again(
     def change(of_items: Rows, of_events: Rows) -> None:
         of_items[3]["title"] = "a gnome"
 
-    # Files of photographs, the bases as they came, what those see in photographs and who buys know no titles.
-    untouched = {"photographs", "text-frozen", "image-frozen", "image-frozen-vectors", "propensity"}
+    # Files of photographs, the bases as they came, what those see in photographs, tastes and who buys know no
+    # titles.
+    untouched = {"photographs", "text-frozen", "image-frozen", "image-frozen-vectors", "taste", "propensity"}
     expected = set(killed_runs["stages"]) - untouched
     assert rebuilt_stages(change, killed_runs, shop, bases, caplog) == expected
 
@@ -223,7 +224,8 @@ def test_a_changed_event_type_runs_the_stages_that_weight_engagements(
         assert of_events[-1]["type"] == "purchase"
         of_events[-1]["type"] = "click"
 
-    assert rebuilt_stages(change, killed_runs, shop, bases, caplog) == {"sequence", "ranking", "propensity"}
+    expected = {"sequence", "taste", "ranking", "propensity"}
+    assert rebuilt_stages(change, killed_runs, shop, bases, caplog) == expected
 
 
 def test_a_shop_too_small_for_evaluation_is_trained(bases: Path, tmp_path: Path) -> None:

@@ -410,7 +410,8 @@ def impression_training_set(lists: int, vectors: dict[str, np.ndarray]) -> Train
 
 def positions(rows: FeatureRows) -> np.ndarray:
     """The places of rows that are pages."""
-    return np.arange(len(rows.items)) - np.repeat(np.cumsum(rows.size) - rows.size, rows.size) + 1
+    start = np.cumsum(rows.size) - rows.size
+    return np.asarray(np.arange(len(rows.items)) - np.repeat(start, rows.size) + 1)
 
 
 def test_a_head_that_does_not_improve_ranking_is_no_column() -> None:

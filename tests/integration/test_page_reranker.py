@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightgbm
@@ -10,7 +11,7 @@ import pytest
 from scipy.special import expit
 
 from services.ranking.models.linear import ConditionalLogit
-from services.ranking.models.reranker import RerankerModel
+from services.ranking.models.reranker import Reranker, RerankerModel, write_reranker
 from services.ranking.state.item_stats import DAY
 from training.evaluation.page_likelihood import page_likelihood
 from training.examples.ranking_groups import RankingGroups
@@ -170,6 +171,21 @@ def test_the_number_of_trees_is_validated_on_unseen_days(monkeypatch: pytest.Mon
     assert model.trees is not None
 
 
+def test_a_served_model_scores_as_the_one_that_was_validated(tmp_path: Path) -> None:
+    """A booster of a binary objective predicts probabilities unless it is asked for logits."""
+    matrix, is_click = liking_of_the_middle(20_000)
+    model = fit_page_reranker(no_queries(), pages_of(lists(matrix, is_click)), TWO, 50)
+    assert model.trees is not None
+    raw = np.asarray(model.trees.predict(matrix, raw_score=True))
+    assert raw.min() < -0.5
+    np.testing.assert_allclose(model.score(matrix), model.choice.terms(matrix).sum(1) + raw, atol=1e-5)
+    write_reranker(tmp_path, model)
+    np.testing.assert_allclose(Reranker(tmp_path, TWO).score(matrix), model.score(matrix), atol=1e-5)
+    middle, edge = model.score(np.array([[0, 0], [2, 0]], np.float32))
+    chance = np.log(0.3 / 0.7)  # in the middle; nothing is taken at the edge
+    assert middle > edge + 2 > chance
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("clicks", [0, 1, SIZE])
 def test_a_few_pages_suffice_for_a_model(count: int, clicks: int) -> None:
@@ -205,13 +221,13 @@ def test_a_gain_that_is_certain_but_tiny_earns_no_place(caplog: pytest.LogCaptur
 def test_likelihood_tells_what_was_liked_from_what_stood_first() -> None:
     pages = pages_by_fame(2000)
     fame, taste = pages.groups.matrix.T.astype(np.float64)
-    unknown = np.where(np.arange(len(taste)) % 3 == 0, np.nan, taste)
-    scores = {"whole bundle": taste, "fame": fame, "partly unknown": unknown, "constant": np.zeros(len(fame))}
+    rarely = np.where(np.arange(len(taste)) % 3 == 0, 0.5, taste)
+    scores = {"whole bundle": taste, "fame": fame, "rarely known": rarely, "constant": np.zeros(len(fame))}
     found = page_likelihood(scores, pages)
     assert list(found) == ["position alone", *scores]
     assert found["whole bundle"]["gained"]["ci95"][0] > 0.002
     assert found["fame"]["gained"]["ci95"][0] < 0.001  # the position says it already
-    assert 0 < found["partly unknown"]["gained"]["mean"] < found["whole bundle"]["gained"]["mean"]
+    assert 0 < found["rarely known"]["gained"]["mean"] < found["whole bundle"]["gained"]["mean"]
     assert found["constant"]["gained"]["mean"] == pytest.approx(0, abs=1e-4)
     assert found["whole bundle"]["lost"]["ci95"] == [0, 0]
     for of_method in found.values():

@@ -231,18 +231,18 @@ def test_page_items_are_graded_by_their_strongest_interaction() -> None:
     past = graphs_by_day(shop, *random_vectors(20))
     moment = (FIRST + DAYS - 1) * DAY
     targets = np.array([item_hash(name) for name in ("i3", "unknown", "i0", "i7", "i1")], np.int64)
-    page = EvalQuery("p1", moment, (), targets)
+    page = EvalQuery("p1", moment, (), targets, positions=np.array([7, 8, 2, 3, 0], np.int32))
     interactions = np.array([[1, 0], [1, 1], [0, 0], [1, 1], [0, 1]], np.float32)
     graded_rows = page_rows(
         past,
-        [page, replace(page, targets=targets[1:2])],
+        [page, replace(page, targets=targets[1:2], positions=page.positions[1:2])],
         [interactions, interactions[1:2]],
         np.array([0.25, 0.8]),
         0.1,
     )
     assert graded_rows is not None
     rows, labels, positions = graded_rows
-    assert positions.tolist() == [1, 3, 4, 5]
+    assert positions.tolist() == [7, 2, 3, 0]
     assert past.table.ids(rows.items) == ["i3", "i0", "i7", "i1"]
     np.testing.assert_array_equal(labels, interactions[[0, 2, 3, 4]])
     np.testing.assert_allclose(rows.label, [0.25, 0, 0.8, 0.8])
@@ -263,7 +263,7 @@ def test_session_items_are_no_rows_of_the_page() -> None:
     rows = page_rows(past, [page], [np.array([[0], [1], [1]], np.float32)], np.ones(1), 0.1)
     assert rows is not None
     assert past.table.ids(rows[0].items) == ["i3", "i7"]
-    assert rows[2].tolist() == [1, 3]
+    assert rows[2].tolist() == [0, 0]
     assert rows[1].ravel().tolist() == rows[0].label.tolist() == [0, 1]
 
 

@@ -221,6 +221,9 @@ def test_a_page_is_labeled_by_later_interactions(rows: list[Deed], hour: int) ->
             (time, (), *rest) if (time, (), *rest) in +page_counts else (start, expected_session, *rest)
         ] -= 1
     assert set(page_counts.values()) <= {0}
+    for page_query in pages:  # in the order of their places
+        assert len(page_query.positions) == len(page_query.targets)
+        assert (np.diff(page_query.positions) > 0).all()
     assert [(q.as_of, q.user_id) for q in pages] == sorted((q.as_of, q.user_id) for q in pages)
 
 

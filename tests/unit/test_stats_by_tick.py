@@ -195,6 +195,9 @@ def test_a_failed_preparation_is_logged_and_a_request_computes(
     shop.stats.at(NOON + MINUTE)
     shop.finish_preparing()
     assert "a request will wait" in caplog.text
+    shop.stats.at(NOON + 2 * MINUTE)  # does not try again
+    shop.finish_preparing()
+    assert len(caplog.records) == 1
     assert_equal(shop.stats.at(NOON + 5 * MINUTE), item_stats(shop.state, shop.table, NOON))
 
 

@@ -27,10 +27,10 @@ from services.ranking.models.taste import (
     write_taste,
 )
 from services.ranking.state.event_columns import EventState
-from services.ranking.state.item_stats import item_stats
+from services.ranking.state.item_stats import DAY, item_stats
 from services.ranking.state.query_builder import User, make_query, shown_items
 from services.ranking.state.user_query import Impressions, UserQuery
-from tests.support.histories import DAY, EPOCH, FIRST, HOUR, Interaction, make_shop, shop_config
+from tests.support.histories import EPOCH, FIRST, HOUR, Interaction, make_shop, shop_config
 from training.examples.shop_state import state_of
 from training.ranking.taste import TasteFit, fit_taste
 
@@ -46,6 +46,7 @@ def observations(random: np.random.Generator, count: int, width: int = 3) -> Obs
         random.standard_normal(count) - 1,
         engaged,
         engaged & (random.random(count) < 0.5),
+        random.random(count) < 0.3,
     )
 
 
@@ -74,8 +75,9 @@ def test_the_part_of_a_user_is_the_mode_of_its_posterior(seed: int, count: int, 
         logit = seen.appeal + part
         total = log_expit(np.where(seen.engaged, logit, -logit)).sum()
         if slope:
-            strong = slope * logit[seen.engaged] - 0.5
-            total += log_expit(np.where(seen.strong[seen.engaged], strong, -strong)).sum()
+            judged = seen.engaged & (seen.strong | ~seen.is_open)
+            strong = slope * logit[judged] - 0.5
+            total += log_expit(np.where(seen.strong[judged], strong, -strong)).sum()
         return float(part @ precision @ part / 2 - total)
 
     mode = minimize(loss, np.zeros(count), method="BFGS", options={"gtol": 1e-7}).x
@@ -87,7 +89,7 @@ def test_the_part_of_a_user_is_the_mode_of_its_posterior(seed: int, count: int, 
     gradient = seen.engaged - expit(seen.appeal + found)
     if slope:
         strong = seen.strong - expit(slope * (seen.appeal + found) - 0.5)
-        gradient = gradient + seen.engaged * slope * strong
+        gradient = gradient + seen.engaged * (seen.strong | ~seen.is_open) * slope * strong
     np.testing.assert_allclose(weights, gradient, atol=0.01)  # which holds at a mode
 
 
@@ -121,10 +123,11 @@ def model_of(items: list[Item]) -> TasteModel:
 def user(
     session: list[int], history: list[int], shown: list[int], engaged: list[bool], strong: float = 1.0
 ) -> UserQuery:
+    """A user of these rows; all interactions have the weight `strong`, the lightest has .25."""
     rows = np.array(shown, np.int64)
     return UserQuery(
         session=np.array(session, np.int64),
-        session_weights=np.ones(len(session), np.float32),
+        session_weights=np.full(len(session), strong, np.float32),
         history=np.array(history, np.int64),
         ages=np.ones(len(history), np.float32),
         weights=np.full(len(history), strong, np.float32),
@@ -195,10 +198,26 @@ def test_an_interaction_that_follows_an_impression_counts_once() -> None:
     shown = catalog.columns(user([], [], [0], [True]))
     both = catalog.columns(user([], [0], [0], [True]))
     np.testing.assert_array_equal(shown, both)
-    in_session = catalog.columns(user([0], [], [0], [True]))
-    np.testing.assert_array_equal(shown, in_session)
-    unseen = catalog.columns(user([0], [], [0], [False]))  # the event of the interaction is still to come
-    assert unseen[2][4] > 0 > unseen[3][4]
+    twice = catalog.columns(user([], [1, 1, 1], [], []))
+    np.testing.assert_array_equal(twice, catalog.columns(user([], [1], [], [])))
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_an_item_of_the_session_counts_for_the_session_alone(is_recorded: bool) -> None:
+    """Whether or not its event is recorded already: in training it never is."""
+    catalog = Catalog()
+    history = [0] if is_recorded else []
+    found = catalog.columns(user([0, 0], history, [0, 1], [is_recorded, False]))
+    np.testing.assert_array_equal(found, catalog.columns(user([0], [], [1], [False])))
+    np.testing.assert_array_equal(found[2] > 0, catalog.columns(user([0], [], [], []))[2] > 0)
+
+
+def test_what_may_still_be_purchased_in_the_session_is_not_passed_over() -> None:
+    catalog = Catalog()
+    click = catalog.columns(user([0], [], [], [], strong=0.25))[2]
+    cart = catalog.columns(user([0], [], [], [], strong=0.5))[2]
+    past = catalog.columns(user([], [0], [], [], strong=0.25))[3]
+    assert cart[0] > click[0] > past[0] > 0
 
 
 def test_a_stronger_interaction_says_more() -> None:

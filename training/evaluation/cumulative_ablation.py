@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def step_milliseconds(
             list(past.proposals(user_query, eval_query.as_of, allowed))
             list(features.blocks(user_query, query_rows.items, stats))
             previous = stats
+        user_query = replace(user_query, derived={})  # what models derive from a user counts
         _measure(past.proposals(user_query, eval_query.as_of, allowed), cost)
         _measure(features.blocks(user_query, query_rows.items, stats), cost)
         _measure(_score_steps(query_rows, models, vectors), cost)
@@ -92,4 +94,4 @@ def _score_steps(
     matrix = matrix[:, models.columns]
     yield COUNTS, models.model.choice.terms(matrix).sum(1)
     if models.model.trees is not None:
-        yield "trees", models.model.trees.predict(matrix, num_threads=1)
+        yield "trees", models.model.trees.predict(matrix, raw_score=True, num_threads=1)

@@ -158,7 +158,9 @@ def _page_scores(
     scores["without trees"] = models.model.choice.terms(matrix).sum(1, dtype=np.float64)
     scores["hand-set weights"] = baseline_scores(rows.names, rows.matrix)
     for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
-        scores[name] = rows.matrix[:, rows.names.index(column)].astype(np.float64)
+        score = rows.matrix[:, rows.names.index(column)].astype(np.float64)
+        if not np.isnan(score).all():
+            scores[name] = np.where(np.isnan(score), np.nanmean(score), score)
     return scores
 
 

@@ -17,15 +17,16 @@ _MIN_PAGES = 4
 def page_likelihood(scores: Mapping[str, np.ndarray], pages: LoggedPages) -> dict[str, dict[str, Any]]:
     """The log-likelihood of the engagements with the items of pages, by method.
 
-    `scores` float64 (N,) are of the rows, one of them that of the whole bundle. A method is a logistic
-    regression of its scores and of positions, fitted on one half of the pages and measured on the other.
+    `scores` float64 (N,) are of the rows and finite, one of them that of the whole bundle. A method is a
+    logistic regression of its scores and of positions, fitted on one half of the pages and measured on the
+    other.
     Each has "log_likelihood", the mean for an item; "gained" over positions alone; and "lost" against the
     whole bundle. Empty with fewer than four pages.
     """
     if len(pages.groups.size) < _MIN_PAGES:
         return {}
     by_method = {POSITION: _by_page(None, pages)}
-    by_method |= {name: _by_page(np.nan_to_num(score), pages) for name, score in scores.items()}
+    by_method |= {name: _by_page(score, pages) for name, score in scores.items()}
     return {
         name: {
             "log_likelihood": metrics.interval(values).to_dict(),
@@ -40,8 +41,7 @@ def _by_page(score: np.ndarray | None, pages: LoggedPages) -> np.ndarray:
     """The mean log-likelihood of the rows of each page, float64 (Q,)."""
     design = position_columns(pages.position).astype(np.float64)
     if score is not None:
-        unit = max(float(score.std()), 1e-9)
-        design = np.column_stack([(score - score.mean()) / unit, design])
+        design = np.column_stack([score, design])
     half = np.random.default_rng(0).permutation(len(pages.groups.size)) % 2 == 0
     in_half, logit = np.repeat(half, pages.groups.size), np.empty(len(design))
     for fitted in (in_half, ~in_half):

@@ -384,9 +384,10 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "pages",
         "Logged pages",
         "How well scores predict what users engage with among what they were shown, next to its position: "
-        "the log-likelihood of an item on later pages. In a shop that logs pages, this decides which models "
-        "and columns are used. Recall of next items does not: users can only take what the shop has shown, "
-        "so it favors scores that are like those that filled the shop's pages.",
+        "the log-likelihood of an item on later pages. In a shop that logs pages, the same measure on "
+        "earlier pages decides about trees and the scores of the CTR head. Recall of next items does not: "
+        "users can only take what the shop has shown, so it favors scores like those that filled the "
+        "shop's pages.",
         _logged_pages,
     ),
     (

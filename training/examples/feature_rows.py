@@ -148,8 +148,8 @@ def page_rows(
 ) -> tuple[FeatureRows, np.ndarray, np.ndarray] | None:
     """Rows of logged pages; their labels, float32 (N, T), one column per event type; their positions.
 
-    The targets of a page are the items on it, in the order of their positions, int64 (N,), which count from
-    1; its labels are float32 (S, T). Items of the session are
+    The targets of a page are the items on it, and its labels are float32 (S, T). Positions are int64 (N,), 0
+    for unknown. Items of the session are
     excluded, as from candidates. The grade of a row is the largest weight of its labels, by `weights`
     float32 (T,). A share `cold_start_share` of the rows hides its item's interactions. None if no page has an
     item of the catalog.
@@ -178,11 +178,11 @@ def page_rows(
             (page, user_query, matrix, first, items, zeros, grade, ones, no_interactions, len(items))
         )
         page_labels.append(label[in_catalog])
-        positions.append(np.flatnonzero(in_catalog) + 1)
+        positions.append((page.positions if len(page.positions) else np.zeros(len(in_catalog)))[in_catalog])
     if not parts:
         return None
     every_label = np.concatenate(page_labels).astype(np.float32)
-    return _concatenate(past, parts), every_label, np.concatenate(positions)
+    return _concatenate(past, parts), every_label, np.concatenate(positions).astype(np.int64)
 
 
 def _grades(items: np.ndarray, targets: np.ndarray, grades: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ class EvalQuery:
 
     `session` holds (item hash, event type), oldest first. `targets` int64 (T,) are item hashes. `grades`
     float32 (T,) are the weights of each target's strongest event type; empty if all targets are equal.
+    `positions` int32 (T,) are the places of the targets on a logged page, from 1, 0 for unknown; empty if it
+    is none.
     """
 
     user_id: str
@@ -23,6 +25,7 @@ class EvalQuery:
     session: tuple[tuple[int, str], ...]
     targets: np.ndarray
     grades: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
+    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
 
 
 def baskets(events: Events) -> np.ndarray:
@@ -107,7 +110,9 @@ def make_pages(
     for index in selected:
         page = pages[index]
         session_code, time = int(events.session[page[0]]), int(events.time[page[0]])
-        hashes = list(dict.fromkeys(events.number[page].tolist()))
+        hashes, first = np.unique(events.number[page], return_index=True)
+        in_order = np.argsort(first)
+        hashes, positions = hashes[in_order].tolist(), events.position[page[first[in_order]]]
         visit = session_code, time // DAY
         label = [[last_time.get((*visit, n, kinds.index(t)), -1) >= time for t in types] for n in hashes]
         user, as_of = events.user_ids[events.user[page[0]]], time
@@ -116,7 +121,8 @@ def make_pages(
             earlier = [row for row in visits.get(visit, []) if events.time[row] < time]
             session = tuple((int(events.number[row]), kinds[events.kind[row]]) for row in earlier)
             as_of = int(min(events.time[row] for row in earlier)) if earlier else time
-        eval_queries.append(EvalQuery(user, as_of, session, np.array(hashes, np.int64)))
+        targets = np.array(hashes, np.int64)
+        eval_queries.append(EvalQuery(user, as_of, session, targets, positions=positions))
         labels.append(np.array(label, np.float32))
     by_time = sorted(range(len(eval_queries)), key=lambda n: (eval_queries[n].as_of, eval_queries[n].user_id))
     return [eval_queries[n] for n in by_time], [labels[n] for n in by_time], types

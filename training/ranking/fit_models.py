@@ -8,6 +8,7 @@ import numpy as np
 
 from services.ranking.models.ctr import CtrModel
 from services.ranking.models.reranker import RerankerModel
+from services.ranking.models.taste import TASTE_COLUMNS
 from services.ranking.scoring.scorer import ctr_column
 from training.data.config import ShopConfig
 from training.examples.feature_rows import FeatureRows
@@ -18,13 +19,13 @@ from training.ranking.page_reranker import LoggedPages, fit_page_reranker, impro
 from training.ranking.reranker import fit_reranker, improves_ndcg
 
 _log = logging.getLogger(__name__)
-# The prefixes of the feature columns of each part.
+# What the names of the feature columns of each part begin with.
 _COLUMNS = {
     "text": ("text_",),
     "image": ("image_",),
     "graph": ("baskets_", "people_"),
     "sequence": ("sequence_",),
-    "taste": ("taste_",),
+    "taste": TASTE_COLUMNS,
     "words": ("words_",),
     "ctr": ("ctr_",),
 }

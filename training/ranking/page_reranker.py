@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoggedPages:
-    """Pages as groups of rows; `position` int64 (N,) is the place of a row on its page, from 1."""
+    """Pages as groups of rows; `position` int64 (N,) is the place of a row on its page, from 1; 0 unknown."""
 
     groups: RankingGroups
     position: np.ndarray
@@ -125,14 +125,13 @@ def improves_likelihood(
 
 
 def _before(queries: RankingGroups, late: LoggedPages) -> RankingGroups:
-    """The queries before the day of the first of some pages; all if that leaves none."""
-    early = queries.time < late.groups.time[0] // DAY * DAY
-    return queries.take(early) if early.any() else queries
+    """The queries before the day of the first of some pages: later ones may be of the same visits."""
+    return queries.take(queries.time < late.groups.time[0] // DAY * DAY)
 
 
 def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[str]) -> ConditionalLogit:
     """A choice model of pages and queries, without its effects of positions."""
-    positions = position_columns(pages.position)[:, 1:]
+    positions = np.delete(position_columns(pages.position), 1, axis=1)  # others are relative to the first
     nowhere = np.zeros((len(queries.grade), positions.shape[1]), np.float32)
     groups = RankingGroups.concatenate(
         [
@@ -144,7 +143,7 @@ def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[st
             replace(pages.groups, matrix=np.concatenate([pages.groups.matrix, positions], axis=1)),
         ]
     )
-    names = [*columns, *(f"position {place}" for place in range(2, _POSITIONS + 1))]
+    names = [*columns, *(f"position {place}" for place in (0, *range(2, _POSITIONS + 1)))]
     fitted, count = fit_choice(groups, names), len(columns)
     scales = fitted.scales
     return ConditionalLogit(
@@ -155,9 +154,9 @@ def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[st
 
 
 def position_columns(position: np.ndarray) -> np.ndarray:
-    """A column for each position, float32 (N, 20); the last one is for all later positions."""
-    places = np.clip(position, 1, _POSITIONS) - 1
-    return np.asarray(np.eye(_POSITIONS, dtype=np.float32)[places])
+    """A column for each position, float32 (N, 21): first for unknown ones, last for all later ones."""
+    places = np.clip(position, 0, _POSITIONS)
+    return np.asarray(np.eye(_POSITIONS + 1, dtype=np.float32)[places])
 
 
 @dataclass(frozen=True)

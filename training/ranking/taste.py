@@ -32,9 +32,9 @@ from training.ranking.logistic import fit_logistic
 
 _MAX_EVENTS = 2000  # of a user, the latest impressions and interactions
 _MIN_SHOWN, _MIN_ENGAGED = 2000, 200
-_MAX_VALUES = 1000  # an attribute of more values is part of users' tastes only, not of the appeal
+_MAX_VALUES = 2000  # in the appeal, of all attributes
 _LATER_SHARE = 0.2
-_LATER_USERS, _LATER_SHOWN = 1200, 50
+_LATER_USERS, _LATER_IMPRESSIONS, _MIN_USERS = 2400, 50, 60
 _ROUNDS, _STEPS = 4, 4
 _MAX_STEP = 1.0
 _VALUE, _PRICE, _USER = 0.1, 0.1, 0.2  # the first variances
@@ -54,17 +54,17 @@ class TasteFit:
     attributes: Sequence[str]
     targets: np.ndarray
 
-    def shown(self, users: Sequence[str], since: int, until: int) -> "Shown":
+    def impressions(self, users: Sequence[str], since: int, until: int) -> "ImpressionBlocks":
         """What users were shown from a time to another, with what they did within a day and by its end."""
         number, flag = np.empty(0, np.int64), np.empty(0, bool)
         sizes = [0]
         parts: list[tuple[np.ndarray, ...]] = [(number, number, flag, flag)]
         for user in users:
-            impressions = self.state.impressions(user, "", until, _MAX_EVENTS)
-            if not len(impressions.user):
+            events = self.state.impressions(user, "", until, _MAX_EVENTS)
+            if not len(events.user):
                 continue
             past = self.state.history(user, "", until, _MAX_EVENTS)
-            shown = shown_items(self.state, self.table, impressions, past, self.targets)
+            shown = shown_items(self.state, self.table, events, past, self.targets)
             end = int(np.count_nonzero(shown.occurred >= since))  # newest first
             for start in range(0, end, MAX_OBSERVATIONS):
                 block = slice(start, min(start + MAX_OBSERVATIONS, end))
@@ -72,11 +72,11 @@ class TasteFit:
                 parts.append(tuple(column[block] for column in columns))
                 sizes.append(len(parts[-1][0]))
         rows, time, engaged, strong = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return Shown(rows, time, engaged, strong, np.cumsum(sizes))
+        return ImpressionBlocks(rows, time, engaged, strong, np.cumsum(sizes))
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImpressionBlocks:
     """N items shown to users, in B blocks of at most `MAX_OBSERVATIONS` of one user, newest first.
 
     `rows` int64 of a table, `time` int64, `engaged` and `strong` bool; `start` int64 (B + 1,) are the blocks.
@@ -87,6 +87,12 @@ class Shown:
     engaged: np.ndarray
     strong: np.ndarray
     start: np.ndarray
+
+    def first(self, count: int) -> "ImpressionBlocks":
+        """The newest items of one user, as one block."""
+        first = slice(count)
+        columns = (self.rows[first], self.time[first], self.engaged[first], self.strong[first])
+        return ImpressionBlocks(*columns, np.array([0, len(columns[0])]))
 
     def blocks(self) -> Iterator[slice]:
         """The blocks."""
@@ -107,11 +113,16 @@ class Catalog:
         self.price_scale = _price_scale(table, self)
         self.price = self.price_scale.of(table, self.rows)
 
-    def observations(self, shown: Shown, block: slice, appeal: np.ndarray) -> Observations:
+    def observations(self, shown: ImpressionBlocks, block: slice, appeal: np.ndarray) -> Observations:
         """A block of what was shown; `appeal` float64 (N,) is of all items."""
         rows = shown.rows[block]
         return Observations(
-            self.codes[rows], self.price[rows], appeal[rows], shown.engaged[block], shown.strong[block]
+            self.codes[rows],
+            self.price[rows],
+            appeal[rows],
+            shown.engaged[block],
+            shown.strong[block],
+            np.zeros(len(rows), bool),
         )
 
 
@@ -151,52 +162,47 @@ def _deviation(values: np.ndarray) -> float:
 class Appeal:
     """The appeal of items, fitted to what was shown: effects of values and prices, and of each item.
 
-    `total` float64 (N,) is the appeal of each item, `of_items` float64 (N,) the part of the item itself.
+    `total` float64 (N,) is the appeal of each item that was shown, `of_items` float64 (N,) the part of the
+    item itself.
     """
 
-    def __init__(self, catalog: Catalog, rate: float) -> None:
-        price = np.stack([catalog.price, catalog.price**2], axis=1)
-        self._names, parts = list[tuple[str, str]](), [sparse.csr_array(price)]
-        count = len(catalog.rows)
-        for at, (name, (_, vocabulary)) in enumerate(catalog.columns.items()):
-            codes = catalog.codes[:, at]
-            values = np.unique(codes[codes >= 0])
-            if len(values) > _MAX_VALUES:
+    def __init__(self, catalog: Catalog, shown: ImpressionBlocks) -> None:
+        self._rows = np.unique(shown.rows)
+        count, price = len(self._rows), catalog.price[self._rows]
+        parts = [sparse.csr_array(np.stack([price, price**2], axis=1))]
+        self._names = list[tuple[str, str]]()
+        for name, values, one_hot in _values_by_frequency(catalog, self._rows):
+            if len(self._names) + len(values) > _MAX_VALUES:
+                _log.info("%s has too many values for the appeal of items", name)
                 continue
-            text_of = {code: text for text, code in vocabulary.items()}
-            self._names += [(name, text_of[code]) for code in values.tolist()]
-            used = np.flatnonzero(codes >= 0)
-            place = np.searchsorted(values, codes[used])
-            one_hot = sparse.csr_array((np.ones(len(used)), (used, place)), (count, len(values)))
+            self._names += [(name, value) for value in values]
             parts.append(one_hot)
         parts.append(sparse.csr_array(np.ones((count, 1))))
         self._design = sparse.csr_array(sparse.hstack(parts))
         self._penalty = np.ones(self._design.shape[1])
         self._penalty[[0, 1, -1]] = 1e-3  # prices and the intercept are free
         self._item_variance = self._value_variance = 0.3
+        rate = float(np.clip(shown.engaged.mean(), 0.001, 0.999))
         intercept = float(np.log(rate / (1 - rate)))
         self.effects = np.zeros(self._design.shape[1])
         self.effects[-1] = intercept
-        self.total, self.of_items = np.full(count, intercept), np.zeros(count)
+        items = len(catalog.rows)
+        self.total, self.of_items = np.full(items, intercept), np.zeros(items)
 
     def step(self, gradient: np.ndarray, curvature: np.ndarray) -> None:
         """One step by the gradient and the curvature of the log-likelihood of each item, float64 (N,)."""
-        seen = curvature > _TINY
-        weight = np.maximum(curvature, _TINY)
-        working = self.total + gradient / weight
-        precision = np.where(seen, 1 / (1 / weight + self._item_variance), 0)
+        total, weight = self.total[self._rows], np.maximum(curvature[self._rows], _TINY)
+        working = total + gradient[self._rows] / weight
+        precision = 1 / (1 / weight + self._item_variance)
         scaled = self._design.multiply(precision[:, None]).tocsr()
         normal = (self._design.T @ scaled).toarray() + np.diag(self._penalty / self._value_variance)
         inverse = np.linalg.inv(normal)
         self.effects = inverse @ (self._design.T @ (precision * working))
         content = self._design @ self.effects
-        share = self._item_variance / (self._item_variance + 1 / weight)
-        self.of_items = np.where(seen, (working - content) * share, 0)
-        change = content + self.of_items - self.total
-        self.total = self.total + np.clip(change, -_MAX_STEP, _MAX_STEP)
-        if seen.any():
-            spread = self.of_items[seen] ** 2 + 1 / (weight[seen] + 1 / self._item_variance)
-            self._item_variance = float(spread.mean())
+        own = (working - content) * self._item_variance / (self._item_variance + 1 / weight)
+        self.of_items[self._rows] = own
+        self.total[self._rows] = total + np.clip(content + own - total, -_MAX_STEP, _MAX_STEP)
+        self._item_variance = float((own**2 + 1 / (weight + 1 / self._item_variance)).mean())
         values = self.effects[2:-1] ** 2 + np.diag(inverse)[2:-1]
         self._value_variance = float(values.mean()) if len(values) else 1.0
 
@@ -208,13 +214,28 @@ class Appeal:
         return effects
 
 
+def _values_by_frequency(
+    catalog: Catalog, rows: np.ndarray
+) -> Iterator[tuple[str, list[str], sparse.csr_array]]:
+    """Each attribute, its values among rows (R,) and a column for each (R, V); few values first."""
+    found = []
+    for at, name in enumerate(catalog.attributes):
+        codes, (_, vocabulary) = catalog.codes[rows, at], catalog.columns[name]
+        values, used = np.unique(codes[codes >= 0]), np.flatnonzero(codes >= 0)
+        text_of = {code: text for text, code in vocabulary.items()}
+        place = np.searchsorted(values, codes[used])
+        one_hot = sparse.csr_array((np.ones(len(used)), (used, place)), (len(rows), len(values)))
+        found.append((name, [text_of[code] for code in values.tolist()], one_hot))
+    yield from sorted(found, key=lambda part: len(part[1]))
+
+
 def fit_taste(fit: TasteFit, until: int, like: TasteModel | None = None) -> TasteModel | None:
     """Fit a model on the events before `until`, microseconds since 1970; with the variances of another one.
 
     None if too little was shown, or if tastes do not predict what users did later better than the appeal of
     items alone.
     """
-    shown = fit.shown(fit.users, 0, until)
+    shown = fit.impressions(fit.users, 0, until)
     engaged = np.count_nonzero(shown.engaged)
     if len(shown.rows) < _MIN_SHOWN or engaged < _MIN_ENGAGED:
         if len(shown.rows):
@@ -223,7 +244,7 @@ def fit_taste(fit: TasteFit, until: int, like: TasteModel | None = None) -> Tast
         return None
     table, catalog = fit.table, Catalog(fit.table, fit.attributes)
     chosen = (
-        _choose(fit, catalog, int(np.quantile(shown.time, 1 - _LATER_SHARE)), until)
+        _best_variances(fit, catalog, int(np.quantile(shown.time, 1 - _LATER_SHARE)), until)
         if like is None
         else _variances_of(like.settings, catalog)
     )
@@ -256,11 +277,10 @@ def _variances_of(settings: TasteSettings, catalog: Catalog) -> np.ndarray:
 
 
 def _fit_appeal(
-    catalog: Catalog, shown: Shown, variances: np.ndarray, rounds: int = _ROUNDS
+    catalog: Catalog, shown: ImpressionBlocks, variances: np.ndarray, rounds: int = _ROUNDS
 ) -> tuple[Appeal, float, float]:
     """The appeal next to users' parts of these variances, and slope and intercept of strong interactions."""
-    rate = float(np.clip(shown.engaged.mean(), 0.001, 0.999))
-    appeal, part = Appeal(catalog, rate), np.zeros(len(shown.rows))
+    appeal, part = Appeal(catalog, shown), np.zeros(len(shown.rows))
     slope = intercept = 0.0
     count = len(catalog.rows)
     for number in range(rounds):
@@ -270,7 +290,9 @@ def _fit_appeal(
             curvature = np.bincount(shown.rows, probability * (1 - probability), count)
             appeal.step(gradient, curvature)
         if number:
-            slope, intercept = _strong(appeal.total[shown.rows[shown.engaged]], shown.strong[shown.engaged])
+            slope, intercept = _strong_logit(
+                appeal.total[shown.rows[shown.engaged]], shown.strong[shown.engaged]
+            )
         for block in shown.blocks():
             seen = catalog.observations(shown, block, appeal.total)
             weights = posterior_weights(seen, variances, slope, intercept)
@@ -278,7 +300,7 @@ def _fit_appeal(
     return appeal, slope, intercept
 
 
-def _strong(appeal: np.ndarray, strong: np.ndarray) -> tuple[float, float]:
+def _strong_logit(appeal: np.ndarray, strong: np.ndarray) -> tuple[float, float]:
     """Slope and intercept of the logit of a strong interaction by the appeal; (0, 0) without a slope."""
     if not strong.any() or strong.all():
         return 0.0, 0.0
@@ -286,27 +308,34 @@ def _strong(appeal: np.ndarray, strong: np.ndarray) -> tuple[float, float]:
     return (slope, intercept) if slope > 0 else (0.0, 0.0)
 
 
-class _Later:
-    """What users of the past were shown later: how well tastes of some variances predict it."""
+class _LaterImpressions:
+    """What users were shown later than their past: how well tastes of some variances predict it."""
 
-    def __init__(self, catalog: Catalog, past: list[tuple[Shown, Shown]], appeal: Appeal) -> None:
-        self._catalog, self._pairs, self._appeal = catalog, past, appeal.total
-        rows = np.concatenate([later.rows for _, later in past])
-        self._engaged = np.concatenate([later.engaged for _, later in past])
+    def __init__(
+        self, catalog: Catalog, pairs: Sequence[tuple[ImpressionBlocks, ImpressionBlocks]], appeal: Appeal
+    ) -> None:
+        self._catalog, self._pairs, self._appeal = catalog, pairs, appeal.total
+        rows = np.concatenate([later.rows for _, later in pairs])
+        self._engaged = np.concatenate([later.engaged for _, later in pairs])
         self._of_items = appeal.total[rows]
-        self.user = np.repeat(np.arange(len(past)), [len(later.rows) for _, later in past])
+        self._user = np.repeat(np.arange(len(pairs)), [len(later.rows) for _, later in pairs])
 
-    def likelihoods(self, variances: np.ndarray | None, slope: float, intercept: float) -> np.ndarray:
-        """The log-likelihood of each item shown later, float64 (L,); by appeal alone without variances.
-
-        Appeal and tastes have the scales that are best here: what counts is the order.
-        """
+    def design(self, variances: np.ndarray | None, slope: float, intercept: float) -> np.ndarray:
+        """The appeal of each item, a constant, and the user's part unless there are no variances."""
         columns = [self._of_items, np.ones(len(self._of_items))]
         if variances is not None:
             columns.append(self._parts(variances, slope, intercept))
-        design = np.stack(columns, axis=1)
-        logit = design @ fit_logistic(design, self._engaged)
-        return np.asarray(log_expit(np.where(self._engaged, logit, -logit)))
+        return np.stack(columns, axis=1)
+
+    def scales(self, design: np.ndarray) -> np.ndarray:
+        """The coefficients of a design that predict best: what counts is the order of items."""
+        return fit_logistic(design, self._engaged)
+
+    def likelihoods(self, design: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """The mean log-likelihood of the items of each user, float64 (U,)."""
+        logit = design @ scales
+        values = log_expit(np.where(self._engaged, logit, -logit))
+        return np.asarray(np.bincount(self._user, values) / np.bincount(self._user))
 
     def _parts(self, variances: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         parts = []
@@ -318,58 +347,52 @@ class _Later:
         return np.concatenate(parts)
 
 
-def _choose(fit: TasteFit, catalog: Catalog, edge: int, until: int) -> np.ndarray | None:
-    """The variances under which events before `edge` predict those after it best; None if none do."""
-    shown = fit.shown(fit.users, 0, edge)
+def _best_variances(fit: TasteFit, catalog: Catalog, edge: int, until: int) -> np.ndarray | None:
+    """The variances under which events before `edge` predict those after it best.
+
+    They are found on one half of the users. None if tastes do not help on the other half.
+    """
+    early = fit.impressions(fit.users, 0, edge)
     variances = np.array([*[_VALUE] * len(catalog.attributes), _PRICE, _USER])
-    if not len(shown.rows) or not shown.engaged.any():
+    pairs = _pairs(fit, edge, until)
+    if len(pairs) < _MIN_USERS or not early.engaged.any():
+        message = "no taste model: %d users were shown items on early and on late days, %d are needed"
+        _log.info(message, len(pairs), _MIN_USERS)
         return None
-    appeal, slope, intercept = _fit_appeal(catalog, shown, variances, rounds=2)
-    pairs = []
-    for number in np.random.default_rng(1).permutation(len(fit.users)).tolist():
-        user = [fit.users[number]]
-        past, later = fit.shown(user, 0, edge), fit.shown(user, edge, until)
-        if len(past.rows) and len(later.rows):
-            pairs.append((_first(past, MAX_OBSERVATIONS), _first(later, _LATER_SHOWN)))
-        if len(pairs) == _LATER_USERS:
-            break
-    if not pairs:
-        _log.info("no taste model: no user was shown items on early and on late days")
-        return None
-    later_shown = _Later(catalog, pairs, appeal)
-    best = later_shown.likelihoods(variances, slope, intercept)
+    appeal, *strong = _fit_appeal(catalog, early, variances, rounds=2)
+    half, other_half = (_LaterImpressions(catalog, pairs[start::2], appeal) for start in (0, 1))
+    design = half.design(variances, *strong)
+    best = half.likelihoods(design, half.scales(design)).mean()
     for factor in track(_FACTORS, "tastes"):
         for index in np.flatnonzero(variances).tolist():
             for tried in (variances[index] * factor, variances[index] / factor):
                 other = variances.copy()
                 other[index] = tried if tried >= _LEAST else 0.0
-                likelihoods = later_shown.likelihoods(other, slope, intercept)
-                if likelihoods.mean() > best.mean():
-                    best, variances = likelihoods, other
+                design = half.design(other, *strong)
+                likelihood = half.likelihoods(design, half.scales(design)).mean()
+                if likelihood > best:
+                    best, variances = likelihood, other
                     break
-    alone = later_shown.likelihoods(None, slope, intercept)
-    size = np.bincount(later_shown.user)
-    gain = metrics.interval(np.bincount(later_shown.user, best - alone) / size)
+    with_tastes, alone = (
+        other_half.likelihoods(other_half.design(of, *strong), half.scales(half.design(of, *strong)))
+        for of in (variances, None)
+    )
+    gain = metrics.paired_interval(with_tastes, alone)
     names = (*catalog.attributes, "price", "user")
     described = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, variances, strict=True) if v)
-    _log.info(
-        "tastes gain %.4f [%.4f, %.4f] of log-likelihood per user; variances: %s",
-        gain.mean,
-        gain.low,
-        gain.high,
-        described,
-    )
+    message = "tastes gain %.4f [%.4f, %.4f] of log-likelihood for each of %d other users; variances: %s"
+    _log.info(message, gain.mean, gain.low, gain.high, gain.count, described)
     return variances if gain.low > 0 else None
 
 
-def _first(shown: Shown, count: int) -> Shown:
-    """The newest items of one user."""
-    first = slice(count)
-    size = len(shown.rows[first])
-    return Shown(
-        shown.rows[first],
-        shown.time[first],
-        shown.engaged[first],
-        shown.strong[first],
-        np.array([0, size]),
-    )
+def _pairs(fit: TasteFit, edge: int, until: int) -> list[tuple[ImpressionBlocks, ImpressionBlocks]]:
+    """The last impressions before `edge`, and some after it, of a sample of users who have both."""
+    pairs = []
+    for number in np.random.default_rng(1).permutation(len(fit.users)).tolist():
+        user = [fit.users[number]]
+        past, later = fit.impressions(user, 0, edge), fit.impressions(user, edge, until)
+        if len(past.rows) and len(later.rows):
+            pairs.append((past.first(MAX_OBSERVATIONS), later.first(_LATER_IMPRESSIONS)))
+        if len(pairs) == _LATER_USERS:
+            break
+    return pairs

@@ -1,5 +1,6 @@
 """The two taste models of a training run: one without the ranking days, one on all events."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from training.examples.shop_state import state_of
 from training.ranking.taste import TasteFit, fit_taste
 
 BEFORE, FINAL = "before", "final"
+_log = logging.getLogger(__name__)
 
 
 def write_models(directory: Path, shop: ShopData, training: TasteTraining, split_time: int) -> None:
@@ -25,7 +27,7 @@ def write_models(directory: Path, shop: ShopData, training: TasteTraining, split
     settings, state = shop.settings, state_of(shop)
     table = ItemTable.of(shop.items, {}, {}, [creation_time(item) for item in shop.items])
     targets = np.array([state.kinds[name] for name in settings.targets], np.int16)
-    users = _sample(shop.events.user_ids, training.users)
+    users = _users(shop, training.users, split_time)
     fit = TasteFit(state, table, users, settings.items.text_attributes, targets)
     before = fit_taste(fit, split_time)
     if before is None:
@@ -36,8 +38,11 @@ def write_models(directory: Path, shop: ShopData, training: TasteTraining, split
         write_taste(directory / FINAL, final)
 
 
-def _sample(users: list[str], limit: int) -> list[str]:
-    if len(users) <= limit:
-        return users
-    chosen = np.sort(np.random.default_rng(0).permutation(len(users))[:limit])
-    return [users[index] for index in chosen]
+def _users(shop: ShopData, limit: int, split_time: int) -> list[str]:
+    """The users who were shown something before `split_time`, at most `limit` of them at random."""
+    events, weights = shop.events, np.array(list(shop.settings.event_types.values()))
+    users = np.unique(events.user[(weights[events.kind] == 0) & (events.time < split_time)])
+    if len(users) > limit:
+        _log.info("the taste model is learned from %d of %d users", limit, len(users))
+        users = np.sort(np.random.default_rng(0).permutation(users)[:limit])
+    return [events.user_ids[user] for user in users.tolist()]

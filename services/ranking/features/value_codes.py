@@ -118,7 +118,7 @@ class AttributeValues:
     def get(self, attribute: str, stats: ItemStats) -> ValueCodes | None:
         """The values of an attribute, None if no item has it; it may have more rows than `stats`.
 
-        As of the first use of the statistics: the change feed may write other values later.
+        As of the time when they are first used or prepared: the change feed may write other values later.
         """
         if attribute not in self._table.text_attributes:
             return None

@@ -31,7 +31,8 @@ class RerankerModel:
         """Scores float64 (C,) of rows (C, F); `threads` 0 uses every core."""
         score = self.choice.terms(matrix).sum(1, dtype=np.float64)
         if self.trees is not None:
-            score += self.trees.predict(matrix, num_threads=threads)
+            # Raw: of a binary objective, the default would be a probability.
+            score += self.trees.predict(matrix, raw_score=True, num_threads=threads)
         return np.asarray(score)
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from services.ranking.state.item_stats import ItemStats
 from services.ranking.state.user_query import SEEDS, UserQuery
 
 SETTINGS_FILE, EFFECTS_FILE = "taste.json", "effects.safetensors"
-TASTE_COLUMNS = ("taste_appeal", "taste_as_new", "taste_session", "taste_history")
+TASTE_COLUMNS = ("taste_appeal", "taste_as_new", "taste_from_session", "taste_from_history")
 """The appeal of a candidate, the same as if it were new, and what the session and the past add to it."""
 MAX_OBSERVATIONS = 100
 _STEPS = 8
@@ -96,7 +96,8 @@ class Observations:
 
     `codes` int32 (O, A) are the items' values of the model's attributes, -1 for none; `price` float64 (O,)
     the deviations of their prices; `appeal` float64 (O,); `engaged` and `strong` bool (O,): whether there was
-    an interaction, and one that is heavier than the lightest type.
+    an interaction, and one that is heavier than the lightest type; `is_open` bool (O,): whether a stronger
+    one may follow yet, so that its absence says nothing.
     """
 
     codes: np.ndarray
@@ -104,6 +105,7 @@ class Observations:
     appeal: np.ndarray
     engaged: np.ndarray
     strong: np.ndarray
+    is_open: np.ndarray
 
 
 def posterior_weights(
@@ -116,6 +118,7 @@ def posterior_weights(
         observations.appeal,
         observations.engaged,
         observations.strong,
+        observations.is_open,
         variances,
         slope,
         intercept,
@@ -138,6 +141,12 @@ def user_part(
     by_attribute = np.ascontiguousarray(observations.codes.T)
     parts = _user_parts(codes, price, by_attribute, observations.price, each, variances)
     return np.asarray(parts.reshape(*weights.shape[:-1], len(price)))
+
+
+def _strongest(rows: np.ndarray, weights: np.ndarray, lightest: float) -> tuple[np.ndarray, np.ndarray]:
+    """Interactions with each item as one: its row, int64 (R,), in order, and whether one was a strong one."""
+    first = np.sort(np.unique(rows, return_index=True)[1])
+    return rows[first], np.isin(rows[first], rows[weights > lightest])
 
 
 class TasteView:
@@ -176,22 +185,27 @@ class TasteView:
     def _observe(
         self, query: UserQuery, stats: ItemStats
     ) -> tuple[Observations, np.ndarray, np.ndarray] | None:
-        shown = query.impressions
-        session = query.session[:SEEDS]
-        session = session[~np.isin(session, shown.rows[shown.engaged])]
+        shown, lightest = query.impressions, query.impressions.lightest
+        session, in_session = _strongest(query.session, query.session_weights, lightest)
+        others = ~np.isin(shown.rows, session)
         past = ~np.isin(query.history, np.concatenate([shown.rows, session]))
-        history, strong = query.history[past][:SEEDS], query.weights[past][:SEEDS] > shown.lightest
-        limit = MAX_OBSERVATIONS - len(session) - len(history)
-        rows = np.concatenate([session, history, shown.rows[:limit]])
+        history, in_history = _strongest(query.history[past], query.weights[past], lightest)
+        session, history = session[:SEEDS], history[:SEEDS]
+        shown_rows = np.flatnonzero(others)[: MAX_OBSERVATIONS - len(session) - len(history)]
+        rows = np.concatenate([session, history, shown.rows[shown_rows]])
         if not len(rows):
             return None
         appeal, _, price = np.ascontiguousarray(self._arrays.current()[0][rows].T, np.float64)
+        engaged = np.ones(len(session) + len(history), bool)
         observations = Observations(
             self._codes(rows, stats),
             price,
             appeal,
-            np.concatenate([np.ones(len(session) + len(history), bool), shown.engaged[:limit]]),
-            np.concatenate([np.zeros(len(session), bool), strong, shown.strong[:limit]]),
+            np.concatenate([engaged, shown.engaged[shown_rows]]),
+            np.concatenate(
+                [in_session[: len(session)], in_history[: len(history)], shown.strong[shown_rows]]
+            ),
+            np.arange(len(rows)) < len(session),
         )
         settings = self._model.settings
         weights = posterior_weights(
@@ -232,16 +246,9 @@ def effects_of(
     table: ItemTable, rows: np.ndarray, attribute: str, effects: Mapping[str, float], other: float
 ) -> np.ndarray:
     """The effect of the first value of a text attribute of rows (R,), `other` without one: float64 (R,)."""
-    column = table.texts_of_rows(attribute, rows) if attribute in table.text_attributes else None
-    if column is None:
-        return np.full(len(rows), other)
-    codes, vocabulary = column
-    of_code = np.full(int(codes.max(initial=-1)) + 2, other)  # the last one is for none
-    for value, effect in effects.items():
-        code = vocabulary.get(value)
-        if code is not None and code < len(of_code) - 1:
-            of_code[code] = effect
-    return np.asarray(of_code[codes[:, 0]])
+    texts, index = table.first_texts(attribute, rows)
+    of_text = np.array([*(effects.get(text, other) for text in texts), other])  # the last one is for none
+    return np.asarray(of_text[index])
 
 
 def write_taste(directory: Path, model: TasteModel) -> None:
@@ -261,13 +268,14 @@ def read_taste(directory: Path) -> TasteModel:
     return TasteModel(TasteSettings(**parameters), **load_file(directory / EFFECTS_FILE))
 
 
-@kernel(_CODES, _NUMBERS, _NUMBERS, _FLAGS, _FLAGS, _NUMBERS, np.float64, np.float64)
+@kernel(_CODES, _NUMBERS, _NUMBERS, _FLAGS, _FLAGS, _FLAGS, _NUMBERS, np.float64, np.float64)
 def _posterior(
     codes: np.ndarray,
     price: np.ndarray,
     appeal: np.ndarray,
     engaged: np.ndarray,
     strong: np.ndarray,
+    is_open: np.ndarray,
     variances: np.ndarray,
     slope: float,
     intercept: float,
@@ -292,7 +300,7 @@ def _posterior(
             probability = 1 / (1 + np.exp(-logit))
             gradient[index] = engaged[index] - probability
             curvature[index] = probability * (1 - probability) + 1e-6
-            if engaged[index] and slope > 0:
+            if engaged[index] and slope > 0 and (strong[index] or not is_open[index]):
                 probability = 1 / (1 + np.exp(-slope * logit - intercept))
                 gradient[index] += slope * (strong[index] - probability)
                 curvature[index] += slope * slope * probability * (1 - probability)

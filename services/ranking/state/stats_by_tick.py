@@ -24,14 +24,15 @@ class _Entry:
 class StatsByTick:
     """Statistics over the events of `state` and the rows of `table`; any thread may use it.
 
-    The first request that finds the next tick due has its statistics prepared by another thread, with all
-    that is derived from the present ones. A time without prepared statistics waits until they are computed.
+    The first request that finds the next tick due has its statistics prepared by another thread, once, with
+    all that is derived from the present ones. A request waits where nothing is prepared, and after the
+    catalog has grown by an eighth.
     """
 
     def __init__(self, state: EventState, table: ItemTable, ticks: Ticks) -> None:
         self._state, self._table, self._ticks = state, table, ticks
         self._entries: dict[int, _Entry] = {}  # the last one used is the last
-        self._preparing: int | None = None
+        self._latest_prepared = 0  # or being prepared, or failed
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "statistics")
 
@@ -50,8 +51,8 @@ class StatsByTick:
             self._forget_before(time, tick)
             self._entries[tick] = entry
             upcoming = self._ticks.upcoming(time)
-            if upcoming is not None and upcoming not in self._entries and self._preparing is None:
-                self._preparing = upcoming
+            if upcoming is not None and upcoming > self._latest_prepared:
+                self._latest_prepared = upcoming
                 self._thread.submit(self._prepare, upcoming, stats, self._entries)
             return stats
 
@@ -59,6 +60,7 @@ class StatsByTick:
         """Forget all statistics, after events were deleted."""
         with self._lock:
             self._entries = {}  # a new one: what is being prepared goes into the other
+            self._latest_prepared = 0
 
     def _prepare(self, tick: int, present: ItemStats, entries: dict[int, _Entry]) -> None:
         try:
@@ -69,8 +71,6 @@ class StatsByTick:
         except Exception:
             if entries is self._entries:  # otherwise a deletion has interrupted it
                 _log.exception("the next statistics of the items cannot be prepared: a request will wait")
-        finally:
-            self._preparing = None
 
     def _outgrown(self, stats: ItemStats) -> bool:
         """Whether so many items are new that scanning them costs more than computing the statistics."""
