@@ -150,7 +150,7 @@ def test_a_closure_excludes_the_code_of_other_stages(run: Run) -> None:
 
 
 RANKERS = {"ranking"}
-BEHAVIOR = {"graph", "sequence", "ranking", "propensity"}
+BEHAVIOR = {"graph", "sequence", "taste", "ranking", "propensity"}
 ENCODERS = {
     "text", "text-vectors", "text-frozen", "text-frozen-vectors", "text-head", "text-head-before",
     "text-encoder", "image", "image-vectors", "image-frozen", "image-frozen-vectors", "image-head",
@@ -163,7 +163,7 @@ ENCODERS = {
     [
         (scorer, RANKERS),
         (filters, RANKERS),
-        (bundle, {"sequence", "ranking"}),
+        (bundle, {"sequence", "taste", "ranking"}),
         (encoders, ENCODERS),
         (text_encoder, {"text", "text-frozen"}),
         (pipeline, set()),

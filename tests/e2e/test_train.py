@@ -221,7 +221,7 @@ def test_a_second_run_reuses_the_finished_stages(
         assert train(shop, base, bundles, "2026-01-06") == 0
     reuse_lines = [r.getMessage() for r in caplog.records if "reused from an earlier run" in r.getMessage()]
     event_stages = ["text-head-before", "text-head", "text-encoder", "graph", "sequence"]
-    event_stages += ["ranking", "propensity"]
+    event_stages += ["taste", "ranking", "propensity"]
     assert [message.split(":")[0] for message in reuse_lines] == ["text", "text-vectors", *event_stages]
     assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
     with caplog.at_level(logging.INFO):
