@@ -1,18 +1,15 @@
 """The reranker of logged pages learns what users like, not where it stood."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import lightgbm
 import numpy as np
 import pytest
 from scipy.special import expit
 
-from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import Reranker, RerankerModel, write_reranker
 from services.ranking.state.item_stats import DAY
+from tests.support.fits import Fits
 from training.evaluation.page_likelihood import page_likelihood
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import page_reranker
@@ -135,30 +132,14 @@ def test_the_number_of_trees_is_validated_on_unseen_days(monkeypatch: pytest.Mon
     matrix, is_click = liking_of_the_middle(10_000)
     pages, queries = pages_of(lists(matrix, is_click, days=5)), lists(matrix, is_click, days=4)
     pages = replace(pages, groups=replace(pages.groups, time=np.arange(1000) * DAY // 240))  # 240 a day
-    training_groups: list[RankingGroups] = []
-    sets: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    train = lightgbm.train
-
-    def fit_and_record(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
-        training_groups.append(groups)
-        return fit_choice(groups, columns)
-
-    def train_and_record(
-        parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any
-    ) -> Any:
-        every = [rows, *more.get("valid_sets", [])]  # LightGBM frees them afterwards
-        sets.append([(np.array(data.data), np.array(data.init_score)) for data in every])
-        return train(parameters, rows, *rest, **more)
-
-    monkeypatch.setattr(page_reranker, "fit_choice", fit_and_record)
-    monkeypatch.setattr(lightgbm, "train", train_and_record)
+    fits = Fits(monkeypatch, page_reranker)
     model = fit_page_reranker(queries, pages, TWO, 20)
     # The fifth is cut at 800 of 1,000; the day begins at 720.
     early = int((queries.time < 3 * DAY).sum())
-    assert [len(groups.size) for groups in training_groups] == [early + 720, len(queries.size) + 1000]
-    np.testing.assert_allclose(training_groups[1].grade[: len(queries.grade)], 0.1 * queries.grade)
-    np.testing.assert_array_equal(training_groups[1].grade[len(queries.grade) :], pages.groups.grade)
-    (training, validation), (final,) = sets
+    assert [len(groups.size) for groups in fits.groups] == [early + 720, len(queries.size) + 1000]
+    np.testing.assert_allclose(fits.groups[1].grade[: len(queries.grade)], 0.1 * queries.grade)
+    np.testing.assert_array_equal(fits.groups[1].grade[len(queries.grade) :], pages.groups.grade)
+    (training, validation), (final,) = fits.tree_rows
     for (data, _), rows in (
         (training, matrix[:7200]),
         (validation, matrix[7200:]),

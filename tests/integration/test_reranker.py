@@ -1,7 +1,6 @@
 """The choice model and the reranker find the likeliest weights and serve as trained."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from services.ranking.state.event_columns import EventState
 from services.ranking.state.item_stats import DAY, item_stats
 from services.ranking.state.user_query import UserQuery
 from tests.support import shops
+from tests.support.fits import Fits
 from tests.support.prediction_models import served_logits
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import reranker as reranker_fit
@@ -107,31 +107,15 @@ def test_the_number_of_trees_is_validated_on_unseen_days(
 ) -> None:
     queries = lists(*liking_of_the_middle(10_000))
     queries = replace(queries, time=queries.time // 1_000_000 * DAY // 240)  # five days, 240 a day
-    training_groups: list[RankingGroups] = []
-    sets: list[list[tuple[np.ndarray, np.ndarray]]] = []
-    train = lightgbm.train
-
-    def fit_choice_model(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
-        training_groups.append(groups)
-        return fit_choice(groups, columns)
-
-    def train_and_record(
-        parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any
-    ) -> Any:
-        every = [rows, *more.get("valid_sets", [])]  # LightGBM frees them afterwards
-        sets.append([(np.array(data.data), np.array(data.init_score)) for data in every])
-        return train(parameters, rows, *rest, **more)
-
-    monkeypatch.setattr(reranker_fit, "fit_choice", fit_choice_model)
+    fits = Fits(monkeypatch, reranker_fit)
     monkeypatch.setattr(reranker_fit, "ascend", lambda choice, _: choice)
-    monkeypatch.setattr(lightgbm, "train", train_and_record)
     model = fit_reranker(queries, TWO, 20)
     # The fifth is cut at 800 of 1,000; the day begins at 720.
-    assert [len(groups.size) for groups in training_groups] == [720, 1000]
-    (training, validation), (final,) = sets
+    assert [len(groups.size) for groups in fits.groups] == [720, 1000]
+    (training, validation), (final,) = fits.tree_rows
     for (data, scores), rows, choice in (
-        (training, queries.matrix[:7200], fit_choice(training_groups[0], TWO)),
-        (validation, queries.matrix[7200:], fit_choice(training_groups[0], TWO)),
+        (training, queries.matrix[:7200], fit_choice(fits.groups[0], TWO)),
+        (validation, queries.matrix[7200:], fit_choice(fits.groups[0], TWO)),
         (final, queries.matrix, model.choice),
     ):
         np.testing.assert_array_equal(np.sort(data, axis=0), np.sort(rows, axis=0))

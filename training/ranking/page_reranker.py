@@ -23,28 +23,17 @@ from training.examples.queries import DAY
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import fit_choice
 from training.ranking.logistic import fit_logistic
-from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, tree_counts, validation_mask
+from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
+from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
 
 _QUERY_GRADE_SHARE = 0.1
 _POSITIONS = 20  # later ones count as this
-_PATIENCE = 50
 # Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
 _LEAST_GAIN = 0.0005
-_PARAMETERS = {
+_PARAMETERS = SETTINGS | {
     "objective": "binary",
-    "learning_rate": 0.05,
     "num_leaves": 7,
     "min_data_in_leaf": 300,
-    "feature_fraction": 0.6,
-    "bagging_fraction": 0.8,
-    "bagging_freq": 1,
-    "lambda_l2": 5.0,
-    "max_bin": 127,
-    "verbosity": -1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "seed": 0,
-    "num_threads": 0,
 }
 _log = logging.getLogger(__name__)
 
@@ -196,7 +185,7 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
     logit = _Logit.of(choice, early)
     training, start = _dataset(early, logit.of_pages(early)), logit.of_pages(late)
     validation = _dataset(late, start, training)
-    stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
+    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(_PARAMETERS, training, limit, valid_sets=[validation], callbacks=[stop])
     counts = tree_counts(booster.current_iteration())
     base, gains, used = _likelihood(late, start), [], 0

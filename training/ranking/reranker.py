@@ -14,28 +14,17 @@ from services.ranking.models.reranker import RerankerModel
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import fit_choice
 from training.ranking.coordinate_ascent import DEPTH, ascend
-from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, tree_counts, validation_mask
+from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
+from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
 
-_PATIENCE = 50
 _LEAVES = (7, 63)
 _ROWS_PER_LEAF = 1000
-_PARAMETERS = {
+_PARAMETERS = SETTINGS | {
     "metric": "ndcg",
     "eval_at": [DEPTH],
     "objective": "lambdarank",
-    "learning_rate": 0.05,
     "min_data_in_leaf": 50,
-    "feature_fraction": 0.6,
-    "bagging_fraction": 0.8,
-    "bagging_freq": 1,
-    "lambda_l2": 5.0,
     "lambdarank_truncation_level": 40,
-    "max_bin": 127,
-    "verbosity": -1,
-    "deterministic": True,
-    "force_row_wise": True,
-    "seed": 0,
-    "num_threads": 0,
 }
 _log = logging.getLogger(__name__)
 
@@ -97,7 +86,7 @@ def _tree_count(
     grades = np.unique(np.concatenate([training.grade, validation.grade]))
     training_data, gain = _dataset(choice, training, grades)
     validation_data, _ = _dataset(choice, validation, grades, training_data)
-    stop = lightgbm.early_stopping(_PATIENCE, verbose=False)
+    stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(
         _parameters(training, gain), training_data, limit, valid_sets=[validation_data], callbacks=[stop]
     )

@@ -8,7 +8,6 @@ from training.examples.queries import DAY
 from training.examples.ranking_groups import RankingGroups
 
 _VALIDATION_SHARE = 0.2
-_TREE_COUNTS = 40
 # The least number of groups for a standard error.
 MIN_GROUPS = 2
 
@@ -31,11 +30,6 @@ def validation_mask(groups: RankingGroups) -> np.ndarray:
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """The mean and its standard error."""
     return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-
-
-def tree_counts(limit: int) -> np.ndarray:
-    """At most forty numbers of trees up to a limit, rising int64 (K,)."""
-    return np.unique(np.linspace(1, limit, _TREE_COUNTS).astype(int))
 
 
 def best_count(counts: np.ndarray, gains: np.ndarray) -> tuple[int, float, float]:
