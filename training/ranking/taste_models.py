@@ -22,12 +22,12 @@ def write_models(directory: Path, shop: ShopData, training: TasteTraining, split
 
     None is written if the first one cannot be fitted, or predicts nothing.
     """
-    if not training.users or not len(shop.events):
+    users = _users(shop, training.users, split_time)
+    if not users:
         return
     settings, state = shop.settings, state_of(shop)
     table = ItemTable.of(shop.items, {}, {}, [creation_time(item) for item in shop.items])
     targets = np.array([state.kinds[name] for name in settings.targets], np.int16)
-    users = _users(shop, training.users, split_time)
     fit = TasteFit(state, table, users, settings.items.text_attributes, targets)
     before = fit_taste(fit, split_time)
     if before is None:
