@@ -13,7 +13,6 @@ from scipy.special import expit, log_expit
 
 from services.catalog.item_table import Change, ItemTable
 from services.catalog.items import Attribute, Item, item_hash
-from services.ranking.features.value_codes import AttributeValues
 from services.ranking.models.taste import (
     MAX_OBSERVATIONS,
     Observations,
@@ -30,6 +29,7 @@ from services.ranking.state.event_columns import EventState
 from services.ranking.state.item_stats import DAY, item_stats
 from services.ranking.state.query_builder import User, make_query, shown_items
 from services.ranking.state.user_query import Impressions, UserQuery
+from services.ranking.state.value_codes import AttributeValues
 from tests.support.histories import EPOCH, FIRST, HOUR, Interaction, make_shop, shop_config
 from training.examples.shop_state import state_of
 from training.ranking.taste import TasteFit, fit_taste

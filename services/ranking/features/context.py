@@ -6,10 +6,10 @@ from functools import cached_property
 
 from services.catalog.item_table import ItemTable
 from services.ranking.features.tfidf_similarity import TfidfSimilarity
-from services.ranking.features.value_codes import AttributeValues
 from services.ranking.models.co_occurrence import GraphView
 from services.ranking.models.sequence import SequenceView
 from services.ranking.models.taste import TasteModel, TasteView
+from services.ranking.state.value_codes import AttributeValues
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from services.catalog.item_table import ItemTable
 from services.catalog.row_arrays import RowArrays
 from services.core.kernels import array, kernel
 from services.core.sorted_arrays import find
-from services.ranking.features.value_codes import AttributeValues
 from services.ranking.state.item_stats import ItemStats
 from services.ranking.state.user_query import SEEDS, UserQuery
+from services.ranking.state.value_codes import AttributeValues
 
 SETTINGS_FILE, EFFECTS_FILE = "taste.json", "effects.safetensors"
 TASTE_COLUMNS = ("taste_appeal", "taste_as_new", "taste_from_session", "taste_from_history")
