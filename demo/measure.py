@@ -92,10 +92,8 @@ class PageEvaluator:
         of_page = np.array([utility[n, pages[n]].mean() for n in shown])
         best_pages = self.top(utility, queries)
         of_best = np.array([utility[n, best_pages[n]].mean() for n in shown])
-        random, rows = (
-            float(utility.mean()),
-            np.random.default_rng(0).integers(0, len(shown), (1000, len(shown))),
-        )
+        random, generator = float(utility.mean()), np.random.default_rng(0)
+        rows = generator.integers(0, len(shown), (1000, len(shown)))
         shares = (of_page[rows].mean(1) - random) / (of_best[rows].mean(1) - random)
         low, high = np.percentile(shares, [2.5, 97.5]).tolist()
         fresh = self.bought.sum(0) == 0

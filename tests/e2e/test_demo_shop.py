@@ -166,8 +166,8 @@ def test_the_oracle_page_has_the_highest_utility(shop: ShopData, truth: Truth) -
     best = judge.top(truth.utility(users.users), users)
     assert judge.evaluate(best, users)["share"] == pytest.approx(1)
     for scores in (judge.popular(users), judge.bought_together(users)):
-        found = judge.evaluate(judge.top(scores, users), users)
-        assert 0.05 < found["share_low"] < found["share"] < found["share_high"] < 0.9
+        result = judge.evaluate(judge.top(scores, users), users)
+        assert 0.05 < result["share_low"] < result["share"] < result["share_high"] < 0.9
     for page, user in zip(best, users.users, strict=True):
         assert not judge.bought[user, page].any()
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from services.ranking.state.user_query import Impressions, UserQuery
 from services.ranking.state.value_codes import AttributeValues
 from tests.support.histories import EPOCH, FIRST, HOUR, Interaction, make_shop, shop_config
 from training.examples.shop_state import state_of
+from training.ranking import taste as taste_fit
 from training.ranking.taste import TasteFit, fit_taste
 
 PURCHASES = np.array([2], np.int16)
@@ -82,13 +84,13 @@ def test_the_part_of_a_user_is_the_mode_of_its_posterior(seed: int, count: int, 
 
     mode = minimize(loss, np.zeros(count), method="BFGS", options={"gtol": 1e-7}).x
     weights = posterior_weights(seen, variances, slope, -0.5)
-    found = user_part(seen.codes, seen.price, seen, weights, variances)
-    assert loss(found) <= loss(mode) + 1e-4
+    part = user_part(seen.codes, seen.price, seen, weights, variances)
+    assert loss(part) <= loss(mode) + 1e-4
     for_others = user_part(others.codes, others.price, seen, weights, variances)
     np.testing.assert_allclose(for_others, kernel_of(others, seen, variances) @ weights, atol=1e-10)
-    gradient = seen.engaged - expit(seen.appeal + found)
+    gradient = seen.engaged - expit(seen.appeal + part)
     if slope:
-        strong = seen.strong - expit(slope * (seen.appeal + found) - 0.5)
+        strong = seen.strong - expit(slope * (seen.appeal + part) - 0.5)
         gradient = gradient + seen.engaged * (seen.strong | ~seen.is_open) * slope * strong
     np.testing.assert_allclose(weights, gradient, atol=0.01)  # which holds at a mode
 
@@ -107,7 +109,7 @@ def model_of(items: list[Item]) -> TasteModel:
     """A model in which single items have effects 1, 2, 3 and so on."""
     order = np.argsort([item_hash(one.id) for one in items])
     hashes = np.array([item_hash(items[n].id) for n in order], np.int64)
-    made = TasteSettings(
+    parameters = TasteSettings(
         attributes=("colour",),
         variances=(1.0, 0.5, 0.1),
         value_effects={"colour": {"red": 0.25, "blue": -0.5}},
@@ -117,7 +119,7 @@ def model_of(items: list[Item]) -> TasteModel:
         strong_intercept=0.0,
         price=PriceScale("colour", {"red": math.log(10)}, math.log(20), 0.5),
     )
-    return TasteModel(made, hashes, (order + 1).astype(np.float32))
+    return TasteModel(parameters, hashes, (order + 1).astype(np.float32))
 
 
 def user(
@@ -207,9 +209,9 @@ def test_an_item_of_the_session_counts_for_the_session_alone(is_recorded: bool) 
     """Whether or not its event is recorded already: in training it never is."""
     catalog = Catalog()
     history = [0] if is_recorded else []
-    found = catalog.columns(user([0, 0], history, [0, 1], [is_recorded, False]))
-    np.testing.assert_array_equal(found, catalog.columns(user([0], [], [1], [False])))
-    np.testing.assert_array_equal(found[2] > 0, catalog.columns(user([0], [], [], []))[2] > 0)
+    columns = catalog.columns(user([0, 0], history, [0, 1], [is_recorded, False]))
+    np.testing.assert_array_equal(columns, catalog.columns(user([0], [], [1], [False])))
+    np.testing.assert_array_equal(columns[2] > 0, catalog.columns(user([0], [], [], []))[2] > 0)
 
 
 def test_what_may_still_be_purchased_in_the_session_is_not_passed_over() -> None:
@@ -279,8 +281,10 @@ def test_an_impression_is_engaged_with_if_an_interaction_follows_within_a_day(
         later = [k for k, t in same if at <= t < at + 24 * 60]
         row, time = int(table.rows([item_hash(f"i{number}")])[0]), FIRST * DAY + at * minute
         expected.append((row, time, bool(later), "purchase" in later))
-    found = zip(*(c.tolist() for c in (shown.rows, shown.occurred, shown.engaged, shown.strong)), strict=True)
-    assert sorted(found) == sorted(expected)
+    result = zip(
+        *(c.tolist() for c in (shown.rows, shown.occurred, shown.engaged, shown.strong)), strict=True
+    )
+    assert sorted(result) == sorted(expected)
     assert shown.occurred.tolist() == sorted(shown.occurred.tolist(), reverse=True)
     assert shown.lightest == WEIGHT["click"]
     query = make_query(state, table, User("p0"), past, end, PURCHASES, impressions)
@@ -288,11 +292,11 @@ def test_an_impression_is_engaged_with_if_an_interaction_follows_within_a_day(
     assert not len(make_query(state, table, User("p0"), past, end, PURCHASES).impressions.rows)
 
 
-def simulated(taste: float, users: int = 150, pages: int = 6) -> TasteFit:
+def simulated(taste: float, users: int = 150, pages: int = 6, late_items: int = 0) -> TasteFit:
     """Users who like colors by a deviation `taste` and makers not at all; all like cheap and well-made items.
 
     Six days show ten items to each user, and the first `pages` of them are kept. Half of the items are of
-    quality.
+    quality. The last `late_items` are shown on the last day only.
     """
     random = np.random.default_rng(0)
     colors, makers, count = 6, 6, 120
@@ -312,7 +316,7 @@ def simulated(taste: float, users: int = 150, pages: int = 6) -> TasteFit:
     for person in range(users):
         for day in range(6):
             time = (FIRST + day) * DAY + person * HOUR // 10
-            for n in random.permutation(count)[:10]:
+            for n in random.permutation(count if day == 5 else count - late_items)[:10]:
                 rows.append(Interaction(f"p{person}", f"i{n}", "impression", time))
                 logit = -1.5 + likes[person, color[n]] - 0.6 * deviation[n] + 1.2 * quality[n]
                 if random.random() < expit(logit):
@@ -337,6 +341,24 @@ def test_fitting_finds_which_attribute_users_differ_in_and_what_all_like() -> No
     assert again is not None
     assert again.settings == model.settings
     np.testing.assert_array_equal(again.item_effects, model.item_effects)
+
+
+def test_an_item_that_is_shown_later_only_counts_by_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when it is served: its appeal is that of its color, maker and price."""
+    fit, appeals = simulated(taste=1.5, late_items=40), []
+    later_impressions = taste_fit._LaterImpressions
+
+    def recorded(catalog: Any, pairs: Any, appeal: np.ndarray) -> Any:
+        appeals.append(appeal)
+        return later_impressions(catalog, pairs, appeal)
+
+    monkeypatch.setattr(taste_fit, "_LaterImpressions", recorded)
+    assert fit_taste(fit, (FIRST + 9) * DAY) is not None
+    assert len(appeals) == 2  # one half of the users, and the other
+    price = fit.table.numbers("price")
+    assert price is not None
+    late = np.arange(80, 120)
+    assert np.corrcoef(appeals[0][late], np.log(price[late, 0]))[0, 1] < -0.5  # all like what is cheap
 
 
 def test_events_after_the_end_change_no_model() -> None:

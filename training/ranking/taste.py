@@ -21,6 +21,7 @@ from services.ranking.models.taste import (
     PriceScale,
     TasteModel,
     TasteSettings,
+    content_appeal,
     posterior_weights,
     user_part,
 )
@@ -162,8 +163,8 @@ def _deviation(values: np.ndarray) -> float:
 class Appeal:
     """The appeal of items, fitted to what was shown: effects of values and prices, and of each item.
 
-    `total` float64 (N,) is the appeal of each item that was shown, `of_items` float64 (N,) the part of the
-    item itself.
+    `total` float64 (N,) is the appeal of each item that was shown, and no figure for others; `of_items`
+    float64 (N,) is the part of the item itself, 0 for others.
     """
 
     def __init__(self, catalog: Catalog, shown: ImpressionBlocks) -> None:
@@ -218,15 +219,15 @@ def _values_by_frequency(
     catalog: Catalog, rows: np.ndarray
 ) -> Iterator[tuple[str, list[str], sparse.csr_array]]:
     """Each attribute, its values among rows (R,) and a column for each (R, V); few values first."""
-    found = []
+    parts = []
     for at, name in enumerate(catalog.attributes):
         codes, (_, vocabulary) = catalog.codes[rows, at], catalog.columns[name]
         values, used = np.unique(codes[codes >= 0]), np.flatnonzero(codes >= 0)
         text_of = {code: text for text, code in vocabulary.items()}
         place = np.searchsorted(values, codes[used])
         one_hot = sparse.csr_array((np.ones(len(used)), (used, place)), (len(rows), len(values)))
-        found.append((name, [text_of[code] for code in values.tolist()], one_hot))
-    yield from sorted(found, key=lambda part: len(part[1]))
+        parts.append((name, [text_of[code] for code in values.tolist()], one_hot))
+    yield from sorted(parts, key=lambda part: len(part[1]))
 
 
 def fit_taste(fit: TasteFit, until: int, like: TasteModel | None = None) -> TasteModel | None:
@@ -243,30 +244,38 @@ def fit_taste(fit: TasteFit, until: int, like: TasteModel | None = None) -> Tast
             _log.info(message, len(shown.rows), engaged, _MIN_SHOWN, _MIN_ENGAGED)
         return None
     table, catalog = fit.table, Catalog(fit.table, fit.attributes)
-    chosen = (
+    variances = (
         _best_variances(fit, catalog, int(np.quantile(shown.time, 1 - _LATER_SHARE)), until)
         if like is None
         else _variances_of(like.settings, catalog)
     )
-    if chosen is None:
+    if variances is None:
         return None
-    appeal, slope, intercept = _fit_appeal(catalog, shown, chosen)
-    used = np.flatnonzero(chosen[: len(catalog.attributes)])
-    price_effects = appeal.effects[:2].tolist()
-    settings = TasteSettings(
+    appeal, slope, intercept = _fit_appeal(catalog, shown, variances)
+    settings = _settings(catalog, appeal, variances, slope, intercept)
+    rows = np.unique(shown.rows)
+    order = np.argsort(table.item_hashes[rows])
+    hashes = table.item_hashes[rows][order]
+    return TasteModel(settings, hashes, appeal.of_items[rows][order].astype(np.float32))
+
+
+def _settings(
+    catalog: Catalog, appeal: "Appeal", variances: np.ndarray, slope: float, intercept: float
+) -> TasteSettings:
+    """The settings of a model; attributes whose variance is 0 are no part of users' tastes."""
+    width = len(catalog.attributes)
+    used = np.flatnonzero(variances[:width])
+    linear, squared = appeal.effects[:2].tolist()
+    return TasteSettings(
         attributes=tuple(catalog.attributes[index] for index in used),
-        variances=(*chosen[used].tolist(), *chosen[len(catalog.attributes) :].tolist()),
+        variances=(*variances[used].tolist(), *variances[width:].tolist()),
         value_effects=appeal.by_value(),
-        price_effects=(price_effects[0], price_effects[1]),
+        price_effects=(linear, squared),
         intercept=float(appeal.effects[-1]),
         strong_slope=slope,
         strong_intercept=intercept,
         price=catalog.price_scale,
     )
-    seen = np.unique(shown.rows)
-    order = np.argsort(table.item_hashes[seen])
-    hashes = table.item_hashes[seen][order]
-    return TasteModel(settings, hashes, appeal.of_items[seen][order].astype(np.float32))
 
 
 def _variances_of(settings: TasteSettings, catalog: Catalog) -> np.ndarray:
@@ -294,9 +303,10 @@ def _fit_appeal(
                 appeal.total[shown.rows[shown.engaged]], shown.strong[shown.engaged]
             )
         for block in shown.blocks():
-            seen = catalog.observations(shown, block, appeal.total)
-            weights = posterior_weights(seen, variances, slope, intercept)
-            part[block] = user_part(seen.codes, seen.price, seen, weights, variances)
+            observations = catalog.observations(shown, block, appeal.total)
+            weights = posterior_weights(observations, variances, slope, intercept)
+            codes, price = observations.codes, observations.price
+            part[block] = user_part(codes, price, observations, weights, variances)
     return appeal, slope, intercept
 
 
@@ -312,12 +322,15 @@ class _LaterImpressions:
     """What users were shown later than their past: how well tastes of some variances predict it."""
 
     def __init__(
-        self, catalog: Catalog, pairs: Sequence[tuple[ImpressionBlocks, ImpressionBlocks]], appeal: Appeal
+        self,
+        catalog: Catalog,
+        pairs: Sequence[tuple[ImpressionBlocks, ImpressionBlocks]],
+        appeal: np.ndarray,
     ) -> None:
-        self._catalog, self._pairs, self._appeal = catalog, pairs, appeal.total
+        self._catalog, self._pairs, self._appeal = catalog, pairs, appeal
         rows = np.concatenate([later.rows for _, later in pairs])
         self._engaged = np.concatenate([later.engaged for _, later in pairs])
-        self._of_items = appeal.total[rows]
+        self._of_items = appeal[rows]
         self._user = np.repeat(np.arange(len(pairs)), [len(later.rows) for _, later in pairs])
 
     def design(self, variances: np.ndarray | None, slope: float, intercept: float) -> np.ndarray:
@@ -340,10 +353,10 @@ class _LaterImpressions:
     def _parts(self, variances: np.ndarray, slope: float, intercept: float) -> np.ndarray:
         parts = []
         for past, later in self._pairs:
-            seen = self._catalog.observations(past, slice(None), self._appeal)
-            weights = posterior_weights(seen, variances, slope, intercept)
+            observations = self._catalog.observations(past, slice(None), self._appeal)
+            weights = posterior_weights(observations, variances, slope, intercept)
             codes, price = self._catalog.codes[later.rows], self._catalog.price[later.rows]
-            parts.append(user_part(codes, price, seen, weights, variances))
+            parts.append(user_part(codes, price, observations, weights, variances))
         return np.concatenate(parts)
 
 
@@ -359,15 +372,18 @@ def _best_variances(fit: TasteFit, catalog: Catalog, edge: int, until: int) -> n
         message = "no taste model: %d users were shown items on early and on late days, %d are needed"
         _log.info(message, len(pairs), _MIN_USERS)
         return None
-    appeal, *strong = _fit_appeal(catalog, early, variances, rounds=2)
+    early_appeal, *strong = _fit_appeal(catalog, early, variances, rounds=2)
+    settings = _settings(catalog, early_appeal, variances, *strong)
+    # Some items are shown later only: as when served, their appeal is that of what they are.
+    appeal = content_appeal(settings, catalog.table, catalog.rows, catalog.price) + early_appeal.of_items
     half, other_half = (_LaterImpressions(catalog, pairs[start::2], appeal) for start in (0, 1))
     design = half.design(variances, *strong)
     best = half.likelihoods(design, half.scales(design)).mean()
     for factor in track(_FACTORS, "tastes"):
         for index in np.flatnonzero(variances).tolist():
-            for tried in (variances[index] * factor, variances[index] / factor):
+            for value in (variances[index] * factor, variances[index] / factor):
                 other = variances.copy()
-                other[index] = tried if tried >= _LEAST else 0.0
+                other[index] = value if value >= _LEAST else 0.0
                 design = half.design(other, *strong)
                 likelihood = half.likelihoods(design, half.scales(design)).mean()
                 if likelihood > best:
@@ -379,9 +395,9 @@ def _best_variances(fit: TasteFit, catalog: Catalog, edge: int, until: int) -> n
     )
     gain = metrics.paired_interval(with_tastes, alone)
     names = (*catalog.attributes, "price", "user")
-    described = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, variances, strict=True) if v)
+    description = ", ".join(f"{n} {v:.3g}" for n, v in zip(names, variances, strict=True) if v)
     message = "tastes gain %.4f [%.4f, %.4f] of log-likelihood for each of %d other users; variances: %s"
-    _log.info(message, gain.mean, gain.low, gain.high, gain.count, described)
+    _log.info(message, gain.mean, gain.low, gain.high, gain.count, description)
     return variances if gain.low > 0 else None
 
 

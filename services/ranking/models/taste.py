@@ -35,7 +35,7 @@ _MAX_STEP = 2.0
 # Two prices of one type say nothing about each other if they differ by so many standard deviations.
 _PRICE_RANGE = 2.0
 _MAX_DEVIATION = 3.0
-_CODES, _ROWS, _NUMBERS, _FLAGS = array(np.int32, 2), array(np.int64), array(np.float64), array(np.bool_)
+_CODES, _NUMBERS, _FLAGS = array(np.int32, 2), array(np.float64), array(np.bool_)
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,7 @@ class TasteView:
         self._model, self._table, self._values = model, table, values
         self._variances = np.array(model.settings.variances)
         self._arrays = RowArrays(table, (3,), self._item_arrays)
-
-    @classmethod
-    def load(cls, directory: Path, table: ItemTable, values: AttributeValues) -> "TasteView":
-        """Read what `write_taste` wrote."""
-        return cls(read_taste(directory), table, values)
+        self._arrays.current()  # now, not during a request
 
     def columns(self, query: UserQuery, rows: np.ndarray, stats: ItemStats) -> list[np.ndarray]:
         """The columns `TASTE_COLUMNS` of rows (C,), float32 (C,); the user's are NaN if nothing is known."""
@@ -196,7 +192,7 @@ class TasteView:
         if not len(rows):
             return None
         appeal, _, price = np.ascontiguousarray(self._arrays.current()[0][rows].T, np.float64)
-        engaged = np.ones(len(session) + len(history), bool)
+        engaged, of_session = np.ones(len(session) + len(history), bool), np.arange(len(rows)) < len(session)
         observations = Observations(
             self._codes(rows, stats),
             price,
@@ -205,13 +201,13 @@ class TasteView:
             np.concatenate(
                 [in_session[: len(session)], in_history[: len(history)], shown.strong[shown_rows]]
             ),
-            np.arange(len(rows)) < len(session),
+            of_session,
         )
         settings = self._model.settings
         weights = posterior_weights(
             observations, self._variances, settings.strong_slope, settings.strong_intercept
         )
-        return observations, weights, np.arange(len(rows)) < len(session)
+        return observations, weights, of_session
 
     def _codes(self, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
         """The values of rows (R,) by attribute, int32 (R, A), -1 for none."""
