@@ -191,6 +191,16 @@ class TextColumn:
         self.current = DictionaryTexts(Column(np.int32, -1), {}, [])
         self._length, self._release_at = 0, _MIN_VOCABULARY
 
+    @classmethod
+    def of(cls, rows: np.ndarray, codes: np.ndarray, texts: list[str]) -> "TextColumn":
+        """A column of codes (E,) into `texts`, int32, in the order of their rows, int32 (E,)."""
+        column = cls()
+        vocabulary = {text: code for code, text in enumerate(texts)}
+        column.current = DictionaryTexts(Column.of(rows, codes, -1), vocabulary, texts)
+        column._length = int(rows[-1]) + 1 if len(rows) else 0
+        column._release_at = max(2 * len(texts), _MIN_VOCABULARY)
+        return column
+
     def put(self, row: int, texts: Iterable[str]) -> None:
         """Replace the texts of a row."""
         dictionary = self.current

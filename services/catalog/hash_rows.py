@@ -24,6 +24,15 @@ class HashRows:
         self._added: list[int] = []  # not in the table yet
         self._table = _Table(_MIN_SLOTS)
 
+    @classmethod
+    def of(cls, item_hashes: np.ndarray) -> "HashRows":
+        """Rows 0, 1, … of different hashes, int64 (N,)."""
+        rows = cls()
+        rows._row_of = dict(zip(item_hashes.tolist(), range(len(item_hashes)), strict=True))
+        rows._table = _Table(max(_SPARE * len(item_hashes), _MIN_SLOTS))
+        rows._table.put(item_hashes, np.arange(len(item_hashes)))
+        return rows
+
     def get(self, item_hash: int) -> int | None:
         """The row of a hash, None for an unknown one."""
         return self._row_of.get(item_hash)

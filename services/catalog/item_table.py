@@ -16,6 +16,7 @@ from services.catalog.hash_rows import HashRows
 from services.catalog.items import Attribute, Item, item_hash, title_words
 from services.catalog.mask_cache import MaskCache
 from services.catalog.row_attributes import RowAttributes
+from services.catalog.table_columns import Entries, TableColumns
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -56,9 +57,15 @@ def _number_column() -> Column:
 class _VectorColumn:
     """Vectors float16 (capacity, D) of one space, and which rows have one, bool (capacity, 1)."""
 
-    def __init__(self, capacity: int, dimension: int) -> None:
-        self.values = np.zeros((capacity, dimension), np.float16)
-        self.present = np.zeros((capacity, 1), bool)
+    def __init__(
+        self,
+        capacity: int,
+        dimension: int,
+        values: np.ndarray | None = None,
+        present: np.ndarray | None = None,
+    ) -> None:
+        self.values = np.zeros((capacity, dimension), np.float16) if values is None else values
+        self.present = np.zeros((capacity, 1), bool) if present is None else present
 
     def put(self, row: int, vector: np.ndarray | None) -> None:
         self.values = _fit(self.values, row + 1, 1, 0)
@@ -85,6 +92,7 @@ class ItemTable:
         self._attributes = RowAttributes()
         self._vectors: dict[str, _VectorColumn] = {}
         self._changed = np.zeros((capacity, 1), np.int64)
+        self._sequences = np.zeros((capacity, 1), np.int64)
         self.sequence = 0  # of the feed
         self.version = 0  # of this table: incremented by each write
 
@@ -106,6 +114,74 @@ class ItemTable:
         table.apply(change(index, item) for index, item in enumerate(items))
         return table
 
+    @classmethod
+    def of_columns(cls, columns: TableColumns) -> "ItemTable":
+        """The table that `columns` gave; changes after its sequence are to be applied next.
+
+        The table takes the arrays over: their first `length` rows are used, the others are spare.
+        """
+        length, capacity = columns.length, len(columns.arrays["item_hashes"])
+        table = cls(capacity=0)
+        table._capacity = capacity
+        table._ids = columns.ids
+        table._hashes, table._live = columns.arrays["item_hashes"], columns.arrays["live"]
+        table._created, table._window = columns.arrays["created"], columns.arrays["windows"]
+        table._sequences = columns.arrays["sequences"]
+        table._changed = np.ones((capacity, 1), np.int64)
+        for space, (values, present) in columns.vectors.items():
+            table._vectors[space] = _VectorColumn(capacity, values.shape[1], values, present)
+        table._words = TextColumn.of(*columns.words)
+        # A column whose last row lost its values while the columns were read is empty.
+        texts = {name: entries for name, entries in columns.texts.items() if len(entries[0])}
+        numbers = {name: entries for name, entries in columns.numbers.items() if len(entries[0])}
+        table._texts |= {name: TextColumn.of(*entries) for name, entries in texts.items()}
+        table._values |= {name: Column.of(*entries, np.nan) for name, entries in numbers.items()}
+        table._attributes = RowAttributes.of(
+            length,
+            {name: entries[0] for name, entries in texts.items() if name != "family_id"},
+            {name: entries[0] for name, entries in numbers.items() if name != "price"},
+        )
+        table._row_of = HashRows.of(table._hashes[:length, 0])
+        table._length, table.version, table.sequence = length, 1, columns.sequence
+        return table
+
+    def columns(self) -> TableColumns:
+        """What the table holds, in arrays and lists, for `of_columns`; the arrays may be those of the table.
+
+        Any thread may call it. A row that changes meanwhile has its old or new values, column by column; its
+        change is after `sequence` and repairs it.
+        """
+        sequence, length = self.sequence, self._length
+        texts = {name: self._text_entries(column, length) for name, column in self._texts.copy().items()}
+        numbers = {name: column.entries(length) for name, column in self._values.copy().items()}
+        arrays = {
+            "item_hashes": self._hashes,
+            "live": self._live,
+            "created": self._created,
+            "windows": self._window,
+            "sequences": self._sequences,
+        }
+        vectors = {
+            space: (_padded(column.values, length, 0), _padded(column.present, length, False))
+            for space, column in self._vectors.copy().items()
+        }
+        return TableColumns(
+            sequence,
+            length,
+            self._ids[:length],
+            {name: values[:length] for name, values in arrays.items()},
+            texts,
+            self._text_entries(self._words, length),
+            numbers,
+            vectors,
+        )
+
+    @staticmethod
+    def _text_entries(column: TextColumn, length: int) -> Entries:
+        dictionary = column.current
+        rows, codes = dictionary.codes.entries(length)
+        return rows, codes, dictionary.texts[:]  # after the codes: each code has its text
+
     @property
     def length(self) -> int:
         """The number of rows, live or not."""
@@ -115,6 +191,11 @@ class ItemTable:
     def item_hashes(self) -> np.ndarray:
         """The item hashes, int64 (N,)."""
         return self._hashes[: self._length, 0]
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """The sequence of each item's last change, int64 (N,)."""
+        return self._sequences[: self._length, 0]
 
     @property
     def created(self) -> np.ndarray:
@@ -278,6 +359,7 @@ class ItemTable:
                 self._put(row, change.item, change)
             elif row is not None:
                 self._remove(row)
+                self._sequences[row] = change.sequence
             self.sequence = max(self.sequence, change.sequence)
         self._row_of.index()
 
@@ -287,7 +369,9 @@ class ItemTable:
         self._live = _fit(self._live, row + 1, 1, False)
         self._created = _fit(self._created, row + 1, 1, _EARLIEST)
         self._window = _fit(self._window, row + 1, 2, 0)
+        self._sequences = _fit(self._sequences, row + 1, 1, 0)
         self._hashes[row] = change.item_hash
+        self._sequences[row] = change.sequence
         self._created[row] = (
             _EARLIEST if change.created is None else (change.created - _EPOCH) // _MICROSECOND
         )

@@ -50,7 +50,7 @@ from services.ranking.users.profiles import RfmReference, UserProfile, profile
 T = TypeVar("T")
 Outcome = RecordResult | VitrineError
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_BATCH = 20_000
+_BATCH, _LARGE_BATCH = 20_000, 200_000
 _THREADS = 2
 _MAX_PROFILE_EVENTS = 5000
 
@@ -287,11 +287,23 @@ class RankingService:
         """Read the committed events into the state."""
         with self._advance_lock:
             last = self.store.sequence
+            if last - self.state.sequence > _LARGE_BATCH:
+                self._read_many(last)
             while self.state.sequence < last:
                 rows, identities = self.store.changes(self.state.sequence, _BATCH)
                 self.state.extend(rows, identities)
                 if not len(rows.sequence):  # all events up to the last were deleted
                     self.state.sequence = last
+
+    def _read_many(self, last: int) -> None:
+        """Read most of the events up to `last`, and the ids of all users in one query."""
+        self.state.identify(self.store.identities())
+        while True:
+            rows = self.store.rows(self.state.sequence, _LARGE_BATCH)
+            # Users of events after `last` are newer than the ids, and need not be among them.
+            if not len(rows.sequence) or rows.sequence[-1] > last:
+                return
+            self.state.extend(rows, {})
 
     def query(
         self, user: User, as_of: datetime, until_sequence: int | None = None

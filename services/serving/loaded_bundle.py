@@ -4,6 +4,7 @@ Part of the composition root. Imports the code of a service only where the proce
 """
 
 import asyncio
+import hashlib
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -200,7 +201,7 @@ class LoadedBundle:
 
     def _load_embedding(self, encoders: "EncoderPool | None") -> None:
         from services.embedding import servicer
-        from services.embedding.catalog import image_fetch_worker, search_view, writer
+        from services.embedding.catalog import image_fetch_worker, search_view, table_file, writer
         from services.embedding.encoders import encoder_pool
         from services.embedding.images import fetcher as image_fetcher
 
@@ -214,7 +215,10 @@ class LoadedBundle:
         indexes = self._indexes(item_store, encoders)
         # A search by an engine waits for the network, and must not keep pages waiting.
         page_pool = None if self._settings.milvus else self._resources.compute
-        self._view = search_view.SearchView(item_store, encoders.digests, indexes, page_pool)
+        source = " ".join((item_store.name, *(f"{space}-{encoders.digests[space]}" for space in indexes)))
+        name = hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+        file = table_file.TableFile(self._settings.state / "index" / f"items-{name}.table", source)
+        self._view = search_view.SearchView(item_store, encoders.digests, indexes, page_pool, file)
         self._closing.append(self._view.close)
         self._catalog = writer.CatalogWriter(self._view, encoders)
         self.loaded_loops.append(self._view.maintain)

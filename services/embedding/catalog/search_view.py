@@ -20,10 +20,11 @@ from services.catalog.item_table import Change, ItemTable
 from services.catalog.query_vectors import QueryGroup
 from services.core import deadline
 from services.core.accumulator import Accumulator
-from services.core.errors import Unavailable
+from services.core.errors import OutOfRange, Unavailable
 from services.core.executors import finish_queued, run_in
 from services.core.ordering import best_first
 from services.embedding.catalog.neighbors import SCORE_DIGITS, Neighbors
+from services.embedding.catalog.table_file import TableFile
 from services.embedding.index.vector_index import (
     PositionCache,
     SearchHits,
@@ -48,7 +49,7 @@ class SearchView:
     """Searches the items of a store; `digests` are the encoder digests and `spaces` the indexes, by space.
 
     SQL and searches run on a few threads of the view. The searches of pages, `search_groups`, run on
-    `page_pool` if there is one, which stays open.
+    `page_pool` if there is one, which stays open. `file` keeps the item table for the next start.
 
     Raises:
         Unavailable: the engine of an index does not answer.
@@ -60,17 +61,19 @@ class SearchView:
         digests: Mapping[str, str],
         spaces: Mapping[str, VectorIndex],
         page_pool: ThreadPoolExecutor | None = None,
+        file: TableFile | None = None,
     ) -> None:
         self.items, self._digests, self.spaces = items, digests, spaces
         self._positions, self._accumulator = PositionCache(), Accumulator()
-        self.table, self._sequence = ItemTable(), 0
+        self._file = file
+        self.table, self._sequence = self._read_table(), 0
         self._neighbors = {space: Neighbors(index, self.table) for space, index in spaces.items()}
         self._retry_index_at = 0.0
         self._pool = ThreadPoolExecutor(4, "catalog")
         self._page_pool = page_pool
         self._follow_pool = ThreadPoolExecutor(1, "follow")  # one at a time; reads do not wait for it
         self._table_changed, self._feeds_ended = asyncio.Event(), False
-        self._load_all()
+        self._open_indexes()
 
     def close(self) -> None:
         """Stop; calls in progress are answered."""
@@ -273,8 +276,11 @@ class SearchView:
         self, after: int, limit: int = _BATCH
     ) -> tuple[list[StoredItem], dict[str, dict[int, np.ndarray]]]:
         records = self.items.changes(after, limit)
+        return records, self._vectors_of(records)
+
+    def _vectors_of(self, records: Sequence[StoredItem]) -> dict[str, dict[int, np.ndarray]]:
         hashes = [record.item_hash for record in records if not record.deleted]
-        return records, {s: self.items.vectors(hashes, s, digest) for s, digest in self._digests.items()}
+        return {s: self.items.vectors(hashes, s, digest) for s, digest in self._digests.items()}
 
     def _advance(self) -> None:
         """Apply committed changes to table and indexes; only to the table while an engine is down."""
@@ -306,31 +312,57 @@ class SearchView:
         self._sequence, self._retry_index_at = last, 0.0
         return True
 
-    def _load_all(self) -> None:
-        """Read the whole store; unchanged vectors that an index has stored are not added again."""
-        stored = {space: index.open() for space, index in self.spaces.items()}
-        fresh = {space: (list[int](), list[np.ndarray]()) for space in self.spaces}
-        live = {space: np.zeros(len(rows), bool) for space, rows in stored.items()}
-        while True:
-            records, vectors = self._batch(self.table.sequence)
-            if not records:
-                break
-            sequence_of = {record.item_hash: record.sequence for record in records}
-            for space, (hashes, values) in fresh.items():
-                page = np.fromiter(vectors[space], np.int64)
-                rows = stored[space].rows(page)
-                for item_hash, row in zip(page.tolist(), rows.tolist(), strict=True):
-                    if row >= 0 and sequence_of[item_hash] <= stored[space].sequences[row]:
-                        live[space][row] = True
-                    else:
-                        hashes.append(item_hash)
-                        values.append(vectors[space][item_hash].astype(np.float16))
-            self.table.apply(_change(record, vectors) for record in records)
+    def _read_table(self) -> ItemTable:
+        """The table of all items: from the file, if there is one, and the store."""
+        if (columns := self._file.load() if self._file else None) is not None:
+            try:
+                table = self._with_store_changes(ItemTable.of_columns(columns))
+                self._add_later_vectors(table)
+                return table
+            except OutOfRange as error:
+                _log.warning("the saved item table is of no use, items are read from the store: %s", error)
+        return self._with_store_changes(ItemTable())
+
+    def _with_store_changes(self, table: ItemTable) -> ItemTable:
+        """The same table with the changes of the store that it lacks."""
+        while (batch := self._batch(table.sequence))[0]:
+            table.apply(_change(record, batch[1]) for record in batch[0])
+        return table
+
+    def _add_later_vectors(self, table: ItemTable) -> None:
+        """Add the vectors that the store got without a change of their items: those of a backfill."""
+        for space in self._digests:
+            column = table.vectors(space)
+            lacking = np.flatnonzero(table.live if column is None else table.live & ~column[1])
+            if not len(lacking):
+                continue
+            lacking = lacking[np.isin(table.item_hashes[lacking], self.items.with_content(space))]
+            for start in range(0, len(lacking), _BATCH):
+                ids = table.ids(lacking[start : start + _BATCH])
+                records = list(self.items.get(ids).values())
+                vectors = self._vectors_of(records)
+                table.apply(_change(r, vectors) for r in records if r.item_hash in vectors[space])
+
+    def _open_indexes(self) -> None:
+        """Let the indexes equal the table; unchanged vectors that an index has stored are not added again."""
         self._sequence = self.table.sequence
-        for space, (hashes, values) in fresh.items():
-            index, deleted = self.spaces[space], stored[space].hashes[~live[space]]
-            matrix = np.array(values, np.float16).reshape(len(values), index.dimension)
-            index.reconcile(deleted, np.array(hashes, np.int64), matrix, self._sequence)
+        live, hashes, sequences = self.table.live, self.table.item_hashes, self.table.sequences
+        for space, index in self.spaces.items():
+            stored = index.open()
+            values, present = self.table.vectors(space) or (
+                np.empty((len(hashes), index.dimension), np.float16),
+                np.zeros(len(hashes), bool),
+            )
+            with_vector = np.flatnonzero(live & present)
+            stored_rows = stored.rows(hashes[with_vector])
+            is_stored = stored_rows >= 0
+            is_stored[is_stored] = (
+                sequences[with_vector[is_stored]] <= stored.sequences[stored_rows[is_stored]]
+            )
+            is_live = np.zeros(len(stored), bool)
+            is_live[stored_rows[is_stored]] = True
+            fresh = with_vector[~is_stored]
+            index.reconcile(stored.hashes[~is_live], hashes[fresh], values[fresh], self._sequence)
 
     async def maintain(self) -> None:
         """Maintain the indexes and poll the store for changes, until canceled.
@@ -343,6 +375,8 @@ class SearchView:
             table_sequence, sequence = self.table_sequence, self.sequence
             for index in self.spaces.values():
                 await loop.run_in_executor(None, partial(index.maintain, sequence))
+            if self._file is not None:
+                await loop.run_in_executor(None, partial(self._file.save_if_outdated, self.table))
             try:
                 async with asyncio.timeout(_POLL_SECONDS):  # asyncio.wait_for may lose a cancellation
                     await self.wait_for_commit_after(table_sequence)

@@ -205,6 +205,12 @@ class ItemStore:
         with self._engine.connect() as connection:
             return [item_id for query in queries for item_id in connection.scalars(query)]
 
+    def with_content(self, space: str) -> np.ndarray:
+        """The hashes, int64 (N,), of the live items with an encodable content for a space."""
+        query = sa.select(table.c.number).where(CONTENT[space] != b"", ~table.c.deleted)
+        with self._engine.connect() as connection:
+            return np.fromiter(connection.scalars(query), np.int64)
+
     def pending(self, after_sequence: int, limit: int) -> list[StoredItem]:
         """Up to `limit` live items whose image is to be fetched, changed after a position, in order."""
         query = table.select().where(

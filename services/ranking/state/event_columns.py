@@ -93,6 +93,13 @@ class EventState:
             *(appended(getattr(self._columns, f.name), start, getattr(new, f.name)) for f in fields(new))
         )
         self._rows.add(new.user, start, self._columns.occurred)
+        self.identify(identities)
+        self._length = end
+        if end > start:
+            self.sequence = int(new.sequence[-1])
+
+    def identify(self, identities: Mapping[tuple[str, str], int]) -> None:
+        """Take over the keys of users, by ("user" or "visitor", id)."""
         joined = {
             old: key for identity, key in identities.items() if (old := self._keys.get(identity, key)) != key
         }
@@ -104,9 +111,6 @@ class EventState:
         self._users |= {key for (kind, _), key in identities.items() if kind == "user"}
         for old in joined:
             self._rows.pop(old)
-        self._length = end
-        if end > start:
-            self.sequence = int(new.sequence[-1])
 
     def forget(self, user_keys: Collection[int], user_id: str = "", visitor_id: str = "") -> None:
         """Erase users, by their keys and by ids, which the store may have deleted already."""

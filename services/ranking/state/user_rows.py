@@ -59,18 +59,21 @@ class UserRows:
 
     def add(self, users: np.ndarray, first: int, occurred: np.ndarray) -> None:
         """Add the rows from `first` on, those of `users`, int64 (N,)."""
-        late_rows: dict[int, list[int]] = {}
-        times = occurred[first : first + len(users)].tolist()
-        for row, (user, time) in enumerate(zip(users.tolist(), times, strict=True), first):
-            rows = self._rows.get(user)
-            if not rows:  # an unknown user, or one without rows
-                self._rows[user] = array("q", (row,))
-            elif occurred[rows[-1]] <= time:
-                rows.append(row)
+        times = occurred[first : first + len(users)]
+        order = np.lexsort((times, users))  # by user, then by time, then by row
+        by_user, by_time = users[order], times[order]
+        starts = np.flatnonzero(np.diff(by_user, prepend=by_user[:1] - 1))
+        ends = np.append(starts[1:], len(users))[: len(starts)]
+        rows = array("q", (first + order).tobytes())
+        parts = by_user[starts], by_time[starts], starts, ends
+        for user, time, start, end in zip(*(part.tolist() for part in parts), strict=True):
+            own = self._rows.get(user)
+            if not own:  # an unknown user, or one without rows
+                self._rows[user] = rows[start:end]
+            elif occurred[own[-1]] <= time:
+                own.extend(rows[start:end])
             else:
-                late_rows.setdefault(user, []).append(row)
-        for user, more in late_rows.items():
-            self._rows[user] = _ordered(np.append(self.of(user).all(), more), occurred)
+                self._rows[user] = _ordered(np.append(self.of(user).all(), rows[start:end]), occurred)
 
     def copy(self, user: int, other: int, occurred: np.ndarray) -> None:
         """Add the rows of a user to another user."""
