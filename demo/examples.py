@@ -4,7 +4,7 @@ Reads the shop directory, not the gateway.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -48,6 +48,12 @@ def sample_session(items: Sequence[Item]) -> list[str]:
         if _attribute(previous, "type") != _attribute(item, "type") and "floral" in look:
             return [previous.id, item.id]
     return [item.id for item in items[:2]]
+
+
+def similar_items(items: Sequence[Item], attributes: Mapping[str, str], count: int) -> list[str]:
+    """The `count` items that share the most of some attribute values; of equal ones, the first in the shop's files."""
+    shared = {item.id: sum(_attribute(item, n) == text for n, text in attributes.items()) for item in items}
+    return sorted(shared, key=lambda item_id: -shared[item_id])[:count]
 
 
 def _attribute(item: Item, name: str) -> str:

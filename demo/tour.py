@@ -17,7 +17,7 @@ from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from demo import page, terminal
 from demo.client import SERVICE, Gateway, Section, Strip, degraded, session_of
 from demo.drawing import Sketch, render_jpeg
-from demo.examples import purchases_of, sample_buyers, sample_session
+from demo.examples import purchases_of, sample_buyers, sample_session, similar_items
 from training.data.dataset import ShopData, read_shop
 
 USERS = 3
@@ -29,6 +29,7 @@ SEARCHES = ("red striped mug", "something elegant and black for an evening out",
 NEW_ID = "tour-night-sky-mug"
 _QUERY = Sketch("handbag", "yellow", "floral", "bohemian", (99, 4), 11)
 _NEW = Sketch("mug", "navy", "starry", "playful", (99, 2), 12)
+_NEW_ATTRIBUTES = {"type": _NEW.kind, "colour": _NEW.color, "pattern": _NEW.pattern}
 _NEW_TITLE = "Night Sky Mug in navy with stars"
 
 
@@ -119,7 +120,7 @@ class Tour:
             price=13.9,
         )
         item.image.data = path.read_bytes()
-        for name, text in (("type", _NEW.kind), ("colour", _NEW.color), ("pattern", _NEW.pattern)):
+        for name, text in _NEW_ATTRIBUTES.items():
             item.attributes.add(name=name, texts=[text])
         outcome, milliseconds = self._gateway.renew(item)
         if outcome.HasField("error"):
@@ -139,7 +140,6 @@ class Tour:
             text="dark blue cup with stars", page_size=PAGE_SIZE, min_sequence=sequence
         )
         response, milliseconds = self._gateway.search(by_text)
-        similar = [card.item_id for card in self._gateway.cards(response) if not card.is_the_new_one][:2]
         text_section = Section(
             "The new item, found by a text",
             "The query uses other words than the title.",
@@ -156,11 +156,12 @@ class Tour:
         image_section = self._image_search(
             by_image, "The new item, found by a photograph", "Another photograph of it.", another
         )
+        similar = similar_items(self._shop.items, _NEW_ATTRIBUTES, 2)
         request = pb.RecommendRequest(session=session_of(similar), page_size=PAGE_SIZE, min_sequence=sequence)
         recommendation, milliseconds = self._gateway.recommend(request)
         recommended = Section(
             "The new item, recommended",
-            "To an anonymous user who viewed two similar items.",
+            "To an anonymous user who viewed the two items of the shop that share most of its attributes.",
             self._gateway.call("Recommend", request),
             (
                 Strip("Viewed in this session", tuple(self._gateway.card(i) for i in similar)),
