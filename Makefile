@@ -122,7 +122,14 @@ $(SERVERS)/%/ready: bench/embedding/%.txt | $(STAMPS)/installer
 bench-embedding: $(STAMPS)/demo $(SERVERS)/sentence-transformers/ready $(SERVERS)/infinity/ready ## compare encoding with the plain models and other servers
 	$(BIN)/python -m bench.embedding --others $(SERVERS)
 
-bench-serving: $(STAMPS)/demo ## load the running services at three catalog sizes (ARGS="--sizes 10000"; docs/performance.md)
+# A recommender to compare with, in an environment of its own: it is installed if ARGS asks for it.
+PEERS := build/peers
+$(PEERS)/%/ready: bench/serving/%.txt | $(STAMPS)/installer
+	$(PYTHON) -m venv $(PEERS)/$*
+	$(call install,$(PEERS)/$*/bin/python,--requirement $<)
+	@touch $@
+
+bench-serving: $(STAMPS)/demo $(if $(findstring --peer,$(ARGS)),$(PEERS)/cornac/ready) ## load the running services at three catalog sizes (ARGS="--sizes 10000"; docs/performance.md)
 	$(BIN)/python -m bench.serving $(ARGS)
 
 bench-quick: $(STAMPS)/demo ## compare the CPU time of a page with bench/serving/quick.json (UPDATE=1 rewrites it)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.runs import ROOT
-from bench.serving import plot, report, servers
+from bench.serving import peer, plot, report, servers
 from bench.serving.driver import LoadPlan
 from bench.serving.measure import measure
 from bench.serving.resampled import resampled_shop
@@ -46,7 +46,16 @@ def main() -> None:
     for shop in _shops(options):
         for layout in options.layouts.split(","):
             results.append(
-                measure(shop, layout, plan, writes, out, bare=not options.no_bare, core=options.core)
+                measure(
+                    shop,
+                    layout,
+                    plan,
+                    writes,
+                    out,
+                    bare=not options.no_bare,
+                    core=options.core,
+                    peer_python=options.peer_python if options.peer else None,
+                )
             )
             report.show(results[-1], console)
     ratios = report.ratios(results)
@@ -98,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--event-batch", type=int, default=50, help="events in one WriteEvents")
     parser.add_argument(
         "--no-bare", action="store_true", help="without pages in one process without a server"
+    )
+    parser.add_argument("--peer", choices=peer.PEERS, help="another recommender to measure in the same run")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=peer.CORNAC_PYTHON,
+        help="the Python that has the peer installed",
     )
     parser.add_argument("--core", type=int, help="the only core that the client may use")
     return parser

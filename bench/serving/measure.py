@@ -5,7 +5,9 @@ from pathlib import Path
 
 from bench.serving.bare import bare_cpu_ms
 from bench.serving.client import write_requests
+from bench.serving.cornac_server import PeerError
 from bench.serving.driver import Driver, LoadPlan, client, peak
+from bench.serving.peer import PeerResult, measure_peer
 from bench.serving.report import ShopResult
 from bench.serving.requests import recommend_requests
 from bench.serving.servers import ONE, Services
@@ -25,11 +27,13 @@ def measure(
     *,
     bare: bool = True,
     core: int | None = None,
+    peer_python: Path | None = None,
 ) -> ShopResult:
     """Start the services and load them: one caller, rising rates, a part of the peak, writes.
 
     With `bare`, a process without a server answers the same requests. `core` is the only core that clients
-    may use; None leaves them on all. All files are in temporary folders under `out`.
+    may use; None leaves them on all. With `peer_python`, the Python that Cornac is installed for, Cornac
+    is measured after all loads of the services. All files are in temporary folders under `out`.
     """
     with tempfile.TemporaryDirectory(dir=out) as name:
         folder = Path(name)
@@ -56,6 +60,13 @@ def measure(
             if writes and highest:
                 written = _written(services, driver, shop, folder, plan, writes, highest, core)
             start = services.start_seconds, services.start_cpu_seconds
+            peer: PeerResult | str | None = None
+            if peer_python:
+                try:
+                    rate = plan.part * highest
+                    peer = measure_peer(shop, services, load_client, pages, folder, plan, rate, peer_python)
+                except PeerError as error:  # the row of the ratio says so
+                    peer = str(error)
         bare_ms = float("nan")
         if bare and layout == ONE:
             bare_ms = bare_cpu_ms(shop, folder, requests, plan.count)
@@ -73,6 +84,7 @@ def measure(
         peak=highest,
         bare_cpu_ms=bare_ms,
         writes=written,
+        peer=peer,
     )
 
 

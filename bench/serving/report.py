@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.serving.driver import FLOOR, ONE_CALLER, Phase
+from bench.serving.peer import PeerResult
 from bench.serving.procfs import Memory
 from bench.serving.stages import StageTime
 from bench.serving.writes import WriteResult
@@ -45,6 +46,8 @@ class ShopResult:
     stages: Mapping[str, StageTime] = field(default_factory=dict)
     bare_cpu_ms: float = float("nan")
     writes: list[WriteResult] = field(default_factory=list)
+    peer: PeerResult | str | None = None
+    """What a peer's pages cost; a text says why they were not measured."""
 
     @property
     def title(self) -> str:
@@ -56,9 +59,9 @@ class ShopResult:
         return next(phase for phase in self.phases if phase.name == name)
 
 
-def ratios(results: Sequence[ShopResult]) -> dict[str, float]:
-    """Ratios of what was measured in one run, by what they are."""
-    ratios: dict[str, float] = {}
+def ratios(results: Sequence[ShopResult]) -> dict[str, float | str]:
+    """Ratios of what was measured in one run, by what they are; a text says why a ratio is missing."""
+    ratios: dict[str, float | str] = {}
     for result in results:
         floor, one = result.phase(FLOOR), result.phase(ONE_CALLER)
         name = f"{result.shop}, {result.items:,} items, {result.layout}"
@@ -68,6 +71,8 @@ def ratios(results: Sequence[ShopResult]) -> dict[str, float]:
             ratios[f"{name}: CPU of a bare page over that of a served one (bare)"] = (
                 result.bare_cpu_ms / one.cpu_ms
             )
+        if result.peer:
+            ratios |= {f"{name}: {row}": value for row, value in _peer_ratios(result.peer).items()}
         ratios[f"{name}: pages/s if the CPU were all theirs"] = 1e3 * (os.cpu_count() or 1) / one.cpu_ms
     for layout in dict.fromkeys(result.layout for result in results):
         sizes = sorted((r for r in results if r.layout == layout), key=lambda result: result.items)
@@ -79,18 +84,19 @@ def ratios(results: Sequence[ShopResult]) -> dict[str, float]:
     return ratios
 
 
+def _peer_ratios(peer: PeerResult | str) -> dict[str, float | str]:
+    if isinstance(peer, str):
+        return {"CPU and p50 of a page over those of the peer (peer)": f"not measured. {peer}"}
+    name, other = f"for requests with a user, over {peer.name}'s (peer)", peer.phases[0]
+    return {
+        f"CPU of a page {name}": peer.own.cpu_ms / other.cpu_ms,
+        f"p50 of a page {name}": peer.own.latencies.p50 / other.latencies.p50,
+    }
+
+
 def show(result: ShopResult, console: Console) -> None:
     """Print a result."""
-    table = Table(title=f"{result.title}; times in ms", title_justify="left")
-    table.add_column("load")
-    for name in (*_COLUMNS, "CPU ms", "late p99", "client CPU ms", "others"):
-        table.add_column(name, justify="right")
-    for phase in result.phases:
-        values = asdict(phase.latencies)
-        cells = [values[name] for name in _COLUMNS]
-        cells += [phase.cpu_ms, phase.latencies.late_ms, phase.latencies.client_cpu_ms]
-        table.add_row(phase.name, *(cell(value) for value in cells), f"{phase.others:.0%}")
-    console.print(table)
+    console.print(_phase_table(f"{result.title}; times in ms", result.phases))
     for phase in result.phases:
         if phase.stage_cpu_ms and phase.latencies.calls:
             stages = ", ".join(f"{stage} {ms:.2f}" for stage, ms in phase.stage_cpu_ms.items())
@@ -110,6 +116,41 @@ def show(result: ShopResult, console: Console) -> None:
         console.print(f"a bare page, without RPC and store: {cell(result.bare_cpu_ms)} CPU ms")
     if result.writes:
         _show_writes(result.writes, console)
+    if isinstance(result.peer, PeerResult):
+        _show_peer(result.peer, console)
+
+
+def _phase_table(title: str, phases: Sequence[Phase]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("load")
+    for name in (*_COLUMNS, "CPU ms", "late p99", "client CPU ms", "others"):
+        table.add_column(name, justify="right")
+    for phase in phases:
+        values = asdict(phase.latencies)
+        cells = [values[name] for name in _COLUMNS]
+        cells += [phase.cpu_ms, phase.latencies.late_ms, phase.latencies.client_cpu_ms]
+        table.add_row(phase.name, *(cell(value) for value in cells), f"{phase.others:.0%}")
+    return table
+
+
+def _show_peer(peer: PeerResult, console: Console) -> None:
+    model, memory = peer.model, peer.memory
+    own = replace(peer.own, name=f"Vitrine, {peer.own.name}")
+    phases = [own, *(replace(phase, name=f"{peer.name}, {phase.name}") for phase in peer.phases)]
+    console.print(_phase_table(f"peer: {peer.name} {model.version}; times in ms", phases))
+    calls = sum(phase.latencies.calls for phase in peer.phases)
+    errors = sum(phase.latencies.errors for phase in peer.phases)
+    empty = sum(phase.latencies.degraded for phase in peer.phases)
+    console.print(peer.computes, soft_wrap=True)
+    console.print(
+        f"{peer.name}: fitted in {model.seconds:.1f} s on {model.interactions:,} different pairs of a user "
+        f"and an item, of {model.users:,} users and {model.items:,} items. The other items have no event, so "
+        f"they are on none of its pages. {peer.left_out:,} events of items that are not in the catalog "
+        f"were left out. It has no page for the {peer.share_without_user:.0%} of requests that name no "
+        f"user. Of {calls:,} calls {errors:,} failed and {empty:,} came back empty; it has no fallback. "
+        f"{memory.resident:,.0f} MiB resident",
+        soft_wrap=True,
+    )
 
 
 def _show_writes(results: Sequence[WriteResult], console: Console) -> None:

@@ -88,14 +88,14 @@ def running(
         RuntimeError: a process ended before it served; its output is in the file `log`.
     """
     names: tuple[str, ...] = ("",) if layout == ONE else tuple(_SERVICES)
-    addresses = {name: f"127.0.0.1:{port or _free_port()}" for name in names}
+    addresses = {name: f"127.0.0.1:{port or free_port()}" for name in names}
     services = Services(addresses[names[-1]], {})
     with ExitStack() as stack:
         output = stack.enter_context(log.open("ab"))
         start = time.perf_counter()
         for name in names:
             peers = [f"--{peer}={addresses[peer]}" for peer in names[: names.index(name)]]
-            metrics_port = _free_port()
+            metrics_port = free_port()
             command = [sys.executable, "-m", "cli.main", "serve", *([name] if name else [])]
             command += [f"--bundle={bundle}", f"--state={state}", f"--address={addresses[name]}"]
             command += [f"--metrics=127.0.0.1:{metrics_port}", *peers, *options]
@@ -111,7 +111,8 @@ def running(
         yield services
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -18,6 +18,7 @@ from bench.runs import vitrine
 from bench.serving import servers
 from bench.serving.driver import wait_until_idle
 from services.catalog.bundle import Bundle
+from training.data.events import Events
 
 _READY = "ready.json"
 _NOON = timedelta(hours=12)
@@ -29,7 +30,8 @@ class Shop:
 
     `user_weights` float64 (U,) are the events of each of the `user_ids`, by which users are drawn.
     `item_weights` float64 (N,) says how often each of the `item_ids` is in a session. The services' clock
-    stands at `time`. `first_start_seconds` is the time of the start that imported the items.
+    stands at `time`. `first_start_seconds` is the time of the start that imported the items. `events` makes
+    the events of the state again, for a server of another kind.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Shop:
     time: datetime
     first_start_seconds: float
     interactions: int
+    events: Callable[[], Events] = field(repr=False)
 
     @property
     def options(self) -> list[str]:
@@ -102,6 +105,7 @@ def existing_shop(bundle_path: Path, data: Path, cache: Path) -> Shop:
         time=time,
         first_start_seconds=seconds,
         interactions=len(events),
+        events=lambda: read_shop(data).events,
     )
 
 

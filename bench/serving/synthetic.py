@@ -99,4 +99,5 @@ def drawn_shop(
         time=time,
         first_start_seconds=prepared(bundle_path, state, time, load_events),
         interactions=drawn_events.event_count(count),
+        events=draw,
     )
