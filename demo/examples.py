@@ -51,7 +51,7 @@ def sample_session(items: Sequence[Item]) -> list[str]:
 
 
 def similar_items(items: Sequence[Item], attributes: Mapping[str, str], count: int) -> list[str]:
-    """The `count` items that share the most of some attribute values; of equal ones, the first in the shop's files."""
+    """The `count` items that share the most of some attribute values; of equal ones, the shop's first."""
     shared = {item.id: sum(_attribute(item, n) == text for n, text in attributes.items()) for item in items}
     return sorted(shared, key=lambda item_id: -shared[item_id])[:count]
 

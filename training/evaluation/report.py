@@ -337,9 +337,10 @@ def _cold_start(methods: Section) -> list[str]:
 
 
 def _graph(relations: Section) -> list[str]:
-    names = list(next(iter(relations.values())))
+    names = list(dict.fromkeys(name for values in relations.values() for name in values))
     head = ("relation", *names)
-    return [_table(head, [(relation, *(values[n] for n in names)) for relation, values in relations.items()])]
+    rows = [(relation, *(values.get(name) for name in names)) for relation, values in relations.items()]
+    return [_table(head, rows)]
 
 
 def _stages(stages: Section) -> list[str]:

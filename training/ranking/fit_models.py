@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 _COLUMNS = {
     "text": ("text_",),
     "image": ("image_",),
-    "graph": ("baskets_", "people_"),
+    "graph": ("baskets_", "people_", "linear_"),
     "sequence": ("sequence_",),
     "taste": TASTE_COLUMNS,
     "words": ("words_",),
