@@ -1,0 +1,1 @@
+"""Published logs of news pages and clicks, MIND and EB-NeRD, which stay outside the repository."""
