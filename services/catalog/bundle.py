@@ -37,7 +37,7 @@ class ShopSchema:
     """The shop's settings that the services need.
 
     `event_types` maps an event type to its weight in a user's history. `targets` are the types that count as
-    purchases. `granularity` is "hour" or "day". `attributes` and `numbers` are the text and number
+    purchases. `granularity` is "10min", "hour" or "day". `attributes` and `numbers` are the text and number
     attributes that features use.
     """
 

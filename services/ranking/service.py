@@ -144,7 +144,7 @@ class RankingService:
             self._targets,
         )
         self._propensity = Propensity(propensity, list(profile.event_types)) if propensity else None
-        self._queries = QueryCache(self.state, view.table, self._targets, reads_impressions=taste is not None)
+        self._queries = QueryCache(self.state, view.table, self._targets)
         self._rfm_reference: tuple[int, RfmReference] | None = None
         self._advance_lock = threading.Lock()
         self._rfm_lock = threading.Lock()

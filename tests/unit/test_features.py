@@ -1,6 +1,7 @@
 """Feature rows use only the past and equal a count by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -12,10 +13,18 @@ from services.catalog.items import Attribute, Item, item_hash
 from services.core.errors import FailedPrecondition
 from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import CANDIDATE_COLUMNS, Features
+from services.ranking.features.user_impressions import impression_columns
 from services.ranking.models.co_occurrence import GraphView
 from services.ranking.retrieval.candidate_sources import CandidateSources
 from services.ranking.state.event_columns import EventColumns, EventState
-from services.ranking.state.item_stats import DAY, HOUR, WINDOWS, item_stats
+from services.ranking.state.item_stats import (
+    DAY,
+    HOUR,
+    RECENT_COLUMNS,
+    WINDOWS,
+    item_stats,
+    recent_columns,
+)
 from services.ranking.state.query_builder import User, make_query
 from services.ranking.state.user_query import UserQuery
 from training.retrieval.item_graph import fit_item_graph
@@ -121,6 +130,49 @@ def test_item_stats_count_events_before_their_time(events: list[Event]) -> None:
             [(NOW - min(times)) / DAY, (NOW - max(times)) / DAY] if events_of_item else [np.nan, np.nan]
         )
         np.testing.assert_allclose([stats.age[row], stats.idle[row]], expected, rtol=1e-6)
+
+
+@given(EVENTS, st.integers(0, 2000))
+@settings(deadline=None)
+def test_recent_columns_equal_a_count_by_hand(events: list[Event], extra: int) -> None:
+    """Hours count from the tick, and neither the tick itself nor what is later belongs to them."""
+    items, late = table(), [(u, i, k, 40 * 24 - extra % 30 + h % 30) for u, i, k, h in events]
+    arrived = Item("i0", "Jade shirt", available_from=datetime.fromtimestamp((NOW - 5 * HOUR) / 1e6, UTC))
+    items.apply([Change(int(NUMBERS[0]), 9, arrived, None, {})])
+    stats = item_stats(state_of(late), items, NOW)
+    found = dict(zip(RECENT_COLUMNS, recent_columns(np.arange(6), stats), strict=True))
+
+    def count(item: int, hours: int, kinds: Mapping[int, float]) -> float:
+        return sum(kinds.get(k, 0) for _, i, k, h in late if i == item and 40 * 24 - hours <= h < 40 * 24)
+
+    engaged, shown = {1: 0.25, 2: 1.0}, {0: 1.0}
+    for hours in (1, 6):
+        expected = [count(i, hours, engaged) for i in range(6)]
+        np.testing.assert_allclose(found[f"popular_{hours}h"], expected)
+    for hours in (1, 6, 24):
+        np.testing.assert_allclose(found[f"shown_{hours}h"], [count(i, hours, shown) for i in range(6)])
+    for hours in (6, 24):
+        pages = [count(i, hours, shown) for i in range(6)]
+        total = sum(count(i, hours, engaged) for i in range(6) if pages[i])
+        mean = total / max(sum(pages), 1)
+        share = [
+            (count(i, hours, engaged) + 10 * mean) / (pages[i] + 10) if pages[i] else np.nan for i in range(6)
+        ]
+        np.testing.assert_allclose(found[f"engaged_share_{hours}h"], share, rtol=1e-5)
+    np.testing.assert_allclose(found["listed_hours"], [5, *[np.nan] * 5])
+
+
+@given(EVENTS, st.integers(0, 3))
+@settings(deadline=None)
+def test_what_a_user_was_shown_equals_a_count_by_hand(events: list[Event], user: int) -> None:
+    items, state = table(), state_of(events)
+    past, shown = (read(str(user), "", NOW, 100) for read in (state.history, state.impressions))
+    query = make_query(state, items, User(str(user)), past, NOW, np.array([], np.int64), shown)
+    counts, hours = impression_columns(query.impressions, np.arange(6))
+    for item in range(6):
+        times = [h for u, i, k, h in events if (u, i, k) == (user, item, 0) and h * HOUR < NOW]
+        assert counts[item] == len(times)
+        np.testing.assert_allclose(hours[item], 40 * 24 - max(times) if times else np.nan)
 
 
 @given(EVENTS, st.integers(0, 3), st.integers(1, 10))

@@ -143,7 +143,21 @@ def stats_of(generator: np.random.Generator, count: int) -> ItemStats:
     popular = np.nan_to_num(generator.integers(0, 9, (count, 5)) * unknown[:, None]).astype(np.float32)
     age, idle = (generator.random((2, count)) * 50 * unknown).astype(np.float32)
     price = np.ones(count, np.float32)
-    return ItemStats(NOW, count, popular, age, idle, price, price, np.zeros((count, 0), np.float32))
+    nothing, hours = np.zeros((count, 0), np.float32), np.zeros((count, 3), np.float32)
+    return ItemStats(
+        tick=NOW,
+        counted=count,
+        popular=popular,
+        age=age,
+        idle=idle,
+        price=price,
+        highest=price,
+        channels=nothing,
+        recent=hours,
+        shown=hours,
+        share=hours[:, :2],
+        listed=age,
+    )
 
 
 def random_sources(generator: np.random.Generator, count: int) -> np.ndarray:

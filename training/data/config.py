@@ -127,7 +127,11 @@ class Source(Section):
 class Time(Section):
     """The precision of the event times."""
 
-    granularity: Literal["hour", "day"] = "hour"
+    granularity: Literal["10min", "hour", "day"] = Field(
+        "hour",
+        description="how often the statistics of items are computed anew: 10min for what ages within hours, "
+        "such as news; with day, nothing of the same day counts",
+    )
 
 
 class Split(Section):
@@ -185,7 +189,8 @@ class RankingTraining(Section):
     """How the CTR head and the reranker are trained."""
 
     ranking_days: int = Field(2, ge=2, description="number of last days whose baskets are training examples")
-    max_queries: int = Field(12_000, ge=1, description="maximum number of baskets, and of impressions")
+    max_queries: int = Field(12_000, ge=1, description="maximum number of baskets")
+    max_pages: int = Field(12_000, ge=1, description="maximum number of logged pages")
     candidates_per_query: int = Field(200, ge=10, description="number of candidates kept per basket")
     no_session_share: float = Field(
         0.25,

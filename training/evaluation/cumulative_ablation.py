@@ -14,7 +14,7 @@ from training.examples.point_in_time import PointInTime
 from training.ranking import ctr
 from training.ranking.fit_models import FittedModels
 
-STEPS = ("graph", "words", "text", "image", "sequence", "taste", "ctr", "trees")
+STEPS = ("recent", "impressions", "graph", "words", "text", "image", "sequence", "taste", "ctr", "trees")
 """The parts in the order in which they are added to the features from counts and attributes."""
 
 COUNTS = "counts"

@@ -54,7 +54,6 @@ class PointInTime:
         attributes, number_attributes = settings.items.text_attributes, settings.items.number_attributes
         sequences = SequenceView.load(sequence, self.table) if sequence else None
         tastes = read_taste(taste) if taste else None
-        self._reads_impressions = tastes is not None
         parts = {
             day: RankingContext(self.table, view, attributes, number_attributes, sequences, tastes)
             for day, view in views.items()
@@ -84,7 +83,7 @@ class PointInTime:
         past = self.state.history(eval_query.user_id, "", cut, MAX_HISTORY)
         user = User(eval_query.user_id, session=eval_query.session)
         shown = None
-        if self._reads_impressions:
+        if self.state.has_impressions:
             shown = self.state.impressions(eval_query.user_id, "", cut, MAX_IMPRESSIONS)
         return make_query(self.state, self.table, user, past, cut, self._targets, shown)
 

@@ -80,7 +80,7 @@ def make_training_set(
     if rows is None:
         return None
     pages, page_labels, types = queries.make_pages(
-        shop.events, dict(settings.event_types), since, settings.ranking.max_queries
+        shop.events, dict(settings.event_types), since, settings.ranking.max_pages
     )
     weights = np.array([settings.event_types[name] for name in types], np.float32)
     page_data = page_rows(past, pages, page_labels, weights, settings.ranking.cold_start_dropout)

@@ -9,7 +9,9 @@ import numpy as np
 from services.ranking.models.ctr import CtrModel
 from services.ranking.models.reranker import RerankerModel
 from services.ranking.models.taste import TASTE_COLUMNS
+from services.ranking.features.user_impressions import IMPRESSION_COLUMNS
 from services.ranking.scoring.scorer import ctr_column
+from services.ranking.state.item_stats import RECENT_COLUMNS
 from training.data.config import ShopConfig
 from training.examples.feature_rows import FeatureRows
 from training.examples.ranking_groups import RankingGroups
@@ -21,6 +23,8 @@ from training.ranking.reranker import fit_reranker, improves_ndcg
 _log = logging.getLogger(__name__)
 # What the names of the feature columns of each part begin with.
 _COLUMNS = {
+    "recent": RECENT_COLUMNS,
+    "impressions": IMPRESSION_COLUMNS,
     "text": ("text_",),
     "image": ("image_",),
     "graph": ("baskets_", "people_", "linear_"),

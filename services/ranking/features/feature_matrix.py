@@ -15,8 +15,16 @@ from services.core.kernels import array, kernel
 from services.ranking.features.context import RankingContext
 from services.ranking.features.numeric_rank import RANK_PARTS, NumericRank
 from services.ranking.features.similarities import Similarities
+from services.ranking.features.user_impressions import IMPRESSION_COLUMNS, impression_columns
 from services.ranking.models.taste import TASTE_COLUMNS
-from services.ranking.state.item_stats import ITEM_COLUMNS, WINDOWS, ItemStats, item_columns
+from services.ranking.state.item_stats import (
+    ITEM_COLUMNS,
+    RECENT_COLUMNS,
+    WINDOWS,
+    ItemStats,
+    item_columns,
+    recent_columns,
+)
 from services.ranking.state.user_query import SEEDS, UserQuery, recency
 
 _SPACES = ("text", "image")
@@ -66,6 +74,8 @@ class Features:
         self._relations = tuple(name for name in context.graph.names if name not in _SPACES)
         self.parts: dict[str, tuple[str, ...]] = {
             "counts": CANDIDATE_COLUMNS,
+            "recent": RECENT_COLUMNS,
+            "impressions": IMPRESSION_COLUMNS,
             "graph": tuple(f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS),
             **{space: tuple(f"{space}_{part}" for part in _SIMILARITIES) for space in _SPACES},
             "sequence": SEQUENCE_COLUMNS,
@@ -111,6 +121,8 @@ class Features:
                 channel_fit(query, rows, stats),
             ],
         )
+        yield "recent", list(recent_columns(rows, stats))
+        yield "impressions", list(impression_columns(query.impressions, rows))
         yield "graph", [c for r in self._relations for c in self._co_occurrence(r, query, rows)]
         similarities = similarities or Similarities(self._table, query, rows)
         for space in _SPACES:
@@ -126,7 +138,7 @@ class Features:
         yield "labels", labels
 
     def without_interactions(self, matrix: np.ndarray, rows: np.ndarray, stats: ItemStats) -> np.ndarray:
-        """The `matrix` (C, F) of table rows (C,) as if no user had ever interacted with the candidate.
+        """The `matrix` (C, F) of table rows (C,) as if there were no events of the candidate.
 
         Each candidate by itself. Training masks some rows in this way: the models learn to rank items
         without interactions by their content (DropoutNet, Volkovs et al., 2017).
@@ -134,6 +146,8 @@ class Features:
         column = {name: position for position, name in enumerate(self.names)}
         event_columns = [*(f"popular_{days}d" for days in WINDOWS), "popular_ever", "bought_before"]
         event_columns += [f"{r}_{part}" for r in self._relations for part in _GRAPH_PARTS]
+        event_columns += [name for name in RECENT_COLUMNS if name.startswith(("popular_", "shown_"))]
+        event_columns.append("shown_to_user")
         masked, own_popularity = matrix.copy(), matrix[:, column["popular_7d"]]
         masked[:, column["family_popular_7d"]] -= own_popularity
         masked[:, [column[name] for name in event_columns]] = 0
@@ -142,7 +156,8 @@ class Features:
         masked[:, next_item] = masked[:, as_new]
         masked[:, column["taste_appeal"]] = masked[:, column["taste_as_new"]]
         masked[:, column["channel_fit"]] *= 0  # NaN stays NaN
-        unknown = ("age_days", "idle_days", "markdown", "markdown_to_session")
+        unknown = ["age_days", "idle_days", "markdown", "markdown_to_session", "hours_since_shown"]
+        unknown += [name for name in RECENT_COLUMNS if name.startswith("engaged_share_")]
         masked[:, [column[name] for name in unknown]] = np.nan
         list_price = self._table.numbers("price")
         price = np.full(len(rows), np.nan) if list_price is None else list_price[rows, 0]

@@ -19,6 +19,8 @@ from services.ranking.state.user_query import SEEDS, UserQuery
 BEHAVIOR, TEXT, IMAGE, ATTRIBUTES, POPULARITY = "behavior", "text", "image", "attributes", "popularity"
 KINDS = (BEHAVIOR, TEXT, IMAGE, ATTRIBUTES, POPULARITY)
 _KIND_OF_PART = {
+    "recent": POPULARITY,
+    "impressions": BEHAVIOR,
     "graph": BEHAVIOR,
     "sequence": BEHAVIOR,
     "taste": BEHAVIOR,

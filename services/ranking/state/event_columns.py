@@ -54,6 +54,8 @@ class EventState:
         self.kinds = {name: kind for kind, name in enumerate(event_types)}
         self.channels: dict[str, int] = {}
         self.weights = np.array(list(event_types.values()), np.float32)
+        self.has_impressions = bool((self.weights == 0).any())
+        """Whether the shop has event types of weight 0."""
         self._columns = EventColumns(*(np.empty(0, dtype) for dtype in _DTYPES))
         self._length = 0
         self._rows = UserRows()

@@ -27,6 +27,18 @@ ITEM_COLUMNS = (
     "idle_days",
 )
 """The columns of an item that need no user: see `item_columns`."""
+RECENT_HOURS = (1, 6, 24)
+_SHARE_HOURS = (6, 24)
+RECENT_COLUMNS = (
+    "popular_1h",
+    "popular_6h",
+    *(f"shown_{hours}h" for hours in RECENT_HOURS),
+    *(f"engaged_share_{hours}h" for hours in _SHARE_HOURS),
+    "listed_hours",
+)
+"""The columns of what happened to an item in the last hours, and of its arrival: see `recent_columns`."""
+# Impressions with the mean share of engagements, added to those of an item.
+_SHARE_PRIOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +72,11 @@ class Ticks:
 # By that time after a tick, an event that was recorded before it is committed and in memory.
 _COMMIT_TIME = _MINUTE
 # With days, nothing of the same day counts: midnight is a time like any other there, and queries begin at it.
-TICKS = {"hour": Ticks(HOUR, 5 * _MINUTE), "day": Ticks(DAY)}
+TICKS = {
+    "10min": Ticks(10 * _MINUTE, 2 * _MINUTE),
+    "hour": Ticks(HOUR, 5 * _MINUTE),
+    "day": Ticks(DAY),
+}
 
 
 class Derived:
@@ -78,8 +94,11 @@ class ItemStats:
     are new. `popular` (N, 5): weight of the interactions in the last 1,
     3, 7 and 30 days and ever; `age` and `idle` (N,): days since the first and the last interaction; `price`
     (N,): the last one paid, else the list price; `highest` (N,): the highest one paid; `channels` (N, K):
-    weight of the interactions of the last 30 days in each of the shop's channels. Statistics with rows for
-    new items share `derived` with those that they extend.
+    weight of the interactions of the last 30 days in each of the shop's channels; `recent` (N, 3) and
+    `shown` (N, 3): weight of the interactions and number of the impressions in the last 1, 6 and 24 hours;
+    `share` (N, 2): interactions by impression in the last 6 and 24 hours, drawn to the mean of all items,
+    NaN for an item without impressions; `listed` (N,): hours since it arrived in the shop. Statistics with
+    rows for new items share `derived` with those that they extend.
     """
 
     tick: int
@@ -90,6 +109,10 @@ class ItemStats:
     price: np.ndarray
     highest: np.ndarray
     channels: np.ndarray
+    recent: np.ndarray
+    shown: np.ndarray
+    share: np.ndarray
+    listed: np.ndarray
     derived: Derived = field(default_factory=Derived, repr=False)
 
     @property
@@ -103,6 +126,12 @@ def item_columns(rows: np.ndarray, stats: ItemStats) -> list[np.ndarray]:
     popular = stats.popular[rows]
     rising = (popular[:, 0] + 1) / (popular[:, 2] / 7 + 1)
     return [*popular.T, rising, stats.age[rows], stats.idle[rows]]
+
+
+def recent_columns(rows: np.ndarray, stats: ItemStats) -> list[np.ndarray]:
+    """The columns `RECENT_COLUMNS` of table rows, int64 (C,): each float32 (C,), NaN for unknown."""
+    # Interactions of the last day are a column already.
+    return [*stats.recent[rows, :-1].T, *stats.shown[rows].T, *stats.share[rows].T, stats.listed[rows]]
 
 
 class StatsGrowth:
@@ -133,6 +162,10 @@ class StatsGrowth:
             "price": price.astype(np.float32),
             "highest": unknown,
             "channels": np.zeros((more, stats.channels.shape[1]), np.float32),
+            "recent": np.zeros((more, stats.recent.shape[1]), np.float32),
+            "shown": np.zeros((more, stats.shown.shape[1]), np.float32),
+            "share": np.full((more, stats.share.shape[1]), np.nan, np.float32),
+            "listed": _listed(table.arrivals_of(np.arange(length, length + more)), stats.tick),
         }
         for name, rows in new.items():
             self._columns[name] = appended(self._columns[name], length, rows)
@@ -147,11 +180,15 @@ def item_stats(state: EventState, table: ItemTable, tick: int) -> ItemStats:
     """The statistics as of `tick`, microseconds since 1970."""
     events = state.all()
     weights = np.where(events.kind >= 0, state.weights[np.maximum(events.kind, 0)], 0)
-    counted = np.flatnonzero((events.recorded < tick) & (weights > 0))
-    events, weights = events.take(counted), weights[counted]
     count = table.length  # the change feed may add items meanwhile
     hashes = table.item_hashes[:count]
     order = np.argsort(hashes)
+    is_shown = (events.kind >= 0) & (weights == 0) & (events.recorded >= tick - RECENT_HOURS[-1] * HOUR)
+    impressions = events.take(np.flatnonzero(is_shown & (events.recorded < tick)))
+    shown_rows = order[(position := find(hashes[order], impressions.item_hash))[position >= 0]]
+    shown = _by_hours(shown_rows, impressions.recorded[position >= 0], np.ones(len(shown_rows)), tick, count)
+    counted = np.flatnonzero((events.recorded < tick) & (weights > 0))
+    events, weights = events.take(counted), weights[counted]
     position = find(hashes[order], events.item_hash)
     valid = position >= 0
     events, weights, rows = events.take(np.flatnonzero(valid)), weights[valid], order[position[valid]]
@@ -167,7 +204,47 @@ def item_stats(state: EventState, table: ItemTable, tick: int) -> ItemStats:
     recent_channel = (events.channel >= 0) & (events.recorded >= tick - WINDOWS[-1] * DAY)
     channels = np.zeros((count, len(state.channels)), np.float32)
     np.add.at(channels, (rows[recent_channel], events.channel[recent_channel]), weights[recent_channel])
-    return ItemStats(tick, count, popular, _days(tick - first), _days(tick - last), price, highest, channels)
+    recent = _by_hours(rows, events.recorded, weights, tick, count)
+    return ItemStats(
+        tick=tick,
+        counted=count,
+        popular=popular,
+        age=_days(tick - first),
+        idle=_days(tick - last),
+        price=price,
+        highest=highest,
+        channels=channels,
+        recent=recent,
+        shown=shown,
+        share=_share(recent, shown),
+        listed=_listed(table.arrivals[:count], tick),
+    )
+
+
+def _by_hours(
+    rows: np.ndarray, recorded: np.ndarray, weights: np.ndarray, tick: int, count: int
+) -> np.ndarray:
+    """The weight of events of each of `count` rows in the last 1, 6 and 24 hours, float32 (N, 3)."""
+    sums = np.zeros((count, len(RECENT_HOURS)), np.float32)
+    for column, hours in enumerate(RECENT_HOURS):
+        late = recorded >= tick - hours * HOUR
+        sums[:, column] = np.bincount(rows[late], weights[late], count)
+    return sums
+
+
+def _share(recent: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    """Interactions by impression in each of `_SHARE_HOURS`, float32 (N, 2), NaN without an impression."""
+    columns = [RECENT_HOURS.index(hours) for hours in _SHARE_HOURS]
+    engaged, shown = recent[:, columns], shown[:, columns]
+    # Items that were not shown count for no mean: some interactions have no impression.
+    mean = np.where(shown > 0, engaged, 0).sum(0) / np.maximum(shown.sum(0), 1)
+    share = (engaged + _SHARE_PRIOR * mean) / (shown + _SHARE_PRIOR)
+    return np.where(shown > 0, share, np.nan).astype(np.float32)
+
+
+def _listed(arrivals: np.ndarray, tick: int) -> np.ndarray:
+    """Hours since arrivals, microseconds since 1970, at a tick: float32 (N,), NaN for unknown ones."""
+    return np.where(arrivals > 0, np.maximum(tick - arrivals, 0) / HOUR, np.nan).astype(np.float32)
 
 
 def _days(span: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 Apart from `user_query`, which models read without the event columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,7 +50,7 @@ def make_query(
         channels=past.channel[events],
         impressions=Impressions.none()
         if impressions is None
-        else shown_items(state, table, impressions, past, targets),
+        else replace(shown_items(state, table, impressions, past, targets), as_of=cutoff),
     )
 
 

@@ -14,15 +14,11 @@ _Key = tuple[User, int, int | None, int, int]
 class QueryCache:
     """Users in rows of `table`, from the events of `state`; `targets` are the kinds of purchases.
 
-    `reads_impressions` says whether a model reads the impressions of a user. One thread reads users, any
-    thread may clear.
+    One thread reads users, any thread may clear.
     """
 
-    def __init__(
-        self, state: EventState, table: ItemTable, targets: np.ndarray, *, reads_impressions: bool = False
-    ) -> None:
+    def __init__(self, state: EventState, table: ItemTable, targets: np.ndarray) -> None:
         self._state, self._table, self._targets = state, table, targets
-        self._reads_impressions = reads_impressions
         self._entries: dict[_Key, tuple[UserQuery, EventColumns]] = {}
 
     def query(self, user: User, cutoff: int, until_sequence: int | None) -> tuple[UserQuery, EventColumns]:
@@ -36,7 +32,7 @@ class QueryCache:
         ids = user.user_id, user.visitor_id
         past = self._state.history(*ids, cutoff, MAX_HISTORY, until_sequence)
         shown = None
-        if self._reads_impressions:
+        if self._state.has_impressions:
             shown = self._state.impressions(*ids, cutoff, MAX_IMPRESSIONS, until_sequence)
         entry = make_query(self._state, self._table, user, past, cutoff, self._targets, shown), past
         if is_complete:

@@ -41,6 +41,8 @@ class Impressions:
     engaged: np.ndarray
     strong: np.ndarray
     lightest: float = np.inf
+    as_of: int = 0
+    """The time of the request, microseconds since 1970."""
 
     @classmethod
     def none(cls) -> "Impressions":
