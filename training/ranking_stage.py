@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from services.catalog import filters
+from services.ranking.models.attribute_vectors import ATTRIBUTES, attribute_vectors
 from services.ranking.models.ctr import write_ctr
 from services.ranking.models.first_phase import FirstPhase, write_first_phase
 from services.ranking.models.reranker import write_reranker
@@ -63,6 +64,9 @@ def fit(
 ) -> None:
     """Fit and evaluate the models; write them and the evaluation into `directory`."""
     since = first_day(shop.events, settings) * DAY
+    if attributes := settings.items.text_attributes:
+        every = np.arange(past.table.length)
+        vectors = {**vectors, ATTRIBUTES: attribute_vectors(past.table, every, attributes)}
     evaluated_from = (int(shop.events.time[-1] // DAY) - settings.split.test_days + 1) * DAY
     weights = dict(settings.event_types)
     engagement_types = tuple(name for name, weight in weights.items() if weight > 0)

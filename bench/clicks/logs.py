@@ -2,8 +2,8 @@
 
 What the files do not say is filled in like this:
 
-* **MIND, times of reads.** A user's history has an order and no times. It is spread evenly over the four weeks
-  before the log, the last read a day before it, each at a time of the log's first second of the day.
+* **MIND, times of reads.** A user's history has an order and no times. It is spread evenly over the four
+  weeks before the log, the last read a day before it.
 * **Publication.** Neither data set says when an article appeared. It counts as published when it was
   first read or shown. The ids of EB-NeRD rise with time, so an article is no younger than any with a higher
   id. Nothing of this uses what is later than the first time that an article was seen: on any page, its age

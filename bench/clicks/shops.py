@@ -1,7 +1,7 @@
 """Writes a log of pages as a shop directory: items, reads and clicks as events, pages as impressions.
 
 A page is a session of its own, so that a click belongs to the page on which it happened: it is logged a
-second after the page. The order of items on a page is unknown (MIND's is shuffled), so there are no positions.
+second after the page. The order of items on a page is unknown (MIND's is shuffled): there are no positions.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,10 @@ impression = 0.0
 {text}
 [time]
 granularity = "10min"
+[graph]
+trials = 0
+[sequence]
+epochs = {epochs}
 [ranking]
 ranking_days = {days}
 max_queries = 500
@@ -36,6 +40,8 @@ _TEXT = {
     "mind": 'mode = "frozen"\nmax_tokens = 32',
     "ebnerd": 'mode = "frozen"\nmax_tokens = 4\nprojection_steps = 0',
 }
+# A sequence model of EB-NeRD would know ids alone.
+_EPOCHS = {"mind": 12, "ebnerd": 0}
 _CLICK_DELAY = timedelta(seconds=1)
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("user_id", "item_id", "session_id", "type")]
@@ -65,7 +71,9 @@ def write_shop(
     write_events(directory / "events.parquet", reads, [page for page in log.pages if page.time < start])
     first = log.pages[0].time.date()
     days = max(2, (start - timedelta(microseconds=1)).date().toordinal() - first.toordinal() + 1)
-    (directory / "shop.toml").write_text(_SHOP.format(items=_ITEMS[name], text=_TEXT[name], days=days))
+    (directory / "shop.toml").write_text(
+        _SHOP.format(items=_ITEMS[name], text=_TEXT[name], days=days, epochs=_EPOCHS[name])
+    )
 
 
 def write_events(path: Path, reads: Sequence[Read], pages: Sequence[Page]) -> None:

@@ -1,5 +1,6 @@
 """The CTR head scores alone as in a batch, serves as trained, and reads nothing of the days it predicts."""
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from services.catalog.item_table import Change, ItemTable
-from services.catalog.items import Item, item_hash
+from services.catalog.items import Attribute, Item, item_hash
 from services.core.errors import FailedPrecondition
 from services.ranking.features.context import RankingContext
 from services.ranking.features.feature_matrix import Features
+from services.ranking.models.attribute_vectors import ATTRIBUTES, DIMENSION
 from services.ranking.models.co_occurrence import GraphView, ItemGraph
 from services.ranking.models.ctr import MAX_HISTORY, CtrModel, CtrSettings, write_ctr
 from services.ranking.models.ctr_head import CtrHead, CtrItems
@@ -169,7 +171,7 @@ def test_projections_follow_the_items(tmp_path: Path) -> None:
             for n, of in zip(numbers, sources, strict=True)
         )
         rows = np.arange(table.length)[::-1]
-        fresh = head.projections(item_vectors_of(table, rows, head.settings.spaces))
+        fresh = head.projections(item_vectors_of(table, rows, head.settings))
         np.testing.assert_allclose(projections.of(rows), fresh, atol=1e-6)
 
 
@@ -178,16 +180,24 @@ def test_a_scorer_gives_the_head_the_history_that_it_reads(*, plain: bool, tmp_p
     """Users with sessions and histories around the limits, and items and users without vectors."""
     vectors, choice = item_vectors(), np.random.default_rng(6)
     present = {space: np.asarray(values.any(1)) for space, values in vectors.items()}
-    items = [Item(f"i{n}", price=float(n + 1)) for n in range(ITEMS)]
+    # Every third item has no color, and every other has two.
+    colors = [("red", "blue", "green")[n % 3 : n % 3 + 1 + n % 2] if n % 3 else () for n in range(ITEMS)]
+    attributes = [(Attribute("color", texts),) if texts else () for texts in colors]
+    items = [Item(f"i{n}", price=float(n + 1), attributes=attributes[n]) for n in range(ITEMS)]
     table = ItemTable.of(items, vectors, present, [shops.UNTIL] * ITEMS)
     stats = item_stats(EventState({"purchase": 1.0}), table, 30_000 * DAY)
     features = Features(RankingContext(table, GraphView(ItemGraph.empty(), table)))
     torch.manual_seed(7)
-    sizes, scales = {"text": TEXT, "image": IMAGE}, FeatureScaler.plain(2)
-    shape = CtrSettings(sizes, ("click",), ("price", "text_session"), scales, plain=plain)
+    sizes, scales = {"text": TEXT, "image": IMAGE, ATTRIBUTES: DIMENSION}, FeatureScaler.plain(2)
+    columns = ("price", "text_session")
+    shape = CtrSettings(sizes, ("click",), columns, scales, plain=plain, attributes=("color",))
     write_ctr(tmp_path, CtrModel(shape))
     head, scorer = CtrHead(tmp_path, features.names), Scorer(features, table, tmp_path)
-    stored = {space: table.vectors(space)[0].astype(np.float32) for space in sizes}  # type: ignore[index]
+    stored = {space: table.vectors(space)[0].astype(np.float32) for space in vectors}  # type: ignore[index]
+    stored[ATTRIBUTES] = np.zeros((ITEMS, DIMENSION), np.float32)
+    for row, texts in enumerate(colors):
+        for text in texts:
+            stored[ATTRIBUTES][row, zlib.crc32(f"color={text}".encode()) % DIMENSION] = len(texts) ** -0.5
     for session, history in ((0, 0), (1, 0), (0, 1), (3, 40), (49, 60), (50, 60), (51, 0), (120, 200)):
         query = user(choice.integers(0, ITEMS, history), choice.integers(0, ITEMS, session))
         rows = choice.permutation(ITEMS)[:40]
@@ -457,3 +467,23 @@ def test_a_shop_with_impressions_trains_all_models() -> None:
     one, other = (model.score(fresh, vectors) for model in (whole, unseen))
     assert np.isfinite([one, other]).all()
     assert not np.allclose(one, other)
+
+
+def test_the_effect_of_positions_is_not_taken_for_a_taste() -> None:
+    """What stands first is clicked, whatever it is: a head that knows the positions has nothing to learn."""
+    generator, none = np.random.default_rng(8), np.empty(0, np.int64)
+    vectors = item_vectors()
+    first = generator.integers(1, ITEMS // 2, 400)
+    others = generator.integers(ITEMS // 2, ITEMS, (400, 4))
+    items = [np.append(one, rest) for one, rest in zip(first, others, strict=True)]
+    rows = rows_of([user(none, none)] * 400, items, [np.arange(5) == 0] * 400, seed=9)
+    rows = replace(rows, matrix=np.zeros_like(rows.matrix))
+    labels = np.zeros((2000, 1), np.float32)
+    clicked = generator.random(2000) < np.tile([0.8, 0.1, 0.1, 0.1, 0.1], 400)
+    labels[:, 0] = clicked
+    shape = ctr_settings(rows, vectors, ("click",), shown=True)
+    gaps = []
+    for positions in (None, np.tile(np.arange(1, 6), 400)):
+        logit = score(fit_ctr(shape, rows, labels, vectors, 12, positions=positions), rows, vectors)[:, 0]
+        gaps.append(logit[::5].mean() - np.delete(logit, np.s_[::5]).mean())
+    assert gaps[1] < 0.5 * gaps[0]

@@ -75,7 +75,7 @@ def evaluate(
         return
     allowed = filters.evaluate(task_filter(settings), past.table)
     rows = evaluation_rows(past, queries, allowed)
-    heads = CtrHeads(training, settings.ranking.ctr_epochs)
+    heads = CtrHeads(training, settings.ranking.ctr_epochs, settings.items.text_attributes)
     models = fit_models(training, settings, vectors, heads=heads)
     matrix = models.matrix(rows, vectors)
     pages = _by_method(models, rows, matrix, vectors)

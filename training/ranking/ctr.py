@@ -9,8 +9,11 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from services.ranking.features.feature_matrix import CANDIDATE_COLUMNS
+from services.ranking.features.user_impressions import IMPRESSION_COLUMNS
+from services.ranking.models.attribute_vectors import ATTRIBUTES
 from services.ranking.models.ctr import CtrModel, CtrSettings, user_histories
 from services.ranking.models.scaler import FeatureScaler
+from services.ranking.state.item_stats import RECENT_COLUMNS
 from training.core.progress import track
 from training.examples.feature_rows import FeatureRows
 from training.examples.queries import DAY
@@ -19,6 +22,9 @@ from training.ranking.platt import platt
 _QUERIES_PER_BATCH = 64
 _CANDIDATES = 48
 _PARTS = 4
+_POSITIONS = 20  # later ones count as this
+_RATE_PRIOR, _MIN_RATE = 20.0, 1e-6
+PAGE_COLUMNS = (*RECENT_COLUMNS, *IMPRESSION_COLUMNS)
 
 
 def ctr_settings(
@@ -28,9 +34,15 @@ def ctr_settings(
     *,
     shown: bool,
     plain: bool = False,
+    attributes: Sequence[str] = (),
 ) -> CtrSettings:
-    """The settings of a head for these rows: their feature scales, and a vector space per kind of vector."""
-    columns = [name for name in rows.names if name in CANDIDATE_COLUMNS]
+    """The settings of a head for these rows: their feature scales, and a vector space per kind of vector.
+
+    One of the spaces may be that of `attributes`. A head of logged pages (`shown`) reads what happened in the
+    last hours as well.
+    """
+    read = (*CANDIDATE_COLUMNS, *(PAGE_COLUMNS if shown else ()))
+    columns = [name for name in rows.names if name in read]
     indices = [rows.names.index(name) for name in columns]
     return CtrSettings(
         spaces={space: int(v.shape[1]) for space, v in vectors.items()},
@@ -39,6 +51,7 @@ def ctr_settings(
         scales=FeatureScaler.of(rows.matrix[:, indices]),
         plain=plain,
         shown=shown,
+        attributes=tuple(attributes) if ATTRIBUTES in vectors else (),
     )
 
 
@@ -49,17 +62,21 @@ def fit_ctr(
     vectors: Mapping[str, np.ndarray],
     epochs: int,
     seed: int = 0,
+    positions: np.ndarray | None = None,
 ) -> CtrModel:
     """A head fitted on rows with labels float32 (N, T), one column per event type.
 
-    An epoch goes over every query, with its targets and a random sample of the others, at most 48 rows a
-    query. Rows are weighted.
+    With the `positions` of rows on their pages, int64 (N,), 0 for unknown, the logit of an event is that of
+    the head plus an effect of the position (Zhao et al., 2019), which starts from the rate of events there.
+    The effects are left out when ranking, and `calibrate` then fits the head to the average over positions.
     """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model = CtrModel(settings)
+    places = np.zeros(len(rows.items), np.int64) if positions is None else np.clip(positions, 0, _POSITIONS)
+    effects = torch.from_numpy(_position_logits(places, labels)).requires_grad_()
     batches = -(-len(rows.size) // _QUERIES_PER_BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW([*model.parameters(), effects], lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, epochs * batches))
     start = np.cumsum(rows.size) - rows.size
     model.train()
@@ -68,7 +85,7 @@ def fit_ctr(
             order = generator.permutation(len(rows.size))
         batch = order[step % batches * _QUERIES_PER_BATCH :][:_QUERIES_PER_BATCH]
         candidates, present = _sample_candidates(rows, labels, start, batch, generator)
-        logits = _forward(model, rows, batch, candidates, vectors)
+        logits = _forward(model, rows, batch, candidates, vectors) + effects[places[candidates]]
         weight = np.where(present, rows.weight[candidates], 0)[:, :, None]
         target = torch.from_numpy(labels[candidates])
         loss = binary_cross_entropy_with_logits(
@@ -80,6 +97,15 @@ def fit_ctr(
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+def _position_logits(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The logit of the rate of each event type at each position, relative to all rows: float32 (21, T)."""
+    mean = np.clip(labels.mean(0, keepdims=True), _MIN_RATE, 1 - _MIN_RATE)
+    shown = np.bincount(places, minlength=_POSITIONS + 1)[:, None]
+    engaged = np.stack([np.bincount(places, label, _POSITIONS + 1) for label in labels.T], axis=1)
+    rate = (engaged + _RATE_PRIOR * mean) / (shown + _RATE_PRIOR)
+    return np.float32(np.log(rate / (1 - rate)) - np.log(mean / (1 - mean)))
 
 
 def score(model: CtrModel, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -105,6 +131,7 @@ def out_of_fold_logits(
     targets: Sequence[FeatureRows],
     vectors: Mapping[str, np.ndarray],
     epochs: int,
+    positions: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """Logits float32 (N, T) of each of `targets`, by heads fitted on earlier days; NaN without such a head.
 
@@ -123,8 +150,9 @@ def out_of_fold_logits(
         inside = [np.flatnonzero(parts == part) for parts in split]
         if not len(outside) or not any(map(len, inside)):
             continue
-        part_labels = labels[np.isin(training.group(), outside)]
-        model = fit_ctr(settings, training.take(outside), part_labels, vectors, epochs)
+        used = np.isin(training.group(), outside)
+        places = None if positions is None else positions[used]
+        model = fit_ctr(settings, training.take(outside), labels[used], vectors, epochs, positions=places)
         for rows, queries, out in zip(targets, inside, logits, strict=True):
             out[np.isin(rows.group(), queries)] = score(model, rows.take(queries), vectors)
     return logits
@@ -177,9 +205,13 @@ def _sample_candidates(
     batch: np.ndarray,
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows int64 (B, C) of the queries `batch`, targets first, and which of them count, bool."""
-    candidates = np.zeros((len(batch), _CANDIDATES), np.int64)
-    present = np.zeros((len(batch), _CANDIDATES), bool)
+    """Rows int64 (B, C) of the queries `batch`, targets first, and which of them count, bool.
+
+    C is at most 48, and no more than the longest query has: pages are short.
+    """
+    longest = min(int(rows.size[batch].max()), _CANDIDATES)
+    candidates = np.zeros((len(batch), longest), np.int64)
+    present = np.zeros((len(batch), longest), bool)
     for index, query in enumerate(batch):
         query_rows = np.arange(start[query], start[query] + rows.size[query])
         is_target = labels[query_rows].any(1)

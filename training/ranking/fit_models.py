@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from services.ranking.features.user_impressions import IMPRESSION_COLUMNS
+from services.ranking.models.attribute_vectors import ATTRIBUTES
 from services.ranking.models.ctr import CtrModel
 from services.ranking.models.reranker import RerankerModel
 from services.ranking.models.taste import TASTE_COLUMNS
-from services.ranking.features.user_impressions import IMPRESSION_COLUMNS
 from services.ranking.scoring.scorer import ctr_column
 from services.ranking.state.item_stats import RECENT_COLUMNS
 from training.data.config import ShopConfig
@@ -61,25 +62,32 @@ class FittedModels:
 
 
 class CtrHeads:
-    """The CTR heads of a training set, each fitted once per set of vector spaces."""
+    """The CTR heads of a training set, each fitted once per set of vector spaces.
 
-    def __init__(self, data: TrainingSet, epochs: int) -> None:
+    `attributes` are the text attributes whose values the space `ATTRIBUTES` has; a head of logged pages reads
+    them.
+    """
+
+    def __init__(self, data: TrainingSet, epochs: int, attributes: Sequence[str] = ()) -> None:
         # Logged pages distinguish items that a user ignored from items that the user never saw.
         self.sources = [data.rows, data.ctr_rows] if data.has_impressions else [data.rows]
-        self._data, self._epochs = data, epochs
+        self._data, self._epochs, self._attributes = data, epochs, attributes
         self._models: dict[frozenset[str], tuple[CtrModel, list[np.ndarray]]] = {}
 
     def fit(self, spaces: Mapping[str, np.ndarray]) -> tuple[CtrModel, list[np.ndarray]]:
         """A head over the vectors (N, D) of these spaces, and out-of-fold logits (N, T) of each source."""
         if (key := frozenset(spaces)) not in self._models:
             data = self._data
-            shape = ctr.ctr_settings(data.ctr_rows, spaces, data.types, shown=data.has_impressions)
+            shown, places = data.has_impressions, data.positions
+            shape = ctr.ctr_settings(
+                data.ctr_rows, spaces, data.types, shown=shown, attributes=self._attributes
+            )
             logits = ctr.out_of_fold_logits(
-                shape, data.ctr_rows, data.labels, self.sources, spaces, self._epochs
+                shape, data.ctr_rows, data.labels, self.sources, spaces, self._epochs, places
             )
             if data.has_impressions:
                 shape = ctr.calibrate(shape, data.ctr_rows, logits[1], data.labels)
-            head = ctr.fit_ctr(shape, data.ctr_rows, data.labels, spaces, self._epochs)
+            head = ctr.fit_ctr(shape, data.ctr_rows, data.labels, spaces, self._epochs, positions=places)
             self._models[key] = head, logits
         return self._models[key]
 
@@ -100,8 +108,10 @@ def fit_models(
 
     `heads` are the heads of the same training set, if more models are fitted on it.
     """
-    heads = heads or CtrHeads(data, settings.ranking.ctr_epochs)
+    heads = heads or CtrHeads(data, settings.ranking.ctr_epochs, settings.items.text_attributes)
     spaces = {space: values for space, values in vectors.items() if space not in without}
+    if not data.has_impressions:
+        spaces.pop(ATTRIBUTES, None)
     matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(data.rows.names), None
     if "ctr" not in without and spaces:  # the head reads vectors only

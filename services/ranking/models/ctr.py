@@ -1,8 +1,9 @@
 """The CTR head: the probability that a user interacts with a candidate, from the vectors of the encoders.
 
-An item is its text and image vectors. A candidate attends to the history of the user (target attention,
-Deep Interest Network, Zhou et al., 2018), histograms hold its similarity to that history in each modality
-(SimTier, Sheng et al., 2024), and feature columns of the candidate are appended. One output per event type.
+An item is its text and image vectors and the embeddings of its attributes. A candidate attends to the
+history of the user (target attention, Deep Interest Network, Zhou et al., 2018), histograms hold its
+similarity to that history in each modality (SimTier, Sheng et al., 2024), and feature columns of the
+candidate are appended. One output per event type.
 `ctr_head` serves it. Knows arrays, not items.
 """
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from services.ranking.models.attribute_vectors import ATTRIBUTES
 from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.user_query import UserQuery
 
@@ -29,7 +31,8 @@ TIERS = 10
 class CtrSettings:
     """The shape of a head.
 
-    `spaces` maps a space to its dimension; `types` are the event types that it predicts; `columns` the
+    `spaces` maps a space to its dimension, one of them may be `ATTRIBUTES`, that of the text attributes
+    `attributes`; `types` are the event types that it predicts; `columns` the
     feature columns of a candidate, scaled by `scales`; `plain` uses only the two representations,
     P = sigmoid(W (x_u, x_i) + b); `shown` is true for a head that was trained with impressions: its output
     is P(event | shown), calibrated by `offset` and `slope` by type on the logit.
@@ -44,6 +47,12 @@ class CtrSettings:
     shown: bool = False
     slope: Sequence[float] = ()
     offset: Sequence[float] = ()
+    attributes: Sequence[str] = ()
+
+    @property
+    def tier_spaces(self) -> list[str]:
+        """The spaces in which similarities are counted: shares of attribute values are columns."""
+        return [space for space in self.spaces if space != ATTRIBUTES]
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class CtrModel(nn.Module):
         self.event_projection = nn.Linear(3, width)
         self.null_token = nn.Parameter(torch.zeros(width))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        input_size = 3 * width + len(settings.columns) + len(settings.spaces) * TIERS
+        input_size = 3 * width + len(settings.columns) + len(settings.tier_spaces) * TIERS
         self.head = nn.Sequential(
             nn.Linear(input_size, 2 * width), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * width, outputs)
         )
@@ -98,7 +107,7 @@ class CtrModel(nn.Module):
         attention = self.q_proj(item) @ self.k_proj(past).transpose(1, 2) / self.settings.width**0.5
         attention = attention.masked_fill(~mask.unsqueeze(1), float("-inf"))
         user = attention.softmax(-1) @ self.v_proj(past)
-        tiers = [self._tiers(users, items, space) for space in self.settings.spaces]
+        tiers = [self._tiers(users, items, space) for space in self.settings.tier_spaces]
         return self.head(torch.cat([user, item, user * item, dense, *tiers], -1))  # type: ignore[no-any-return]
 
     def _item(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:

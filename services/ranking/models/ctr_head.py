@@ -18,6 +18,7 @@ from services.catalog.item_table import ItemTable
 from services.catalog.row_arrays import RowArrays
 from services.core.errors import FailedPrecondition
 from services.core.kernels import array, kernel
+from services.ranking.models.attribute_vectors import ATTRIBUTES, attribute_vectors
 from services.ranking.models.ctr import MAX_HISTORY, SETTINGS_FILE, TIERS, WEIGHTS_FILE, CtrSettings
 from services.ranking.models.half_precision import as_float32
 from services.ranking.models.scaler import FeatureScaler
@@ -77,7 +78,7 @@ class CtrHead:
         The vectors of candidates, `items` float32 (C, D), and of the items of the user's history, `past`
         (H, D), are by space, zeros for none; see `history_rows`.
         """
-        cosines = {space: items[space] @ past[space].T for space in self.settings.spaces}
+        cosines = {space: items[space] @ past[space].T for space in self.settings.tier_spaces}
         read = CtrInput(self.projections(past), self.projections(items), cosines)
         return self.logits_of(query, matrix, read)
 
@@ -88,7 +89,9 @@ class CtrHead:
             plain = np.concatenate([np.broadcast_to(user, of.items.shape), of.items], axis=1)
             return self._linear("head", plain)
         user = self._attention(query, of)
-        tiers = [_tiers(np.ascontiguousarray(of.cosines[space]), TIERS) for space in self.settings.spaces]
+        tiers = [
+            _tiers(np.ascontiguousarray(of.cosines[space]), TIERS) for space in self.settings.tier_spaces
+        ]
         dense = self.settings.scales.apply(matrix[:, self._columns])
         inner = self._linear(
             "head.0", np.concatenate([user, of.items, user * of.items, dense, *tiers], axis=1)
@@ -125,7 +128,7 @@ class CtrItems:
 
     def __init__(self, head: CtrHead, table: ItemTable) -> None:
         def compute(rows: np.ndarray) -> tuple[np.ndarray, ...]:
-            return (head.projections(item_vectors(table, rows, head.settings.spaces)),)
+            return (head.projections(item_vectors(table, rows, head.settings)),)
 
         self._arrays = RowArrays(table, [head.settings.width], compute)
         self._arrays.current()  # now, not during a request
@@ -136,11 +139,13 @@ class CtrItems:
         return np.asarray(projections[rows])
 
 
-def item_vectors(table: ItemTable, rows: np.ndarray, spaces: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The vectors of table rows, int64 (R,), by space: float32 (R, D), zeros for none."""
+def item_vectors(table: ItemTable, rows: np.ndarray, settings: CtrSettings) -> dict[str, np.ndarray]:
+    """The vectors of table rows, int64 (R,), in the spaces of a head: float32 (R, D), zeros for none."""
     vectors = {}
-    for space, dimension in spaces.items():
-        if (column := table.vectors(space)) is None:
+    for space, dimension in settings.spaces.items():
+        if space == ATTRIBUTES:
+            vectors[space] = attribute_vectors(table, rows, settings.attributes)
+        elif (column := table.vectors(space)) is None:
             vectors[space] = np.zeros((len(rows), dimension), np.float32)
         else:
             vectors[space] = as_float32(column[0][rows])

@@ -102,7 +102,7 @@ class Scorer:
         logits = None
         if self._ctr is not None and self._ctr_items is not None:
             history = history_rows(query)
-            spaces = self._ctr.settings.spaces
+            spaces = self._ctr.settings.tier_spaces
             cosines = {space: self._cosines(space, similarities, len(history)) for space in spaces}
             read = CtrInput(self._ctr_items.of(history), self._ctr_items.of(rows), cosines)
             logits = self._ctr.logits_of(query, matrix, read)
@@ -123,8 +123,8 @@ class Scorer:
         if self._ctr is None:
             return None
         used = np.concatenate([rows, history_rows(query)])
-        vectors = item_vectors(self._table, used, self._ctr.settings.spaces)
-        if space in vectors:
+        vectors = item_vectors(self._table, used, self._ctr.settings)
+        if space in vectors:  # that of attributes has the name of a kind as well
             vectors[space][:] = 0
         return self._ctr.logits(
             query,
