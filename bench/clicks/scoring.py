@@ -33,6 +33,7 @@ def service_scores(bundle_path: Path, shop: Path, pages: Sequence[Page]) -> dict
             state=Path(folder),
             address="127.0.0.1:0",
             device="cpu",
+            fixed_time=pages[-1].time,
             impression_log_days=0,
         )
         import_events(settings, bundle, read_shop(shop))
