@@ -105,7 +105,7 @@ def _position_logits(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
     shown = np.bincount(places, minlength=_POSITIONS + 1)[:, None]
     engaged = np.stack([np.bincount(places, label, _POSITIONS + 1) for label in labels.T], axis=1)
     rate = (engaged + _RATE_PRIOR * mean) / (shown + _RATE_PRIOR)
-    return np.float32(np.log(rate / (1 - rate)) - np.log(mean / (1 - mean)))
+    return np.asarray(np.log(rate / (1 - rate)) - np.log(mean / (1 - mean)), np.float32)
 
 
 def score(model: CtrModel, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:

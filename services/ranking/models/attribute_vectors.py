@@ -35,4 +35,4 @@ def attribute_vectors(table: ItemTable, rows: np.ndarray, attributes: Sequence[s
         row, place = np.nonzero(codes >= 0)
         np.add.at(vectors, (row, column_of[codes[row, place]]), 1)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.divide(vectors, length, out=vectors, where=length > 0)
+    return np.asarray(np.divide(vectors, length, out=vectors, where=length > 0))
