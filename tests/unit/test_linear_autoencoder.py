@@ -16,7 +16,7 @@ def incidence(seed: int = 0) -> sparse.csr_matrix:
 def unit_vectors(seed: int = 1) -> np.ndarray:
     vectors = np.random.default_rng(seed).standard_normal((ITEMS, 5)).astype(np.float32)
     vectors[3] = 0
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9))
 
 
 def regressions(rows: np.ndarray, penalty: float) -> np.ndarray:
