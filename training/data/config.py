@@ -149,11 +149,6 @@ class GraphTraining(Section):
         30, ge=0, description="number of weightings to try for each relation; 0 uses the cosine"
     )
     neighbors: int = Field(300, ge=1, description="maximum number of edges of an item in a relation")
-    linear_items: int = Field(
-        10_000,
-        ge=0,
-        description="items with the most users that the linear autoencoder covers; 0 leaves it out",
-    )
 
 
 class Evaluation(Section):

@@ -137,9 +137,7 @@ def _by_method(
     """The pages of the whole bundle, and those of simpler methods over the same candidates."""
     pages = {BUNDLE: _pages(rows, models.model.score(matrix))}
     pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
-    pages["item graph"] = _pages(
-        rows, rows.matrix[:, _columns(rows, "baskets_", "people_", "linear_")].sum(1)
-    )
+    pages["item graph"] = _pages(rows, rows.matrix[:, _columns(rows, "baskets_", "people_")].sum(1))
     for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
         score = rows.matrix[:, rows.names.index(column)]
         if not np.isnan(score).all():

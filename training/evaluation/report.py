@@ -337,10 +337,9 @@ def _cold_start(methods: Section) -> list[str]:
 
 
 def _graph(relations: Section) -> list[str]:
-    names = list(dict.fromkeys(name for values in relations.values() for name in values))
+    names = list(next(iter(relations.values())))
     head = ("relation", *names)
-    rows = [(relation, *(values.get(name) for name in names)) for relation, values in relations.items()]
-    return [_table(head, rows)]
+    return [_table(head, [(relation, *(values[n] for n in names)) for relation, values in relations.items()])]
 
 
 def _stages(stages: Section) -> list[str]:

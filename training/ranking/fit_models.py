@@ -28,7 +28,7 @@ _COLUMNS = {
     "impressions": IMPRESSION_COLUMNS,
     "text": ("text_",),
     "image": ("image_",),
-    "graph": ("baskets_", "people_", "linear_"),
+    "graph": ("baskets_", "people_"),
     "sequence": ("sequence_",),
     "taste": TASTE_COLUMNS,
     "words": ("words_",),

@@ -10,13 +10,10 @@ from services.ranking.models.co_occurrence import ItemGraph
 from training.data.config import ShopConfig
 from training.data.events import Events
 from training.examples.queries import DAY, baskets
-from training.retrieval.graph_tuning import tune_graph, tune_linear, tuning_data
-from training.retrieval.item_graph import content_relation, fit_item_graph, relation_of
-from training.retrieval.linear_autoencoder import linear_weights, user_incidence
+from training.retrieval.graph_tuning import tune_graph
+from training.retrieval.item_graph import content_relation, fit_item_graph
 
 TUNED, FINAL = "tuned.json", "final"
-LINEAR = "linear"
-"""The relation of the linear autoencoder."""
 
 
 def write_graphs(
@@ -36,13 +33,8 @@ def write_graphs(
     is_engagement = engagements(events, settings)
     nodes = nodes_of(events, hashes)
     groups = baskets(events)
-    data = tuning_data(events, settings, nodes, split_time)
-    tuned_graphs = tune_graph(events, data, settings, nodes) if data else {}
+    tuned_graphs = tune_graph(events, settings, nodes, split_time)
     report = {relation: result.to_dict() for relation, result in tuned_graphs.items()}
-    node_vectors, linear = _of_nodes(nodes, hashes, vectors.get("text"), present.get("text")), None
-    if data and settings.graph.linear_items:
-        linear = tune_linear(events, data, settings, nodes, node_vectors, tuned_graphs)
-        report[LINEAR] = linear.to_dict()
     (directory / TUNED).write_text(json.dumps(report, indent=1) + "\n")
     weightings = {relation: result.weighting for relation, result in tuned_graphs.items()}
     content = {
@@ -61,25 +53,7 @@ def write_graphs(
             settings.graph.neighbors,
             nodes,
         )
-        relations = {**graph.relations, **content}
-        if linear and linear.improves:
-            incidence = user_incidence(
-                events.user[selected], np.searchsorted(nodes, events.number[selected]), len(nodes)
-            )
-            edges = linear_weights(incidence, node_vectors, linear.settings, settings.graph.linear_items)
-            relations[LINEAR] = relation_of(edges, settings.graph.neighbors)
-        ItemGraph(graph.item_hashes, relations).save(directory / str(name))
-
-
-def _of_nodes(
-    nodes: np.ndarray, hashes: np.ndarray, values: np.ndarray | None, present: np.ndarray | None
-) -> np.ndarray | None:
-    """The vectors of nodes, float32 (M, D), zeros for those without one; None where no item has one."""
-    if values is None or present is None or not present.any():
-        return None
-    vectors = np.zeros((len(nodes), values.shape[1]), np.float32)
-    vectors[np.searchsorted(nodes, hashes[present])] = values[present]
-    return vectors
+        ItemGraph(graph.item_hashes, {**graph.relations, **content}).save(directory / str(name))
 
 
 def load_daily_graphs(directory: Path) -> dict[int, ItemGraph]:

@@ -5,7 +5,7 @@ fixed seed and number of trials. The queries precede all events that the rankers
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,20 +13,16 @@ import optuna
 from scipy import sparse
 
 from services.ranking.state.user_query import recency
-from training.core.metrics import Interval, paired_interval
 from training.data.config import ShopConfig
 from training.data.events import Events
 from training.examples import queries
 from training.examples.queries import DAY, EvalQuery
 from training.retrieval.item_graph import RELATIONS, Baskets, Weighting
-from training.retrieval.linear_autoencoder import LinearSettings, linear_weights, user_incidence
 
 _MAX_QUERIES = 5000
 _SEEDS = 30
 _K = 20
 _MIN_SHRINK = 0.1
-_PENALTIES = (50.0, 200.0, 800.0)
-_CONTENT_SHARES = (0.25, 1.0)
 _Row = tuple[np.ndarray, np.ndarray]
 _log = logging.getLogger(__name__)
 
@@ -43,12 +39,12 @@ class GraphQueries:
     targets: sparse.csr_matrix
     excluded: sparse.csr_matrix
 
-    def ndcg(self, weights: sparse.csr_matrix) -> np.ndarray:
-        """nDCG@20, float64 (Q,), of ranking all items by edges with these weights; ties by item."""
+    def ndcg(self, weights: sparse.csr_matrix) -> float:
+        """Mean nDCG@20 of ranking all items by edges with these weights; ties by item."""
         scores = (self.profile @ weights).tocsr()
         discount = 1 / np.log2(np.arange(2, _K + 2))
         ideal = np.cumsum(discount)
-        ndcg = np.zeros(scores.shape[0])
+        total = 0.0
         for index in range(scores.shape[0]):
             row = slice(scores.indptr[index], scores.indptr[index + 1])
             items, score = scores.indices[row], scores.data[row]
@@ -59,39 +55,8 @@ class GraphQueries:
                 best = np.argpartition(-score, 4 * _K)[: 4 * _K]
                 items, score = items[best], score[best]
             page = items[np.lexsort((items, -score))[:_K]]
-            gain = discount[: len(page)] @ np.isin(page, targets)
-            ndcg[index] = gain / ideal[min(len(targets), _K) - 1]
-        return ndcg
-
-
-@dataclass(frozen=True)
-class TuningData:
-    """What a graph is tuned on: `queries`, and which events precede them, bool (N,)."""
-
-    queries: GraphQueries
-    early: np.ndarray
-
-
-@dataclass(frozen=True)
-class TunedLinear:
-    """The settings of a linear autoencoder, the nDCG@20 of its edges, and what they add to the other edges.
-
-    `gain` is the mean difference in nDCG@20 of all edges together with and without them.
-    """
-
-    settings: LinearSettings
-    ndcg: float
-    gain: Interval
-
-    @property
-    def improves(self) -> bool:
-        """Whether the edges are worth having: the whole interval of the gain is above 0."""
-        return self.gain.low > 0
-
-    def to_dict(self) -> dict[str, float]:
-        """The form used in reports."""
-        gain = {"gain": self.gain.mean, "gain_low": self.gain.low, "gain_high": self.gain.high}
-        return {"ndcg": self.ndcg, **gain, **asdict(self.settings)}
+            total += float(discount[: len(page)] @ np.isin(page, targets)) / ideal[min(len(targets), _K) - 1]
+        return float(total / max(scores.shape[0], 1))
 
 
 @dataclass(frozen=True)
@@ -149,12 +114,13 @@ def _matrix(rows: Sequence[_Row], nodes: np.ndarray) -> sparse.csr_matrix:
     return sparse.csr_matrix(parts, shape=(len(rows), len(nodes)))
 
 
-def tuning_data(
+def tune_graph(
     events: Events, settings: ShopConfig, nodes: np.ndarray, split_time: int
-) -> TuningData | None:
-    """The queries of the last `split.test_days` before `split_time`, microseconds since 1970.
+) -> dict[str, TunedGraph]:
+    """The best weighting of each relation of a graph over the items `nodes`, rising int64 (M,).
 
-    None without queries or without earlier events, and where the settings ask for no trials.
+    Of the events before `split_time`, microseconds since 1970, the last `split.test_days` make the queries
+    and the earlier ones the graphs. Empty without queries or without earlier events.
     """
     since = (split_time // DAY - settings.split.test_days) * DAY
     weights = dict(settings.event_types)
@@ -168,66 +134,17 @@ def tuning_data(
     )
     early = is_engagement & (events.time < since)
     if not eval_queries or not early.any() or not settings.graph.trials:
-        return None
-    return TuningData(graph_queries(events, early, list(weights.values()), eval_queries, nodes), early)
-
-
-def tune_graph(
-    events: Events, data: TuningData, settings: ShopConfig, nodes: np.ndarray
-) -> dict[str, TunedGraph]:
-    """The best weighting of each relation of a graph over the items `nodes`, rising int64 (M,)."""
-    basket_rows = _baskets(events, data, nodes)
-    related = [name for name in RELATIONS if basket_rows.counts(name, Weighting()).nnz]
-    return {name: tune(basket_rows, name, data.queries, settings.graph.trials) for name in related}
-
-
-def tune_linear(
-    events: Events,
-    data: TuningData,
-    settings: ShopConfig,
-    nodes: np.ndarray,
-    vectors: np.ndarray | None,
-    others: Mapping[str, TunedGraph],
-) -> TunedLinear:
-    """The best linear autoencoder of some, next to the edges of `others`.
-
-    `vectors` float32 (M, D) are those of `nodes`, of unit length, zeros for none.
-    """
-    incidence = user_incidence(
-        events.user[data.early], np.searchsorted(nodes, events.number[data.early]), len(nodes)
-    )
-
-    def edges(candidate: LinearSettings) -> sparse.csr_matrix:
-        return linear_weights(incidence, vectors, candidate, settings.graph.linear_items)
-
-    tried = {candidate: edges(candidate) for candidate in map(LinearSettings, _PENALTIES)}
-    ndcg = {candidate: data.queries.ndcg(weights) for candidate, weights in tried.items()}
-    best = max(ndcg, key=lambda candidate: ndcg[candidate].mean())
-    if vectors is not None:
-        for share in _CONTENT_SHARES:
-            candidate = LinearSettings(best.penalty, share * best.penalty)
-            tried[candidate] = edges(candidate)
-            ndcg[candidate] = data.queries.ndcg(tried[candidate])
-        best = max(ndcg, key=lambda candidate: ndcg[candidate].mean())
-    basket_rows = _baskets(events, data, nodes)
-    without = sum(
-        (basket_rows.weights(name, one.weighting) for name, one in others.items()),
-        sparse.csr_matrix((len(nodes),) * 2, dtype=np.float32),
-    )
-    gain = paired_interval(data.queries.ndcg(without + tried[best]), data.queries.ndcg(without))
-    tuned = TunedLinear(best, float(ndcg[best].mean()), gain)
-    _log.info("linear: %s", tuned)
-    return tuned
-
-
-def _baskets(events: Events, data: TuningData, nodes: np.ndarray) -> Baskets:
-    return Baskets.of(
-        events.user[data.early].astype(np.int64),
-        queries.baskets(events)[data.early],
-        events.time[data.early],
-        np.searchsorted(nodes, events.number[data.early]),
+        return {}
+    graph_input = graph_queries(events, early, list(weights.values()), eval_queries, nodes)
+    basket_rows = Baskets.of(
+        events.user[early].astype(np.int64),
+        queries.baskets(events)[early],
+        events.time[early],
+        np.searchsorted(nodes, events.number[early]),
         len(nodes),
     )
+    related = [name for name in RELATIONS if basket_rows.counts(name, Weighting()).nnz]
+    return {name: tune(basket_rows, name, graph_input, settings.graph.trials) for name in related}
 
 
 def tune(
@@ -239,7 +156,7 @@ def tune(
     study.enqueue_trial(asdict(Weighting(shrink=_MIN_SHRINK)))
     ordered = relation == "people"
     study.optimize(
-        lambda trial: eval_queries.ndcg(baskets.weights(relation, _suggest(trial, ordered))).mean(), trials
+        lambda trial: eval_queries.ndcg(baskets.weights(relation, _suggest(trial, ordered))), trials
     )
     tuned = TunedGraph(Weighting(**study.best_params), study.best_value, study.trials[0].value or 0.0)
     _log.info("%s: %s", relation, tuned)

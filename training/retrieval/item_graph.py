@@ -113,10 +113,7 @@ def fit_item_graph(
     weighting_of = {**dict.fromkeys(RELATIONS, Weighting()), **(weightings or {})}
     return ItemGraph(
         items,
-        {
-            name: relation_of(basket_rows.weights(name, weighting_of[name]), max_edges)
-            for name in weighting_of
-        },
+        {name: _relation(basket_rows.weights(name, weighting_of[name]), max_edges) for name in weighting_of},
     )
 
 
@@ -171,7 +168,7 @@ def _incidence(groups: np.ndarray, items: np.ndarray, count: int, limit: int) ->
     return sparse.csr_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(groups.max() + 1, count))
 
 
-def relation_of(weights: sparse.csr_matrix, limit: int) -> Relation:
+def _relation(weights: sparse.csr_matrix, limit: int) -> Relation:
     """The heaviest `limit` edges of each item, ties by item."""
     start, spans = [0], list[np.ndarray]()
     for item in range(weights.shape[0]):
