@@ -5,7 +5,7 @@ grades: a page limits what a user can choose. Trees by LightGBM raise the likeli
 from there. Users look at the first places of a page more often. So both are fitted next to effects of the
 position, as in the position-based click model (Craswell et al., 2008), which are left out when ranking.
 
-Models and columns are judged by the likelihood of what was chosen on later pages, with those effects.
+Models and columns are judged by the likelihood of what happened on later pages, with those effects.
 """
 
 import logging
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import lightgbm
 import numpy as np
+from scipy.special import log_expit
 
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import RerankerModel
@@ -92,8 +93,8 @@ def improves_likelihood(
 ) -> bool:
     """Whether the columns `tested`, bool (K,), raise the likelihood of later pages enough.
 
-    Enough is more than one standard error, and at least .0005 of the log-likelihood for a row. True if there
-    is too little data to decide.
+    Enough is more than one standard error, and at least .0005 for the logarithm of a row's. True if there is
+    too little data to decide.
     """
     is_late = validation_mask(pages.groups)
     if np.count_nonzero(is_late) < MIN_GROUPS:
@@ -175,17 +176,8 @@ def _score(choice: ConditionalLogit, groups: RankingGroups) -> np.ndarray:
 
 
 def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
-    """The log-likelihood of which rows of each page were engaged with, over its rows: float64 (Q,).
-
-    Each engagement chooses one of the page's rows: how many there are depends on the user, who does not
-    matter to an order.
-    """
-    page, count = pages.groups.group(), len(pages.groups.size)
-    highest = np.full(count, -np.inf)
-    np.maximum.at(highest, page, logit)
-    relative = logit - highest[page]
-    total = np.log(np.bincount(page, np.exp(relative), count))
-    return pages.by_page(np.where(pages.engaged, relative - total[page], 0.0))
+    """The mean log-likelihood of the rows of each page, float64 (Q,)."""
+    return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))
 
 
 def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages, limit: int) -> int:
