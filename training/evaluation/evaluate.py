@@ -95,6 +95,7 @@ def evaluate(
     missing |= {"sequence"} if "sequence model" not in pages else set()
     missing |= {"taste"} if np.isnan(rows.matrix[:, rows.names.index("taste_appeal")]).all() else set()
     missing |= {"ctr"} if models.head is None else set()
+    missing |= set() if data.has_impressions else {"recent", "impressions"}
     parts = [part for part in STEPS if part not in missing]
     head_unused = not any(is_column_of(name, "ctr") for name in models.model.choice.columns)
     late = data.since(since).sample(_TRAINING_QUERIES)
