@@ -102,11 +102,11 @@ def load(path: Path, source: str) -> TableColumns | None:
 
     A file of another source or of other code is of no use, and neither is a damaged one.
     """
-    for left_over in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
-        left_over.unlink(missing_ok=True)
     if not path.is_file():
         return None
     try:
+        for left_over in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
+            left_over.unlink(missing_ok=True)
         with path.open("rb") as file:
             header = json.loads(np.load(file, allow_pickle=False).tobytes().decode("utf-8", "surrogatepass"))
             if header["source"] != source:
@@ -115,7 +115,7 @@ def load(path: Path, source: str) -> TableColumns | None:
                 reason = "was written by other code"
             else:
                 return _read(file, header)
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"is damaged: {error!r}"
     _log.warning("the item table in %s %s; the items are read from the store", path, reason)
     return None

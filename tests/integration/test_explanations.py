@@ -76,9 +76,9 @@ def test_reason_shares_equal_the_terms_and_are_close_to_shap(tmp_path: Path, tre
     values = np.nan_to_num(matrix)
     # Columns of the last hours are constant without events. How close to SHAP depends on the draw.
     parts = features.parts
-    drawn = np.flatnonzero(~np.isin(features.names, [*parts["recent"], *parts["impressions"]]))
+    columns = np.flatnonzero(~np.isin(features.names, [*parts["recent"], *parts["impressions"]]))
     weight = np.zeros(len(features.names))
-    weight[drawn] = random.standard_normal(len(drawn)) * (np.ptp(values[:, drawn], axis=0) > 0)
+    weight[columns] = random.standard_normal(len(columns)) * (np.ptp(values[:, columns], axis=0) > 0)
     choice = ConditionalLogit(features.names, FeatureScaler.of(matrix), weight.tolist())
     booster = None
     if trees:

@@ -81,18 +81,18 @@ def test_a_page_is_asked_for_by_an_escaped_user_and_counted_by_its_items() -> No
 
 
 def test_the_ratio_to_a_peer_is_that_of_one_caller_for_the_same_requests() -> None:
-    found = ratios([result(measured())])
-    assert found[_ROW.format("CPU")] == pytest.approx(9 / 3)
-    assert found[_ROW.format("p50")] == pytest.approx(5 / 2)
+    rows = ratios([result(measured())])
+    assert rows[_ROW.format("CPU")] == pytest.approx(9 / 3)
+    assert rows[_ROW.format("p50")] == pytest.approx(5 / 2)
     assert not [name for name in ratios([result(None)]) if "peer" in name]
 
 
 def test_a_peer_that_was_not_measured_has_a_row_that_says_why(tmp_path: Path) -> None:
     results = [result("Cornac is not installed")]
-    found = ratios(results)
+    rows = ratios(results)
     row = "shop, 10 items, one: CPU and p50 of a page over those of the peer (peer)"
-    assert found[row] == "not measured. Cornac is not installed"
-    report.write_json(tmp_path / "results.json", results, found)
+    assert rows[row] == "not measured. Cornac is not installed"
+    report.write_json(tmp_path / "results.json", results, rows)
     assert "Cornac is not installed" in (tmp_path / "results.json").read_text()
     report.show(results[0], Console(file=io.StringIO()))
 

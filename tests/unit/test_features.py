@@ -140,7 +140,7 @@ def test_recent_columns_equal_a_count_by_hand(events: list[Event], extra: int) -
     arrived = Item("i0", "Jade shirt", available_from=datetime.fromtimestamp((NOW - 5 * HOUR) / 1e6, UTC))
     items.apply([Change(int(NUMBERS[0]), 9, arrived, None, {})])
     stats = item_stats(state_of(late), items, NOW)
-    found = dict(zip(RECENT_COLUMNS, recent_columns(np.arange(6), stats), strict=True))
+    values = dict(zip(RECENT_COLUMNS, recent_columns(np.arange(6), stats), strict=True))
 
     def count(item: int, hours: int, kinds: Mapping[int, float]) -> float:
         return sum(kinds.get(k, 0) for _, i, k, h in late if i == item and 40 * 24 - hours <= h < 40 * 24)
@@ -148,9 +148,9 @@ def test_recent_columns_equal_a_count_by_hand(events: list[Event], extra: int) -
     engaged, shown = {1: 0.25, 2: 1.0}, {0: 1.0}
     for hours in (1, 6):
         expected = [count(i, hours, engaged) for i in range(6)]
-        np.testing.assert_allclose(found[f"popular_{hours}h"], expected)
+        np.testing.assert_allclose(values[f"popular_{hours}h"], expected)
     for hours in (1, 6, 24):
-        np.testing.assert_allclose(found[f"shown_{hours}h"], [count(i, hours, shown) for i in range(6)])
+        np.testing.assert_allclose(values[f"shown_{hours}h"], [count(i, hours, shown) for i in range(6)])
     for hours in (6, 24):
         pages = [count(i, hours, shown) for i in range(6)]
         total = sum(count(i, hours, engaged) for i in range(6) if pages[i])
@@ -158,8 +158,8 @@ def test_recent_columns_equal_a_count_by_hand(events: list[Event], extra: int) -
         share = [
             (count(i, hours, engaged) + 10 * mean) / (pages[i] + 10) if pages[i] else np.nan for i in range(6)
         ]
-        np.testing.assert_allclose(found[f"engaged_share_{hours}h"], share, rtol=1e-5)
-    np.testing.assert_allclose(found["listed_hours"], [5, *[np.nan] * 5])
+        np.testing.assert_allclose(values[f"engaged_share_{hours}h"], share, rtol=1e-5)
+    np.testing.assert_allclose(values["listed_hours"], [5, *[np.nan] * 5])
 
 
 @given(EVENTS, st.integers(0, 3))

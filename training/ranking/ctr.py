@@ -66,9 +66,11 @@ def fit_ctr(
 ) -> CtrModel:
     """A head fitted on rows with labels float32 (N, T), one column per event type.
 
-    With the `positions` of rows on their pages, int64 (N,), 0 for unknown, the logit of an event is that of
-    the head plus an effect of the position (Zhao et al., 2019), which starts from the rate of events there.
-    The effects are left out when ranking, and `calibrate` then fits the head to the average over positions.
+    An epoch goes over every query, with its targets and a random sample of the others, at most 48 rows a
+    query. Rows are weighted. With the `positions` of rows on their pages, int64 (N,), 0 for unknown, the
+    logit of an event is that of the head plus an effect of the position (Zhao et al., 2019), which starts
+    from the rate of events there. The effects are left out when ranking, and `calibrate` then fits the head
+    to the average over positions.
     """
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)

@@ -28,10 +28,9 @@ def attribute_vectors(table: ItemTable, rows: np.ndarray, attributes: Sequence[s
             continue
         codes, vocabulary = entries
         column_of = np.zeros(max(vocabulary.values(), default=0) + 1, np.int64)
-        used = set(np.unique(codes).tolist())
-        for text, code in vocabulary.items():
-            if code in used:
-                column_of[code] = zlib.crc32(f"{attribute}={text}".encode()) % DIMENSION
+        texts = list(vocabulary)  # in the order of their codes
+        for code in np.unique(codes[codes >= 0]).tolist():
+            column_of[code] = zlib.crc32(f"{attribute}={texts[code]}".encode()) % DIMENSION
         row, place = np.nonzero(codes >= 0)
         np.add.at(vectors, (row, column_of[codes[row, place]]), 1)
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
