@@ -103,6 +103,7 @@ async def _outcome_of(
     """The status code of a call, or of an outcome in its response if that is a bug."""
     parse = message_class(method.output_type).FromString
     path, timeout = f"/{method_name(method)}", dice.choice(_DEADLINES)
+    answers: list[Message] = []
     call: Any
     try:
         if method.client_streaming:
@@ -110,11 +111,10 @@ async def _outcome_of(
                 _stream(messages), timeout=timeout
             )
         elif method.server_streaming:
-            call = channel.unary_stream(path, response_deserializer=parse)(messages[0], timeout=0.3)
+            call = channel.unary_stream(path, response_deserializer=parse)(messages[0], timeout=timeout)
         else:
             call = channel.unary_unary(path, response_deserializer=parse)(messages[0], timeout=timeout)
             return _within([await call])
-        answers = []
         async for answer in call:
             answers.append(answer)
             if len(answers) == _MOST_ANSWERS:
@@ -122,6 +122,8 @@ async def _outcome_of(
                 break
         return _within(answers)
     except grpc.aio.AioRpcError as error:
+        if answers and not method.client_streaming and error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+            return _within(answers)  # only its deadline ends a feed that follows new changes
         return error.code().name, error.details() or ""
     except asyncio.CancelledError:  # so gRPC's client tells of a stream whose sending it gave up itself
         return "CANCELLED", ""
