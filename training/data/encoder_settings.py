@@ -35,10 +35,12 @@ class ImageTraining(Section):
     """How the image encoder is trained; a shop without images has none."""
 
     base: str = Field(
-        "small",
-        description='"small", trained from scratch, or an open_clip "model:pretrained tag", or a directory',
+        "efficientnet-lite0",
+        description='what to start from. A trunk, which stays as it is: "efficientnet-lite0", "timm:NAME" of '
+        "the hub, or a directory in timm's format; its texts are read by this shop's text encoder. Or a CLIP "
+        'model, which is trained: "small" from scratch, an open_clip "model:pretrained tag", or a directory',
     )
-    epochs: int = Field(6, ge=0)
+    epochs: int = Field(6, ge=0, description="of a CLIP model; like batch and learning_rate not for a trunk")
     batch: int = Field(64, ge=2, description="small for small shops: the number of steps counts")
     learning_rate: float = Field(5e-4, gt=0)
-    projection_steps: int = Field(300, ge=0, description="steps of the projection, which is fitted last")
+    projection_steps: int = Field(1000, ge=0, description="steps of the projection, which is fitted last")

@@ -39,14 +39,14 @@ _SMALL: dict[str, Any] = {
     "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 192, "layers": 6, "head_width": 64},
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 2},
 }
-_CONFIG_FILE = "open_clip_config.json"
-_WEIGHTS_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 _PRETRAINED_RATE_FACTOR = 0.1
 _WEIGHT_DECAY = 0.1
 _WARM_UP = 0.1
 _MAX_LOG_SCALE = float(np.log(100))
 _TITLE_ONLY, _NO_SENTENCES, _SENTENCE = 0.2, 0.4, 0.5
-_ENCODE_BATCH = 64
+ENCODE_BATCH = 64
 _log = logging.getLogger(__name__)
 
 
@@ -133,7 +133,7 @@ def _open(base: str, learning_rate: float) -> _Base:
     name, _, tag = base.rpartition(":")
     if Path(base).is_dir():
         name, tag = f"local-dir:{base}", ""
-        config = json.loads((Path(base) / _CONFIG_FILE).read_text())
+        config = json.loads((Path(base) / CONFIG_FILE).read_text())
     elif name not in open_clip.list_models():
         raise InvalidArgument.of(
             "image.base", f"is {base!r}: neither a directory nor an open_clip model:pretrained tag"
@@ -261,8 +261,8 @@ def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 def _save(base: _Base, directory: Path) -> None:
     """Write the model in open_clip's `local-dir:` format, and its settings."""
     weights = {name: value.detach().cpu().contiguous() for name, value in base.model.state_dict().items()}
-    save_file(weights, directory / _WEIGHTS_FILE)
-    (directory / _CONFIG_FILE).write_text(json.dumps(base.config, indent=2) + "\n")
+    save_file(weights, directory / WEIGHTS_FILE)
+    (directory / CONFIG_FILE).write_text(json.dumps(base.config, indent=2) + "\n")
     if hasattr(base.tokenize, "save_pretrained"):
         base.tokenize.save_pretrained(directory)
     write_settings(directory, ImageSettings("bf16" if has_bf16() else "fp32"))

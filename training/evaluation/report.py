@@ -53,7 +53,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         candidates  {"per_query": {source: count}, "target_recall": share,
                     "target_recall_by_band": {band: share},
                     "index_recall": {source: {"recall": share, "queries": int}}}
-        encoders    {"text" or "image": {"frozen", "tuned": interval, "chance": share, "pairs", "k": int}}
+        encoders    {"text" or "image": {"frozen", "body", "tuned": interval, "chance": share, "pairs",
+                    "k": int, "projection": "used" or "left out"}}, the body with its projection is "tuned"
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         propensity  {"7 days": {"published": bool, "reason": str if not, "model", "base rate":
                     `metrics.classification_metrics`, "gained": interval of log loss}}
@@ -281,9 +282,18 @@ def _index_recall(indexes: Section) -> list[str]:
 
 
 def _encoders(encoders: Section) -> list[str]:
-    columns = ("frozen", "tuned", "chance", "pairs", "k")
+    columns = ("frozen", "body", "tuned", "projection", "chance", "pairs", "k")
     rows = ([name, *(e.get(column) for column in columns)] for name, e in encoders.items())
-    return [_table(("encoder", "recall@k frozen", "recall@k tuned", "by chance", "pairs", "k"), rows)]
+    names = (
+        "recall@k of the base",
+        "fine-tuned",
+        "with a projection",
+        "the projection",
+        "by chance",
+        "pairs",
+        "k",
+    )
+    return [_table(("encoder", *names), rows)]
 
 
 def _ctr(types: Section) -> list[str]:

