@@ -56,9 +56,7 @@ learning_rate = 1e-4
 projection_steps = 150
 
 [image]
-epochs = 6
-batch = 64
-projection_steps = 150
+projection_steps = 300
 
 [ranking]
 ranking_days = 28
