@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from training.encoders.contrastive import apply_head, fit_head, pair_loss
-from training.examples.positive_pairs import PositivePairs, make_pairs, pair_recall
+from training.examples.positive_pairs import PositivePairs, family_recall, make_pairs, pair_recall
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -105,6 +105,25 @@ def check_recall(vectors: np.ndarray, left: np.ndarray, right: np.ndarray, k: in
         similarity = float(vectors[a] @ vectors[b])
         nearer = sum(float(vectors[a] @ v) > similarity for n, v in enumerate(vectors) if n != a)
         assert recall[at] == (nearer < k)
+
+
+def test_a_variant_is_found_if_fewer_than_k_other_items_are_nearer() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(300, 5)).astype(np.float32)
+    families = [f"f{n}" if n else "" for n in generator.integers(0, 100, 300).tolist()]
+    present = generator.random(300) < 0.8
+    for k in (1, 10, 1000):
+        found = family_recall(vectors, present, families, k, 1000)
+        expected = []
+        for row in np.flatnonzero(present).tolist():
+            others = [n for n in np.flatnonzero(present).tolist() if n != row]
+            if families[row] and families[row] in {families[n] for n in others}:
+                nearest = sorted(others, key=lambda n: -float(vectors[row] @ vectors[n]))[:k]
+                expected.append(families[row] in {families[n] for n in nearest})
+        assert (len(found), int(found.sum())) == (len(expected), sum(expected))
+    assert not len(family_recall(vectors, present, [""] * 300, 10, 1000))
+    assert not len(family_recall(vectors, np.zeros(300, bool), families, 10, 1000))
+    assert len(family_recall(vectors, present, families, 10, 7)) == 7
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])

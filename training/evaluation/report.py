@@ -54,7 +54,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
                     "target_recall_by_band": {band: share},
                     "index_recall": {source: {"recall": share, "queries": int}}}
         encoders    {"text" or "image": {"frozen", "body", "tuned": interval, "chance": share, "pairs",
-                    "k": int, "projection": "used" or "left out"}}, the body with its projection is "tuned"
+                    "k": int, "projection": "used" or "left out", "same_product": {"recall": interval,
+                    "k": int}}}, the body with its projection is "tuned"
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         propensity  {"7 days": {"published": bool, "reason": str if not, "model", "base rate":
                     `metrics.classification_metrics`, "gained": interval of log loss}}
@@ -293,7 +294,13 @@ def _encoders(encoders: Section) -> list[str]:
         "pairs",
         "k",
     )
-    return [_table(("encoder", *names), rows)]
+    products = [
+        f"Of the images of products in several variants, {_text(same['recall'])} have another variant among "
+        f"the {_text(same['k'])} nearest."
+        for same in (e.get("same_product") for e in encoders.values())
+        if same
+    ]
+    return [_table(("encoder", *names), rows), *products]
 
 
 def _ctr(types: Section) -> list[str]:

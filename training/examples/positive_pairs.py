@@ -1,5 +1,6 @@
 """Pairs of items that users engage with together: the positive pairs of the encoders' contrastive loss."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,32 @@ class PositivePairs:
         size = self.end[selected] - self.start[selected]
         step = (generator.random(len(selected)) * (size - 1)).astype(np.int64) + 1
         return self.item[selected], self.item[selected + step]
+
+
+def family_recall(
+    vectors: np.ndarray, present: np.ndarray, families: Sequence[str], k: int, limit: int, seed: int = 0
+) -> np.ndarray:
+    """Whether another item of its family is among the `k` nearest, bool (Q,), for at most `limit` items.
+
+    `vectors` (M, D) have unit length, where `present`, bool (M,); "" is no family. The items asked for have
+    a family of at least two items that are present.
+    """
+    names, code = np.unique(np.array(families, object).astype(str), return_inverse=True)
+    code = np.where(present & (names[code] != ""), code, -1)
+    size = np.bincount(code[code >= 0], minlength=len(names))
+    rows, asked = np.flatnonzero(present), np.flatnonzero((code >= 0) & (size[code] > 1))
+    asked = np.random.default_rng(seed).permutation(asked)[:limit]
+    candidates = vectors[rows].astype(np.float32)
+    found = np.zeros(len(asked), bool)
+    for start in range(0, len(asked), 256):
+        block = asked[start : start + 256]
+        similarity = vectors[block].astype(np.float32) @ candidates.T
+        similarity[block[:, None] == rows[None, :]] = -np.inf
+        nearest = rows[np.argpartition(-similarity, min(k, len(rows)) - 1, axis=1)[:, :k]]
+        found[start : start + 256] = (
+            (code[nearest] == code[block][:, None]) & (nearest != block[:, None])
+        ).any(1)
+    return found
 
 
 def make_pairs(items: np.ndarray, baskets: np.ndarray, count: int) -> PositivePairs:
