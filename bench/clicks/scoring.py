@@ -43,14 +43,16 @@ def service_scores(bundle_path: Path, shop: Path, pages: Sequence[Page]) -> dict
 async def _scores(settings: Settings, pages: Sequence[Page]) -> dict[str, list[np.ndarray]]:
     app = App(settings)
     await app.start()
-    ranking = app.current.ranking
-    scores: dict[str, list[np.ndarray]] = {}
-    for page in pages:
-        hashes = np.array([item_hash(item) for item in page.shown], np.int64)
-        ranked = await ranking.rank(User(page.user), page.time, hashes)
-        for name, values in {FINAL: ranked.scores, **ranked.components}.items():
-            scores.setdefault(name, []).append(np.nan_to_num(values.astype(np.float64), nan=-1e9))
-    await app.stop()
+    try:
+        ranking = app.current.ranking
+        scores: dict[str, list[np.ndarray]] = {}
+        for page in pages:
+            hashes = np.array([item_hash(item) for item in page.shown], np.int64)
+            ranked = await ranking.rank(User(page.user), page.time, hashes)
+            for name, values in {FINAL: ranked.scores, **ranked.components}.items():
+                scores.setdefault(name, []).append(np.nan_to_num(values.astype(np.float64), nan=-1e9))
+    finally:
+        await app.stop()
     return scores
 
 

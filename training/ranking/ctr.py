@@ -22,7 +22,7 @@ from training.ranking.platt import platt
 _QUERIES_PER_BATCH = 64
 _CANDIDATES = 48
 _PARTS = 4
-_POSITIONS = 20  # later ones count as this
+POSITIONS = 20  # later places on a page count as this
 _RATE_PRIOR, _MIN_RATE = 20.0, 1e-6
 PAGE_COLUMNS = (*RECENT_COLUMNS, *IMPRESSION_COLUMNS)
 
@@ -75,10 +75,11 @@ def fit_ctr(
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model = CtrModel(settings)
-    places = np.zeros(len(rows.items), np.int64) if positions is None else np.clip(positions, 0, _POSITIONS)
-    effects = torch.from_numpy(_position_logits(places, labels)).requires_grad_()
+    places = np.zeros(len(rows.items), np.int64) if positions is None else np.clip(positions, 0, POSITIONS)
+    effects = torch.from_numpy(_position_logits(places, labels)).requires_grad_(positions is not None)
     batches = -(-len(rows.size) // _QUERIES_PER_BATCH)
-    optimizer = torch.optim.AdamW([*model.parameters(), effects], lr=2e-3, weight_decay=1e-2)
+    fitted = [*model.parameters(), *([effects] if effects.requires_grad else [])]
+    optimizer = torch.optim.AdamW(fitted, lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, epochs * batches))
     start = np.cumsum(rows.size) - rows.size
     model.train()
@@ -104,8 +105,8 @@ def fit_ctr(
 def _position_logits(places: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The logit of the rate of each event type at each position, relative to all rows: float32 (21, T)."""
     mean = np.clip(labels.mean(0, keepdims=True), _MIN_RATE, 1 - _MIN_RATE)
-    shown = np.bincount(places, minlength=_POSITIONS + 1)[:, None]
-    engaged = np.stack([np.bincount(places, label, _POSITIONS + 1) for label in labels.T], axis=1)
+    shown = np.bincount(places, minlength=POSITIONS + 1)[:, None]
+    engaged = np.stack([np.bincount(places, label, POSITIONS + 1) for label in labels.T], axis=1)
     rate = (engaged + _RATE_PRIOR * mean) / (shown + _RATE_PRIOR)
     return np.asarray(np.log(rate / (1 - rate)) - np.log(mean / (1 - mean)), np.float32)
 

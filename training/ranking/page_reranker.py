@@ -22,12 +22,12 @@ from services.ranking.models.scaler import FeatureScaler
 from training.examples.queries import DAY
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import fit_choice
+from training.ranking.ctr import POSITIONS
 from training.ranking.logistic import fit_logistic
 from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
 from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
 
 _QUERY_GRADE_SHARE = 0.1
-_POSITIONS = 20  # later ones count as this
 # Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
 _LEAST_GAIN = 0.0005
 _PARAMETERS = SETTINGS | {
@@ -132,7 +132,7 @@ def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[st
             replace(pages.groups, matrix=np.concatenate([pages.groups.matrix, positions], axis=1)),
         ]
     )
-    names = [*columns, *(f"position {place}" for place in (0, *range(2, _POSITIONS + 1)))]
+    names = [*columns, *(f"position {place}" for place in (0, *range(2, POSITIONS + 1)))]
     fitted, count = fit_choice(groups, names), len(columns)
     scales = fitted.scales
     return ConditionalLogit(
@@ -144,8 +144,8 @@ def _fit_choice(queries: RankingGroups, pages: LoggedPages, columns: Sequence[st
 
 def position_columns(position: np.ndarray) -> np.ndarray:
     """A column for each position, float32 (N, 21): first for unknown ones, last for all later ones."""
-    places = np.clip(position, 0, _POSITIONS)
-    return np.asarray(np.eye(_POSITIONS + 1, dtype=np.float32)[places])
+    places = np.clip(position, 0, POSITIONS)
+    return np.asarray(np.eye(POSITIONS + 1, dtype=np.float32)[places])
 
 
 @dataclass(frozen=True)
