@@ -16,8 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.runs import ROOT, record, vitrine
 from cli.evaluate import read_queries
+from training.core import metrics
 
 SHOP = Path(__file__).parent / "shop.toml"
 
@@ -70,12 +73,22 @@ def _name(of: str, universe: str) -> str:
 
 
 def scored(data: Path, split: str, universe: str, run: Path) -> dict[str, Any]:
-    """The score of a run, by the script that defines the task."""
+    """The score of a run by the script that defines the task, and MAP@12."""
     script = data.parents[1] / "bench" / "score_run.py"
     command = [sys.executable, str(script), str(data), split, str(run), "--universe", universe]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603 - the task's scorer
     score: dict[str, Any] = json.loads(process.stdout)
+    score["map12"] = metrics.interval(_average_precision(data, split, run)).to_dict()
     return score
+
+
+def _average_precision(data: Path, split: str, run: Path) -> np.ndarray:
+    """The average precision of the first 12 items of each page, float64 (Q,), as in H&M's own competition."""
+    queries = [json.loads(line) for line in (data / f"queries_{split}.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in run.read_text().splitlines()]
+    pages = [np.array([int(item) for item in answer["items"]], np.int64) for answer in answers]
+    targets = [np.array([int(item) for item in query["targets"]], np.int64) for query in queries]
+    return metrics.per_query(pages, targets, 12)["map"]
 
 
 def summary(score: dict[str, Any]) -> dict[str, float]:
@@ -84,6 +97,7 @@ def summary(score: dict[str, Any]) -> dict[str, float]:
     return {
         "recall": score["recall"]["mean"],
         "ndcg": score["ndcg"]["mean"],
+        "map12": score["map12"]["mean"],
         "new_users": score["recall_new_users"]["mean"],
         **{band: bands[band]["mean"] for band in ("head", "mid", "tail", "strict_cold")},
     }

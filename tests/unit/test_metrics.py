@@ -50,6 +50,7 @@ def by_hand(page: list[int], targets: set[int], k: int) -> dict[str, float]:
         "mrr": 1 / places[0] if places else 0.0,
         "precision": precision,
         "f1": 2 * precision * recall / (precision + recall) if places else 0.0,
+        "map": sum(hits / place for hits, place in enumerate(places, 1)) / min(len(targets), k),
     }
 
 

@@ -95,7 +95,7 @@ def per_query(
     repetitions do not matter. With h targets among the first k, of t targets: recall is h / t; precision is
     h / k, also for a shorter page; f1 is 2h / (k + t), their harmonic mean; hit is 1 if h > 0; mrr is
     1 / rank of the first hit, or 0; ndcg has binary gains, a log2 discount, and min(t, k) hits at the top as
-    its ideal.
+    its ideal; map is the sum of the precision at the rank of each hit, over min(t, k).
 
     Raises:
         ValueError: lengths differ, a query has no target, or the first k of a page repeat an item.
@@ -118,6 +118,7 @@ def per_query(
         "mrr": (gains / np.arange(1, k + 1)).max(1),
         "precision": hits / k,
         "f1": 2 * hits / (k + size),
+        "map": (gains * np.cumsum(gains, axis=1) / np.arange(1, k + 1)).sum(1) / np.minimum(size, k),
     }
 
 
