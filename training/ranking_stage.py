@@ -64,9 +64,6 @@ def fit(
 ) -> None:
     """Fit and evaluate the models; write them and the evaluation into `directory`."""
     since = first_day(shop.events, settings) * DAY
-    if attributes := settings.items.text_attributes:
-        every = np.arange(past.table.length)
-        vectors = {**vectors, ATTRIBUTES: attribute_vectors(past.table, every, attributes)}
     evaluated_from = (int(shop.events.time[-1] // DAY) - settings.split.test_days + 1) * DAY
     weights = dict(settings.event_types)
     engagement_types = tuple(name for name, weight in weights.items() if weight > 0)
@@ -83,6 +80,9 @@ def fit(
         _log.warning("there is no basket to train on: the bundle ranks by hand-set weights")
         evaluate.write_empty(directory)
         return
+    if data.has_impressions and (attributes := settings.items.text_attributes):
+        every = np.arange(past.table.length)
+        vectors = {**vectors, ATTRIBUTES: attribute_vectors(past.table, every, attributes)}
     fitted, first = fit_models(data, settings, vectors), fit_first_phase(data.rows)
     allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
     depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from services.ranking.features.user_impressions import IMPRESSION_COLUMNS
-from services.ranking.models.attribute_vectors import ATTRIBUTES
 from services.ranking.models.ctr import CtrModel
 from services.ranking.models.reranker import RerankerModel
 from services.ranking.models.taste import TASTE_COLUMNS
@@ -110,8 +109,6 @@ def fit_models(
     """
     heads = heads or CtrHeads(data, settings.ranking.ctr_epochs, settings.items.text_attributes)
     spaces = {space: values for space, values in vectors.items() if space not in without}
-    if not data.has_impressions:
-        spaces.pop(ATTRIBUTES, None)
     matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(data.rows.names), None
     if "ctr" not in without and spaces:  # the head reads vectors only
