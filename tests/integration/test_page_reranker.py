@@ -14,7 +14,7 @@ from training.evaluation.page_likelihood import page_likelihood
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import page_reranker
 from training.ranking.conditional_logit import fit_choice
-from training.ranking.page_reranker import LoggedPages, fit_page_reranker, improves_likelihood
+from training.ranking.page_reranker import LoggedPages, centered, fit_page_reranker, improves_likelihood
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TWO = ("fame", "taste")
@@ -108,6 +108,26 @@ def test_trees_grow_only_for_nonlinear_effects() -> None:
     assert fit_page_reranker(no_queries(), plain, TWO, 20).trees is None
 
 
+def test_who_clicks_much_is_no_reason_for_trees() -> None:
+    """A column of the user is the same for a whole page: it says how much is clicked there, and not what."""
+    random = np.random.default_rng(0)
+    matrix = random.normal(0, 1, (20_000, 2)).astype(np.float32)
+    matrix[:, 0] = np.repeat(matrix[::SIZE, 0], SIZE)
+    is_click = random.random(20_000) < 0.05 + 0.5 * (np.abs(matrix[:, 0]) < 0.7)
+    assert fit_page_reranker(no_queries(), pages_of(lists(matrix, is_click)), TWO, 20).trees is None
+
+
+@pytest.mark.parametrize("deviation", [0.1, 3.0, 20.0])
+def test_centered_logits_expect_as_many_engagements_as_there_are(deviation: float) -> None:
+    random = np.random.default_rng(0)
+    pages, logit = noise(1), random.normal(2, deviation, 8000)
+    engaged = pages.by_page(pages.engaged.astype(np.float64))
+    result = centered(pages, logit)
+    np.testing.assert_allclose(pages.by_page(expit(result)), engaged, atol=2e-3)
+    shift = (result - logit).reshape(-1, SIZE)
+    np.testing.assert_allclose(shift, shift[:, :1].repeat(SIZE, 1))  # the order of a page stays
+
+
 def noise(seed: int, days: int = 10) -> LoggedPages:
     """Pages that nothing tells apart."""
     random = np.random.default_rng(seed)
@@ -146,9 +166,10 @@ def test_the_number_of_trees_is_validated_on_unseen_days(monkeypatch: pytest.Mon
         (final, matrix),
     ):
         np.testing.assert_array_equal(data, rows)
-    # Trees start from the scores of the choice model and one effect for each position.
+    # Trees start from the scores of the choice model and effects of each position and of each page.
     rest = (final[1] - model.choice.terms(matrix).sum(1)).reshape(-1, SIZE)
-    np.testing.assert_allclose(rest, np.broadcast_to(rest[0], rest.shape), atol=1e-4)
+    of_position = rest - rest[:, :1]
+    np.testing.assert_allclose(of_position, np.broadcast_to(of_position[0], rest.shape), atol=1e-4)
     assert model.trees is not None
 
 

@@ -8,14 +8,14 @@ from scipy.special import log_expit
 
 from training.core import metrics
 from training.ranking.logistic import fit_logistic
-from training.ranking.page_reranker import LoggedPages, position_columns
+from training.ranking.page_reranker import LoggedPages, centered, position_columns
 
 POSITION, BUNDLE = "position alone", "whole bundle"
 _MIN_PAGES = 4
 
 
 def page_likelihood(scores: Mapping[str, np.ndarray], pages: LoggedPages) -> dict[str, dict[str, Any]]:
-    """The log-likelihood of the engagements with the items of pages, by method.
+    """The log-likelihood of the engagements with the items of pages, given how many a page has, by method.
 
     `scores` float64 (N,) are of the rows and finite, one of them that of the whole bundle. A method is a
     logistic regression of its scores and of positions, fitted on one half of the pages and measured on the
@@ -46,4 +46,5 @@ def _by_page(score: np.ndarray | None, pages: LoggedPages) -> np.ndarray:
     in_half, logit = np.repeat(half, pages.groups.size), np.empty(len(design))
     for fitted in (in_half, ~in_half):
         logit[~fitted] = design[~fitted] @ fit_logistic(design[fitted], pages.engaged[fitted])
+    logit = centered(pages, logit)
     return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))

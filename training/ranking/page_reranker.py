@@ -2,10 +2,12 @@
 
 A choice model orders the items of pages, and of past queries over the whole catalog at a tenth of their
 grades: a page limits what a user can choose. Trees by LightGBM raise the likelihood of each item's engagement
-from there. Users look at the first places of a page more often. So both are fitted next to effects of the
-position, as in the position-based click model (Craswell et al., 2008), which are left out when ranking.
+from there, given how many its page has. Users look at the first places of a page more often. So both are
+fitted next to effects of the position, as in the position-based click model (Craswell et al., 2008), which
+are left out when ranking.
 
-Models and columns are judged by the likelihood of what happened on later pages, with those effects.
+Models and columns are judged by the likelihood of what happened on later pages, with those effects and given
+how many items of each page were engaged with.
 """
 
 import logging
@@ -14,7 +16,8 @@ from dataclasses import dataclass, replace
 
 import lightgbm
 import numpy as np
-from scipy.special import log_expit
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, log_expit
 
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import RerankerModel
@@ -30,6 +33,7 @@ from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, 
 _QUERY_GRADE_SHARE = 0.1
 # Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
 _LEAST_GAIN = 0.0005
+_MOST_LOGIT, _HALVINGS = 30.0, 40
 _PARAMETERS = SETTINGS | {
     "objective": "binary",
     "num_leaves": 7,
@@ -84,7 +88,7 @@ def fit_page_reranker(
     choice = replace(choice, weight=[weight * logit.scale for weight in choice.weight])
     if not count:
         return RerankerModel(choice, None)
-    data = _dataset(pages, logit.of_pages(pages))
+    data = _dataset(pages, centered(pages, logit.of_pages(pages)))
     return RerankerModel(choice, lightgbm.train(_PARAMETERS, data, count))
 
 
@@ -150,7 +154,12 @@ def position_columns(position: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Logit:
-    """The logit of an engagement: a choice model's score times `scale`, and the effect of each position."""
+    """The logit of an engagement: a choice model's score times `scale`, and the effect of each position.
+
+    Both are stretched so that they fit best once they are `centered`. Ten rows that share a constant which is
+    fitted to them look a tenth more different than they are (Neyman and Scott, 1948), and trees would spend
+    themselves on that.
+    """
 
     choice: ConditionalLogit
     scale: float
@@ -163,7 +172,14 @@ class _Logit:
             np.column_stack([score, position_columns(pages.position)]), pages.engaged
         ).tolist()
         # Where the choice model knows nothing, its order still counts.
-        return cls(choice, scale if scale > 0 else 1e-3, np.array(effects))
+        logit = cls(choice, scale if scale > 0 else 1e-3, np.array(effects))
+        values = logit.of_pages(pages)
+        stretch = minimize_scalar(
+            lambda factor: -_likelihood(pages, factor * values).mean(),
+            bounds=(0.5, 2),
+            options={"xatol": 0.01},
+        ).x
+        return cls(choice, float(stretch * logit.scale), stretch * logit.effects)
 
     def of_pages(self, pages: LoggedPages) -> np.ndarray:
         """The logit of each row, float64 (N,)."""
@@ -177,14 +193,35 @@ def _score(choice: ConditionalLogit, groups: RankingGroups) -> np.ndarray:
 
 def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
     """The mean log-likelihood of the rows of each page, float64 (Q,)."""
+    logit = centered(pages, logit)
     return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))
 
 
+def centered(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
+    """The logits (N,) shifted so that the probabilities of a page add up to its number of engagements.
+
+    So a model gains by which rows of a page were engaged with, and not by how many, which orders nothing. A
+    page of which nothing or everything was engaged with counts no more.
+    """
+    group, count = pages.groups.group(), len(pages.groups.size)
+    engaged, first = (
+        np.bincount(group, pages.engaged, count),
+        np.cumsum(pages.groups.size) - pages.groups.size,
+    )
+    low = -np.maximum.reduceat(logit, first) - _MOST_LOGIT
+    high = -np.minimum.reduceat(logit, first) + _MOST_LOGIT
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        is_high = np.bincount(group, expit(logit + middle[group]), count) > engaged
+        low, high = np.where(is_high, low, middle), np.where(is_high, middle, high)
+    return np.asarray(logit + low[group])
+
+
 def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages, limit: int) -> int:
-    """The best number of trees for later pages; 0 if the gain is not significant."""
+    """The best number of trees for later pages; 0 if the gain is not significant or less than .0005."""
     logit = _Logit.of(choice, early)
-    training, start = _dataset(early, logit.of_pages(early)), logit.of_pages(late)
-    validation = _dataset(late, start, training)
+    training, start = _dataset(early, centered(early, logit.of_pages(early))), logit.of_pages(late)
+    validation = _dataset(late, centered(late, start), training)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(_PARAMETERS, training, limit, valid_sets=[validation], callbacks=[stop])
     counts = tree_counts(booster.current_iteration())
@@ -197,7 +234,7 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
         gains.append(_likelihood(late, start) - base)
     best, mean, error = best_count(counts, np.stack(gains))
     _log.info("trees gain %.4f of log-likelihood, ± %.4f; %d is the best number", mean, error, best)
-    return best if mean > error else 0
+    return best if mean > max(error, _LEAST_GAIN) else 0
 
 
 def _dataset(
