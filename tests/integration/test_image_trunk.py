@@ -24,6 +24,7 @@ from training.encoders.image_trunk import (
     half_whitening,
     is_trunk,
     open_trunk,
+    texts_as_images,
 )
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -109,6 +110,10 @@ def test_the_text_tower_is_the_shops_text_encoder(encoder_path: Path, texts: Pat
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     vectors = ImageEncoder(encoder_path).encode_texts(["red thing", "a blue thing"])
     np.testing.assert_allclose(vectors, expected, atol=2e-2)  # the encoder may compute in bfloat16
+    from_vectors = texts_as_images(
+        encoder_path, TextEncoder(texts).encode(["red thing", "a blue thing"]).vectors
+    )
+    np.testing.assert_allclose(from_vectors, expected, atol=2e-3)
 
 
 def test_a_text_has_one_vector_whatever_it_is_encoded_with(encoder_path: Path) -> None:

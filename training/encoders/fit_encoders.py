@@ -175,6 +175,7 @@ def _image(
     image_items = [(item.id, item_text(item)) for item in shop.items if item.id in hashes]
     content_digest = digest_of(*(f"{i}\0{t}\0{hashes[i]}".encode() for i, t in image_items))
     body = _image_body(stages, shop, training, image_items, content_digest, text_body)
+    from_trunk = image_trunk.is_trunk(base_models.locate(training.base))
     vectors = stages.run(
         "image-vectors",
         [encoders.digest(body), content_digest, digest_of(*(i.encode() for i in ids))],
@@ -182,13 +183,17 @@ def _image(
         body,
         shop.images,
         ids,
-        [item_text(item) for item in shop.items],
+        None if from_trunk else [item_text(item) for item in shop.items],
     )
     encoded.unreadable = json.loads((vectors / image_vectors.UNREADABLE).read_text())
     if not np.load(vectors / "present.npy").any():
         _log.warning("no image can be read: the bundle has no image encoder")
         return
-    captions = np.load(vectors / "captions.npy")
+    captions = (
+        image_trunk.texts_as_images(body, encoded.base["text"])
+        if from_trunk
+        else np.load(vectors / image_vectors.CAPTIONS)
+    )
     _fit_projections(stages, "image", body, vectors, captions, pairs, training.projection_steps, encoded)
     readable = {item_id for item_id, ok in zip(ids, encoded.present["image"], strict=True) if ok}
     encoded.image_hashes = {i: bytes.fromhex(value) for i, value in hashes.items() if i in readable}

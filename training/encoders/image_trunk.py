@@ -22,7 +22,7 @@ import timm.data
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 from transformers import AutoModel
 
@@ -53,6 +53,7 @@ _DIMENSION, _LEAST_DIMENSION = 512, 16
 _WHITENING = 0.25  # power of a variance by which its direction is divided; 0.5 would whiten wholly
 _LEAST_VARIANCE = 1e-6  # of the largest
 _SAMPLE, _BATCH = 8192, 512
+_TEXT_WEIGHT = "text.proj.weight"
 _TEXT_FILES = (".json", ".txt", ".model")
 _RIDGE, _STEPS, _RATE, _TEMPERATURE, _START_SCALE = 1.0, 600, 3e-3, 0.05, 3.0
 _log = logging.getLogger(__name__)
@@ -127,6 +128,12 @@ def fit_image_encoder(
     config = _config(trunk, len(weight), encoder.settings.max_tokens)
     model = _assembled(config, trunk, (weight, bias), text_encoder, text_weight)
     _save(directory, model, config, trunk.preprocessing, text_encoder)
+
+
+def texts_as_images(directory: Path, text_vectors: np.ndarray) -> np.ndarray:
+    """The vectors float16 (N, D) that an encoder gives texts, from those (N, T) of its text encoder."""
+    weight = load_file(directory / WEIGHTS_FILE)[_TEXT_WEIGHT].float().numpy()
+    return _unit(text_vectors.astype(np.float32) @ weight.T).astype(np.float16)
 
 
 def half_whitening(features: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

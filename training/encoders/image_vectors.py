@@ -11,12 +11,12 @@ from training.core.progress import track
 from training.data.images import ShopImages
 from training.encoders.image_encoder import encode_images
 
-UNREADABLE = "unreadable.json"
+UNREADABLE, CAPTIONS = "unreadable.json", "captions.npy"
 _ENCODE_BATCH = 2048
 
 
 def write_image_vectors(
-    directory: Path, encoder: Path, images: ShopImages, ids: list[str], texts: list[str]
+    directory: Path, encoder: Path, images: ShopImages, ids: list[str], texts: list[str] | None
 ) -> None:
     """Write the vectors of the images of `ids` and of `texts`, and the files that cannot be decoded."""
     model = _load(encoder)
@@ -24,7 +24,8 @@ def write_image_vectors(
     np.save(directory / "vectors.npy", vectors)
     np.save(directory / "present.npy", present)
     (directory / UNREADABLE).write_text(json.dumps(unreadable))
-    np.save(directory / "captions.npy", _encode_captions(model, texts))
+    if texts is not None:
+        np.save(directory / CAPTIONS, _encode_captions(model, texts))
 
 
 def write_image_vectors_only(directory: Path, encoder: Path, images: ShopImages, ids: list[str]) -> None:
