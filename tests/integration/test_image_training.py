@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from services.embedding.encoders.encoders import ImageEncoder, digest
@@ -15,6 +14,7 @@ from services.embedding.encoders.preprocessing import Preprocessor
 from services.embedding.images import decoder
 from services.embedding.images.loader import ImageLoader
 from services.embedding.runtime.batching import Lane
+from tests.support.colored_squares import CHANCE, hit_rate, write_squares
 from tests.support.image_bombs import encode_image, smooth_image
 from tests.support.models import make_image_encoder
 from training.data.encoder_settings import ImageTraining
@@ -30,63 +30,23 @@ from training.encoders.image_encoder import (
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 180, 40),
-    "blue": (30, 50, 220),
-    "yellow": (230, 220, 40),
-    "white": (245, 245, 245),
-    "black": (10, 10, 10),
-    "pink": (250, 150, 190),
-    "brown": (110, 70, 30),
-}
-
-
-def _draw(directory: Path, item_id: str, colour: str, choice: np.random.Generator) -> None:
-    shade = np.clip(np.array(COLOURS[colour]) + choice.integers(-10, 11, 3), 0, 255)
-    picture = Image.new("RGB", (48, 48), (128, 128, 128))
-    left, top = choice.integers(0, 12, 2).tolist()
-    picture.paste(tuple(shade.tolist()), (left, top, left + 36, top + 36))
-    directory.mkdir(parents=True, exist_ok=True)
-    picture.save(directory / f"{item_id}.png")
-
-
-def _shop(directory: Path, each: int, seed: int) -> list[tuple[str, str]]:
-    choice = np.random.default_rng(seed)
-    items = [(f"{colour}-{n}", colour) for n in range(each) for colour in COLOURS]
-    for item_id, colour in items:
-        _draw(directory, item_id, colour, choice)
-    return [(item_id, f"{colour} thing. A thing. thing, {colour}") for item_id, colour in items]
-
-
-def _top_hit_rate(encoder: ImageEncoder, photographs: ShopImages, ids: list[str]) -> float:
-    """Of the colours, how many find only pictures of their own among the nearest."""
-    vectors, present, _ = encode_images(encoder, photographs, ids, batch=7)
-    assert present.all()
-    similarity = encoder.encode_texts([f"{color} thing" for color in COLOURS]) @ vectors.T.astype(np.float32)
-    nearest = np.argsort(-similarity, axis=1)[:, : len(ids) // len(COLOURS)]
-    return float(
-        np.mean([ids[n].startswith(c) for c, row in zip(COLOURS, nearest, strict=True) for n in row])
-    )
-
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShopImages, list[tuple[str, str]]]:
     directory = tmp_path_factory.mktemp("shop")
-    items = _shop(directory, each=8, seed=0)
+    items = write_squares(directory, each=8, seed=0)
     return ShopImages(directory), items
 
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShopImages, list[str]]:
     directory = tmp_path_factory.mktemp("held-out")
-    items = _shop(directory, each=3, seed=1)
+    items = write_squares(directory, each=3, seed=1)
     return ShopImages(directory), [item_id for item_id, _ in items]
 
 
 Shop = tuple[ShopImages, list[tuple[str, str]]]
 HeldOut = tuple[ShopImages, list[str]]
-CHANCE = 1 / len(COLOURS)
 
 
 def _train(directory: Path, shop: Shop, *, seed: int = 0, **training: object) -> Path:
@@ -98,9 +58,9 @@ def _train(directory: Path, shop: Shop, *, seed: int = 0, **training: object) ->
 
 def test_after_training_texts_find_unseen_images(shop: Shop, held_out: HeldOut, tmp_path: Path) -> None:
     untrained = ImageEncoder(_train(tmp_path / "untrained", shop, epochs=0))
-    assert _top_hit_rate(untrained, *held_out) < 3 * CHANCE
+    assert hit_rate(untrained, *held_out) < 3 * CHANCE
     trained = ImageEncoder(_train(tmp_path / "trained", shop, epochs=4, batch=16))
-    assert _top_hit_rate(trained, *held_out) > 6 * CHANCE
+    assert hit_rate(trained, *held_out) > 6 * CHANCE
     assert (trained.side, trained.dimension) == (64, 192)
 
 
@@ -108,7 +68,7 @@ def test_a_directory_is_fine_tuned_and_the_same_seed_gives_the_same_weights(
     shop: Shop, held_out: HeldOut, tmp_path: Path
 ) -> None:
     base = make_image_encoder(tmp_path / "base")
-    assert _top_hit_rate(ImageEncoder(base), *held_out) < 3 * CHANCE
+    assert hit_rate(ImageEncoder(base), *held_out) < 3 * CHANCE
 
     def tune(name: str, seed: int) -> Path:
         return _train(
@@ -116,7 +76,7 @@ def test_a_directory_is_fine_tuned_and_the_same_seed_gives_the_same_weights(
         )
 
     tuned = tune("tuned", 0)
-    assert _top_hit_rate(ImageEncoder(tuned), *held_out) > 6 * CHANCE
+    assert hit_rate(ImageEncoder(tuned), *held_out) > 6 * CHANCE
     assert digest(tune("again", 0)) == digest(tuned)
     assert digest(tune("other", 1)) != digest(tuned)
     preprocessing = json.loads((tuned / "open_clip_config.json").read_text())["preprocess_cfg"]
@@ -132,7 +92,7 @@ def test_no_epochs_leave_the_base_unchanged(shop: Shop, tmp_path: Path) -> None:
 
 
 def test_a_photograph_that_cannot_be_read_is_skipped_and_named(tmp_path: Path) -> None:
-    items = _shop(tmp_path / "images", each=1, seed=0)
+    items = write_squares(tmp_path / "images", each=1, seed=0)
     (tmp_path / "images" / "red-0.png").write_bytes(b"no picture")
     base, photographs = make_image_encoder(tmp_path / "base"), ShopImages(tmp_path / "images")
     result = _train(tmp_path / "made", (photographs, items), base=str(base), epochs=1, batch=4)

