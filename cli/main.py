@@ -93,7 +93,11 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--text-base", help="a Hugging Face BERT, hub name or directory, in place of shop.toml's"
     )
-    train.add_argument("--image-base", help="an open_clip model:tag or directory, in place of shop.toml's")
+    train.add_argument(
+        "--image-base",
+        help='"efficientnet-lite0", timm:NAME, "small", an open_clip model:tag, or a directory, in place of '
+        "shop.toml's",
+    )
     train.add_argument(
         "--skip-evaluation",
         action="store_true",

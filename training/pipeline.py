@@ -40,7 +40,7 @@ from training.retrieval import daily_graphs, sequence_models
 
 _MAX_POPULAR = 2000
 _POPULAR_DAYS = 7
-_LIBRARIES = ("torch", "transformers", "open-clip-torch", "lightgbm")
+_LIBRARIES = ("torch", "transformers", "open-clip-torch", "timm", "lightgbm")
 _log = logging.getLogger(__name__)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from open_clip.transform import image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file
 from timm.models import save_for_hf
@@ -17,10 +18,12 @@ from services.embedding.encoders.encoders import ImageEncoder, TextEncoder, dige
 from tests.support.colored_squares import CHANCE, hit_rate, write_squares
 from tests.support.models import make_text_encoder
 from training.core import base_models
+from training.data.encoder_settings import ImageTraining
 from training.data.images import ShopImages
-from training.encoders.image_encoder import encode_images
+from training.encoders.image_encoder import encode_images, train_image_encoder
 from training.encoders.image_trunk import (
     EFFICIENTNET,
+    check_bases,
     fit_image_encoder,
     half_whitening,
     is_trunk,
@@ -137,41 +140,67 @@ def test_half_whitening_leaves_the_root_of_each_variance() -> None:
     np.testing.assert_allclose(result.mean(0), 0, atol=1e-3)
 
 
-@pytest.fixture
-def timm_directory(tmp_path: Path) -> Path:
+def _timm_directory(path: Path, architecture: str) -> Path:
     """A small untrained model as timm saves it."""
     torch.manual_seed(0)
-    save_for_hf(timm.create_model("test_efficientnet"), str(tmp_path / "trunk"), safe_serialization=True)
-    return tmp_path / "trunk"
+    save_for_hf(timm.create_model(architecture), str(path), safe_serialization=True)
+    return path
 
 
-def test_a_directory_of_timm_is_a_trunk(
-    timm_directory: Path, shop: Shop, texts: Path, tmp_path: Path
-) -> None:
-    assert is_trunk(str(timm_directory))
+@pytest.mark.parametrize("architecture", ["test_efficientnet", "test_vit"])
+def test_a_directory_of_timm_is_a_trunk(architecture: str, shop: Shop, texts: Path, tmp_path: Path) -> None:
+    base = _timm_directory(tmp_path / "trunk", architecture)
+    assert is_trunk(str(base))
     (tmp_path / "out").mkdir()
-    fit_image_encoder(tmp_path / "out", str(timm_directory), *shop, texts)
+    fit_image_encoder(tmp_path / "out", str(base), *shop, texts)
     weights = load_file(tmp_path / "out" / "open_clip_model.safetensors")
-    stored = load_file(timm_directory / "model.safetensors")
-    assert torch.equal(weights["visual.trunk.conv_stem.weight"], stored["conv_stem.weight"])
-    assert ImageEncoder(tmp_path / "out").encode([Image.new("RGB", (9, 9))]).shape[0] == 1
+    encoder, trunk = ImageEncoder(tmp_path / "out"), open_trunk(str(base))
+    images = [Image.effect_noise((90, 70), 80).convert("RGB") for _ in range(3)]
+    preprocess = image_transform_v2(trunk.preprocessing, is_train=False)
+    with torch.inference_mode():
+        outputs = trunk.model(torch.stack([preprocess(image) for image in images])).numpy()
+    weight, bias = (weights[f"visual.head.proj.{name}"].numpy() for name in ("weight", "bias"))
+    expected = outputs @ weight.T + bias
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    cosine = (encoder.encode(images) * expected).sum(1)
+    assert cosine.min() > 0.98  # the encoder may compute in bfloat16
 
 
-def test_weights_are_found_by_name(timm_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(base_models.WEIGHTS_VARIABLE, str(timm_directory.parent))
+def test_a_trunk_of_another_width_is_refused(shop: Shop, texts: Path, tmp_path: Path) -> None:
+    base = _timm_directory(tmp_path / "trunk", "mobilenetv3_small_050")
+    with pytest.raises(InvalidArgument, match="output has 1024 numbers and not 288"):
+        fit_image_encoder(tmp_path, str(base), *shop, texts)
+
+
+def test_an_encoder_from_a_trunk_is_no_base(encoder_path: Path, shop: Shop, tmp_path: Path) -> None:
+    assert not is_trunk(str(encoder_path))
+    with pytest.raises(InvalidArgument, match="is not trained further"):
+        train_image_encoder(tmp_path, ImageTraining(base=str(encoder_path)), *shop)
+
+
+def test_weights_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _timm_directory(tmp_path / "trunk", "test_efficientnet")
+    monkeypatch.setenv(base_models.WEIGHTS_VARIABLE, str(tmp_path))
     assert is_trunk(base_models.locate("trunk"))
     assert base_models.locate("elsewhere/model") == "elsewhere/model"
 
 
-def test_other_text_encoders_are_refused_by_name(shop: Shop, texts: Path, tmp_path: Path) -> None:
+def test_bases_are_checked_before_anything_is_trained(texts: Path, tmp_path: Path) -> None:
+    check_bases(EFFICIENTNET, str(texts))
+    with pytest.raises(InvalidArgument, match="'timm:no_such_model'"):
+        check_bases("timm:no_such_model", str(texts))
     other = tmp_path / "texts"
     shutil.copytree(texts, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "distilbert"}))
     with pytest.raises(InvalidArgument, match="shop is distilbert"):
-        fit_image_encoder(tmp_path, EFFICIENTNET, *shop, other)
+        check_bases(EFFICIENTNET, str(other))
 
 
-def test_an_unknown_model_of_timm_is_refused_by_name(shop: Shop, texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match="'timm:no_such_model'"):
-        fit_image_encoder(tmp_path, "timm:no_such_model", *shop, texts)
+def test_a_padding_token_within_a_text_cuts_nothing(encoder_path: Path) -> None:
+    encoder = ImageEncoder(encoder_path)
+    alone = encoder.encode_texts(["red [PAD] thing"])
+    together = encoder.encode_texts(["red [PAD] thing", "a thing " * 40])[:1]
+    np.testing.assert_allclose(alone, together, atol=2e-2)
+    tokens = np.stack(encoder.tokenize(["red [PAD] thing"]))
+    assert (encoder._without_padding(tokens) != encoder._pad).sum() == (tokens != encoder._pad).sum()

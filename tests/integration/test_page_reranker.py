@@ -160,14 +160,11 @@ def test_the_number_of_trees_is_validated_on_unseen_days(monkeypatch: pytest.Mon
     np.testing.assert_allclose(fits.groups[1].grade[: len(queries.grade)], 0.1 * queries.grade)
     np.testing.assert_array_equal(fits.groups[1].grade[len(queries.grade) :], pages.groups.grade)
     (training, validation), (final,) = fits.tree_rows
-    for (data, _), rows in (
-        (training, matrix[:7200]),
-        (validation, matrix[7200:]),
-        (final, matrix),
-    ):
-        np.testing.assert_array_equal(data, rows)
+    shows_choice = np.repeat(pages.shows_choice, SIZE)
+    for (data, _), span in ((training, slice(7200)), (validation, slice(7200, None)), (final, slice(None))):
+        np.testing.assert_array_equal(data, matrix[span][shows_choice[span]])
     # Trees start from the scores of the choice model and effects of each position and of each page.
-    rest = (final[1] - model.choice.terms(matrix).sum(1)).reshape(-1, SIZE)
+    rest = (final[1] - model.choice.terms(matrix[shows_choice]).sum(1)).reshape(-1, SIZE)
     of_position = rest - rest[:, :1]
     np.testing.assert_allclose(of_position, np.broadcast_to(of_position[0], rest.shape), atol=1e-4)
     assert model.trees is not None
@@ -240,3 +237,23 @@ def test_likelihood_tells_what_was_liked_from_what_stood_first() -> None:
 def test_three_pages_tell_nothing() -> None:
     pages = pages_by_fame(3)
     assert page_likelihood({"whole bundle": np.zeros(3 * SIZE)}, pages) == {}
+
+
+def test_pages_without_a_choice_are_left_out() -> None:
+    """A shop where most pages end without a click learns from the others as if they were all."""
+    matrix, is_click = liking_of_the_middle(20_000)
+    is_click[::SIZE], is_click[1::SIZE] = True, False  # every page shows a choice
+    pages = pages_of(lists(matrix, is_click))
+    others = pages_of(
+        lists(np.random.default_rng(1).normal(0, 1, (40_000, 2)).astype(np.float32), np.zeros(40_000))
+    )
+    order = np.argsort(np.concatenate([pages.groups.time, others.groups.time]), kind="stable")
+    rows = (order[:, None] * SIZE + np.arange(SIZE)).ravel()
+    grade = np.concatenate([pages.groups.grade, others.groups.grade])[rows]
+    mixed = pages_of(lists(np.concatenate([pages.groups.matrix, others.groups.matrix])[rows], grade))
+    assert mixed.shows_choice.sum() == len(pages.groups.size)
+    for of in (pages, mixed):
+        assert fit_page_reranker(no_queries(), of, TWO, 20).trees is not None
+    scores = {"whole bundle": mixed.groups.matrix[:, 0].astype(np.float64)}
+    likelihood = page_likelihood(scores, mixed)["whole bundle"]["log_likelihood"]
+    assert likelihood["n"] == len(pages.groups.size)

@@ -69,7 +69,10 @@ def click_metrics(rate: float) -> dict[str, Any]:
 
 def full() -> dict[str, Any]:
     recall = interval(np.arange(100) % 5 / 5.0).to_dict()
-    encoder = {"frozen": recall, "tuned": recall, "chance": 0.001, "pairs": 100, "k": 20}
+    encoder = {
+        **{"frozen": recall, "body": recall, "tuned": recall, "chance": 0.001, "pairs": 100, "k": 20},
+        **{"projection": "left out", "same_product": {"recall": recall, "k": 10}},
+    }
     shares = np.linspace(1, 0.1, 24) / np.linspace(1, 0.1, 24).sum()
     return {
         "shop": {"items": 1200, "events": 34567, "users": 800, "images": 0, "until": "2026-01-02"},

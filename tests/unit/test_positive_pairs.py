@@ -112,18 +112,20 @@ def test_a_variant_is_found_if_fewer_than_k_other_items_are_nearer() -> None:
     vectors = generator.normal(size=(300, 5)).astype(np.float32)
     families = [f"f{n}" if n else "" for n in generator.integers(0, 100, 300).tolist()]
     present = generator.random(300) < 0.8
+    files = [str(n // 2) for n in range(300)]  # two items have one photograph
     for k in (1, 10, 1000):
-        found = family_recall(vectors, present, families, k, 1000)
+        found = family_recall(vectors, present, families, files, k, 1000)
         expected = []
         for row in np.flatnonzero(present).tolist():
             others = [n for n in np.flatnonzero(present).tolist() if n != row]
             if families[row] and families[row] in {families[n] for n in others}:
+                others = [n for n in others if files[n] != files[row]]
                 nearest = sorted(others, key=lambda n: -float(vectors[row] @ vectors[n]))[:k]
                 expected.append(families[row] in {families[n] for n in nearest})
         assert (len(found), int(found.sum())) == (len(expected), sum(expected))
-    assert not len(family_recall(vectors, present, [""] * 300, 10, 1000))
-    assert not len(family_recall(vectors, np.zeros(300, bool), families, 10, 1000))
-    assert len(family_recall(vectors, present, families, 10, 7)) == 7
+    assert not len(family_recall(vectors, present, [""] * 300, files, 10, 1000))
+    assert not len(family_recall(vectors, np.zeros(300, bool), families, files, 10, 1000))
+    assert len(family_recall(vectors, present, families, files, 10, 7)) == 7
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])

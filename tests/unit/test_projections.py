@@ -20,7 +20,7 @@ def _found(count: int, body: float, tuned: float) -> dict[str, np.ndarray]:
         (1000, 0.1, 0.2, True),
         (1000, 0.1, 0.1, False),
         (1000, 0.2, 0.1, False),
-        (200, 0.1, 0.105, False),  # one more of 200: no more than its standard error
+        *((n, 10 / n, 11 / n, False) for n in (100, 150, 200, 300, 333)),  # one more: its standard error
         (99, 0.0, 1.0, False),  # too few to tell
     ],
 )

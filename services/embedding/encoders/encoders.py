@@ -329,8 +329,8 @@ class ImageEncoder:
         """Tokens int64 (B, T) up to the longest text, where the text tower is a BERT and takes any length."""
         if self._pad is None:
             return tokens
-        longest = int((tokens != self._pad).sum(1).max())
-        return np.asarray(tokens[:, : max(longest, 1)])
+        longest = int(np.flatnonzero((tokens != self._pad).any(0)).max(initial=0)) + 1
+        return np.asarray(tokens[:, :longest])
 
     @torch.inference_mode()
     def start_texts(self, tokens: Sequence[np.ndarray]) -> PendingArray:
