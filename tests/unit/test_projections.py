@@ -20,7 +20,8 @@ def _found(count: int, body: float, tuned: float) -> dict[str, np.ndarray]:
         (1000, 0.1, 0.2, True),
         (1000, 0.1, 0.1, False),
         (1000, 0.2, 0.1, False),
-        *((n, 10 / n, 11 / n, False) for n in (100, 150, 200, 300, 333)),  # one more: its standard error
+        (1000, 0.1, 0.103, False),  # three more: 1.7 standard errors
+        (1000, 0.1, 0.106, True),  # six more: 2.5
         (99, 0.0, 1.0, False),  # too few to tell
     ],
 )

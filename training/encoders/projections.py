@@ -13,7 +13,7 @@ from training.encoders.contrastive import fit_head
 from training.examples.positive_pairs import PositivePairs
 
 HEAD = "head.npy"
-_MIN_PAIRS = 100  # fewer do not decide
+_MIN_PAIRS, _ERRORS = 100, 2  # fewer pairs do not decide; by chance one gain in forty is as large
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +29,7 @@ def write_projected_encoder(directory: Path, body: Path, projection: Path) -> No
 
 
 def improves(space: str, found: Mapping[str, np.ndarray]) -> bool:
-    """Whether the projection finds more partners of later baskets, by more than a standard error.
+    """Whether the projection finds more partners of later baskets, by more than two standard errors.
 
     `found` has bool (P,) whether each partner is found, by the "body" alone and "tuned" by the projection; it
     is empty if there are no later baskets. Too few partners do not decide: then a projection is not used.
@@ -43,7 +43,7 @@ def improves(space: str, found: Mapping[str, np.ndarray]) -> bool:
         )
         return False
     mean, error = float(gain.mean()), float(gain.std(ddof=1)) / len(gain) ** 0.5
-    is_better = bool(mean > error * (1 + 1e-9))  # one partner more is exactly one error
+    is_better = bool(mean > _ERRORS * error)
     decision = "it is used" if is_better else "it is not used"
     _log.info(
         "%s: of %d partners the projection finds %+.3f, ± %.3f: %s", space, len(gain), mean, error, decision

@@ -28,7 +28,7 @@ from training.ranking.conditional_logit import fit_choice
 from training.ranking.ctr import POSITIONS
 from training.ranking.logistic import fit_logistic
 from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
-from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
+from training.ranking.validation import ERRORS, MIN_GROUPS, best_count, mean_and_error, validation_mask
 
 _QUERY_GRADE_SHARE = 0.1
 # Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
@@ -103,7 +103,7 @@ def improves_likelihood(
 ) -> bool:
     """Whether the columns `tested`, bool (K,), raise the likelihood of later pages enough.
 
-    Enough is more than one standard error, and at least .0005 for the logarithm of a row's. True if there is
+    Enough is more than two standard errors, and at least .0005 for the logarithm of a row's. True if there is
     too little data to decide.
     """
     is_late = validation_mask(pages.groups)
@@ -120,7 +120,7 @@ def improves_likelihood(
     mean, error = mean_and_error(likelihoods[0] - likelihoods[1])
     tested_names = [name for name, is_tested in zip(columns, tested, strict=True) if is_tested]
     _log.info("%s gain %.4f of log-likelihood, ± %.4f", ", ".join(tested_names), mean, error)
-    return mean > max(error, _LEAST_GAIN)
+    return mean > max(ERRORS * error, _LEAST_GAIN)
 
 
 def _before(queries: RankingGroups, late: LoggedPages) -> RankingGroups:
@@ -243,7 +243,7 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
         gains.append(_likelihood(late, start) - base)
     best, mean, error = best_count(counts, np.stack(gains))
     _log.info("trees gain %.4f of log-likelihood, ± %.4f; %d is the best number", mean, error, best)
-    return best if mean > max(error, _LEAST_GAIN) else 0
+    return best if mean > max(ERRORS * error, _LEAST_GAIN) else 0
 
 
 def _dataset(
