@@ -44,7 +44,7 @@ from tests.support.shop_server import Shop, Stub
 
 _MIB = 1 << 20
 _PARSINGS = 8
-_TRIES = 10
+_TRIES = 20
 _TWO_63 = 1 << 63
 _C, _G = "vitrine.catalog.v1", "vitrine.gateway.v1"
 _E, _R = "vitrine.embedding.v1", "vitrine.ranking.v1"
