@@ -14,7 +14,12 @@ from training.evaluation.page_likelihood import page_likelihood
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import page_reranker
 from training.ranking.conditional_logit import fit_choice
-from training.ranking.page_reranker import LoggedPages, centered, fit_page_reranker, improves_likelihood
+from training.ranking.page_reranker import (
+    LoggedPages,
+    center_on_pages,
+    fit_page_reranker,
+    improves_likelihood,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TWO = ("fame", "taste")
@@ -122,7 +127,7 @@ def test_centered_logits_expect_as_many_engagements_as_there_are(deviation: floa
     random = np.random.default_rng(0)
     pages, logit = noise(1), random.normal(2, deviation, 8000)
     engaged = pages.by_page(pages.engaged.astype(np.float64))
-    result = centered(pages, logit)
+    result = center_on_pages(pages, logit)
     np.testing.assert_allclose(pages.by_page(expit(result)), engaged, atol=2e-3)
     shift = (result - logit).reshape(-1, SIZE)
     np.testing.assert_allclose(shift, shift[:, :1].repeat(SIZE, 1))  # the order of a page stays

@@ -36,7 +36,7 @@ from training import pipeline
 from training.core.stages import Stages
 from training.data.dataset import ShopData
 from training.data.encoder_settings import TextTraining
-from training.encoders import fit_encoders, projections
+from training.encoders import fit_encoders
 from training.encoders.fit_encoders import FittedEncoders
 from training.evaluation.evaluate import proposed_by_others
 from training.examples.feature_rows import evaluation_rows, page_rows, training_rows
@@ -60,7 +60,8 @@ def learned_past(shop: ShopData, root: Path) -> tuple[PointInTime, FittedEncoder
 def test_a_planted_basket_does_not_move_its_own_rows(
     granularity: Granularity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projections, "improves", lambda *_: True)  # so few baskets would not decide for it
+    # So few baskets would not decide for a projection.
+    monkeypatch.setattr(fit_encoders, "projection_helps", lambda *_: True)
     base = make_text_encoder(tmp_path / "base")
     text = TextTraining(base=str(base), steps=2, batch=8, projection_steps=5, max_tokens=8)
     settings = shop_config(granularity, text=text)

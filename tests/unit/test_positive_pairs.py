@@ -114,7 +114,7 @@ def test_a_variant_is_found_if_fewer_than_k_other_items_are_nearer() -> None:
     present = generator.random(300) < 0.8
     files = [str(n // 2) for n in range(300)]  # two items have one photograph
     for k in (1, 10, 1000):
-        found = family_recall(vectors, present, families, files, k, 1000)
+        hits = family_recall(vectors, present, families, files, k, 1000)
         expected = []
         for row in np.flatnonzero(present).tolist():
             others = [n for n in np.flatnonzero(present).tolist() if n != row]
@@ -122,7 +122,7 @@ def test_a_variant_is_found_if_fewer_than_k_other_items_are_nearer() -> None:
                 others = [n for n in others if files[n] != files[row]]
                 nearest = sorted(others, key=lambda n: -float(vectors[row] @ vectors[n]))[:k]
                 expected.append(families[row] in {families[n] for n in nearest})
-        assert (len(found), int(found.sum())) == (len(expected), sum(expected))
+        assert (len(hits), int(hits.sum())) == (len(expected), sum(expected))
     assert not len(family_recall(vectors, present, [""] * 300, files, 10, 1000))
     assert not len(family_recall(vectors, np.zeros(300, bool), families, files, 10, 1000))
     assert len(family_recall(vectors, present, families, files, 10, 7)) == 7

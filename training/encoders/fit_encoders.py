@@ -6,6 +6,7 @@ is fitted twice: on the same events, for the training rows of the rankers, and o
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ _HELD_OUT = 3000
 # If fewer engagements share a basket with another, all items of a user form one basket.
 _MIN_SHARED = 0.1
 _K, _FAMILY_K = 20, 10
+_MIN_PAIRS = 100
 # With this temperature and dropout H&M's images find .139 of the partners, .128 without; texts lose by them.
 _PROJECTIONS: dict[str, dict[str, Any]] = {
     "text": {},
@@ -85,10 +87,8 @@ def encode(stages: Stages, shop: ShopData, settings: ShopConfig, split_time: int
     image_base = base_models.locate(settings.image.base)
     if has_images and image_trunk.is_trunk(image_base):
         image_trunk.check_bases(image_base, settings.text.base)
-        if ignored := settings.image.model_fields_set & {"epochs", "batch", "learning_rate"}:
-            _log.warning(
-                "[image] %s: a trunk is not trained and reads none of it", ", ".join(sorted(ignored))
-            )
+        if names := settings.image.model_fields_set & {"epochs", "batch", "learning_rate"}:
+            _log.warning("[image] %s: a trunk is not trained and reads none of it", ", ".join(sorted(names)))
     pairs = _basket_pairs(shop, split_time)
     encoded = FittedEncoders()
     text_body = _text(stages, shop, settings, pairs, encoded)
@@ -206,11 +206,11 @@ def _image(
     encoded.image_hashes = {i: bytes.fromhex(value) for i, value in hashes.items() if i in readable}
     families = [item.family_id for item in shop.items]
     photographs = [hashes.get(item_id, "") for item_id in ids]
-    found = family_recall(
+    hits = family_recall(
         encoded.fold["image"], encoded.present["image"], families, photographs, _FAMILY_K, _HELD_OUT
     )
-    if len(found):
-        recall = {"recall": metrics.interval(found).to_dict(), "k": _FAMILY_K}
+    if len(hits):
+        recall = {"recall": metrics.interval(hits).to_dict(), "k": _FAMILY_K}
         encoded.pair_recall.setdefault("image", {})["same_product"] = recall
     _evaluate_image(stages, shop, training, _held_out(pairs, encoded.present["image"]), encoded)
 
@@ -274,8 +274,8 @@ def _evaluate_image(
     ]
     entry = image_vectors.write_image_vectors_only
     frozen_vectors = stages.run("image-frozen-vectors", identity, entry, frozen, shop.images, ids)
-    found = _found(np.load(frozen_vectors / "vectors.npy"), held_out)
-    encoded.pair_recall["image"]["frozen"] = metrics.interval(found).to_dict()
+    hits = _hits(np.load(frozen_vectors / "vectors.npy"), held_out)
+    encoded.pair_recall["image"]["frozen"] = metrics.interval(hits).to_dict()
 
 
 def _image_stamps(shop: ShopData, ids: list[str]) -> str:
@@ -312,26 +312,44 @@ def _fit_projections(
     tuned = apply_head(base, np.load(fold / projections.HEAD)).astype(np.float16)
     held_out = _held_out(pairs, present)
     pool = np.unique(np.concatenate(held_out))
-    recall = {name: _found(v[pool], held_out) for name, v in (("body", base), ("tuned", tuned)) if len(pool)}
-    used = bool(steps) and projections.improves(space, recall)
-    final = fitted("head", pairs.all, steps if used else 0)
+    recall = {name: _hits(v[pool], held_out) for name, v in (("body", base), ("tuned", tuned)) if len(pool)}
+    is_used = bool(steps) and projection_helps(space, recall)
+    final = fitted("head", pairs.all, steps if is_used else 0)
     encoded.base[space], encoded.present[space] = base, present
-    encoded.fold[space] = tuned if used else base
+    encoded.fold[space] = tuned if is_used else base
     encoded.final[space] = apply_head(base, np.load(final / projections.HEAD)).astype(np.float16)
     encoded.base_keys.append(vectors.name)
-    encoded.fold_keys.append(fold.name if used else vectors.name)
+    encoded.fold_keys.append(fold.name if is_used else vectors.name)
 
     encoded.encoders[space] = stages.run(
         f"{space}-encoder", [body.name, final.name], projections.write_projected_encoder, body, final
     )
     if recall:
         encoded.pair_recall[space] = {
-            **{name: metrics.interval(hits).to_dict() for name, hits in recall.items()},
+            **{name: metrics.interval(values).to_dict() for name, values in recall.items()},
             "chance": _K / (len(pool) - 1),
             "pairs": len(recall["body"]),
             "k": _K,
-            "projection": "used" if used else "left out",
+            "projection": "used" if is_used else "left out",
         }
+
+
+def projection_helps(space: str, recall: Mapping[str, np.ndarray]) -> bool:
+    """Whether a projection finds more partners of later baskets, by a 95% interval.
+
+    `recall` has bool (P,) whether each partner is found, by the "body" alone and "tuned" by the projection;
+    it is empty if there are no later baskets. Fewer than 100 partners do not decide: the answer is no then.
+    """
+    count = len(recall["body"]) if recall else 0
+    if count < _MIN_PAIRS:
+        message = "%s: %d later baskets are too few to tell whether a projection helps: none is used"
+        _log.warning(message, space, count)
+        return False
+    gain = metrics.paired_interval(recall["tuned"].astype(np.float64), recall["body"].astype(np.float64))
+    decision = "it is used" if gain.low > 0 else "it is not used"
+    message = "%s: of %d partners the projection finds %+.3f [%+.3f, %+.3f]: %s"
+    _log.info(message, space, count, gain.mean, gain.low, gain.high, decision)
+    return gain.low > 0
 
 
 def _held_out(pairs: _BasketPairs, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -339,7 +357,7 @@ def _held_out(pairs: _BasketPairs, present: np.ndarray) -> tuple[np.ndarray, np.
     return pairs.during.restrict_to(present).held_out(_HELD_OUT)
 
 
-def _found(vectors: np.ndarray, held_out: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+def _hits(vectors: np.ndarray, held_out: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """Whether partners are found among the items of the pairs, bool (P,); `vectors` (., D) are of these."""
     place = np.unique(np.concatenate(held_out), return_inverse=True)[1]
     return pair_recall(vectors, (place[: len(held_out[0])], place[len(held_out[0]) :]), _K)
@@ -356,8 +374,8 @@ def _evaluate_text(
     identity = [encoders.digest(frozen), digest_of(*(text.encode() for text in selected))]
     entry = text_vectors.write_text_vectors
     frozen_vectors = stages.run("text-frozen-vectors", identity, entry, frozen, selected)
-    found = _found(np.load(frozen_vectors / "vectors.npy"), held_out)
-    encoded.pair_recall["text"]["frozen"] = metrics.interval(found).to_dict()
+    hits = _hits(np.load(frozen_vectors / "vectors.npy"), held_out)
+    encoded.pair_recall["text"]["frozen"] = metrics.interval(hits).to_dict()
 
 
 def _pair_inputs(pairs: PositivePairs, content_digest: str, used: bool = True) -> list[str]:

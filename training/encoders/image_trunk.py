@@ -48,7 +48,7 @@ _PACKAGE_FILE = "models/efficientnet-lite0-57934424.pth"
 _TIMM_CONFIG = "config.json"
 # Photographs of products are small; 224 takes twice the time.
 _EFFICIENTNET_SIDE = 160
-# Open_clip's text tower reads these; `TextSettings` of another type cannot be its base.
+# Those of transformers' models that open_clip takes as a text tower and that are a BERT.
 _TEXT_TYPES = ("bert", "roberta", "xlm-roberta")
 _DIMENSION, _LEAST_DIMENSION = 512, 16
 _WHITENING = 0.25  # power of a variance by which its direction is divided; 0.5 would whiten wholly
@@ -302,10 +302,8 @@ def _package_file() -> Path:
 def _package_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights in the package, under timm's names: the tensors of both come in the same order."""
     own = model.state_dict()
-    stored = torch.load(
-        _package_file(), map_location="cpu", weights_only=True
-    )  # the last two are the classifier's
-    values = list(stored.values())[: len(own)]
+    stored = torch.load(_package_file(), map_location="cpu", weights_only=True)
+    values = list(stored.values())[: len(own)]  # the last two are the classifier's
     return dict(zip(own, values, strict=True))
 
 

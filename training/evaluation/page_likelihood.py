@@ -8,7 +8,7 @@ from scipy.special import log_expit
 
 from training.core import metrics
 from training.ranking.logistic import fit_logistic
-from training.ranking.page_reranker import LoggedPages, centered, position_columns
+from training.ranking.page_reranker import LoggedPages, center_on_pages, position_columns
 
 POSITION, BUNDLE = "position alone", "whole bundle"
 _MIN_PAGES = 4
@@ -50,5 +50,5 @@ def _by_page(score: np.ndarray | None, pages: LoggedPages) -> np.ndarray:
     in_half, logit = np.repeat(half, pages.groups.size), np.empty(len(design))
     for fitted in (in_half, ~in_half):
         logit[~fitted] = design[~fitted] @ fit_logistic(design[fitted], pages.engaged[fitted])
-    logit = centered(pages, logit)
+    logit = center_on_pages(pages, logit)
     return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))

@@ -439,8 +439,8 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
     (
         "encoders",
         "Encoders",
-        "How often an item's k nearest neighbors include an item of the same basket, before and after "
-        "fine-tuning, on held-out pairs.",
+        "How often an item's k nearest neighbors include an item of the same basket, on held-out pairs: by "
+        "the pretrained base, by the encoder alone, and with its projection, used if that finds more.",
         _encoders,
     ),
     (

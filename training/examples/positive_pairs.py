@@ -57,27 +57,27 @@ def family_recall(
 ) -> np.ndarray:
     """Whether another item of its family is among the `k` nearest, bool (Q,), for at most `limit` items.
 
-    `vectors` (M, D) have unit length, where `present`, bool (M,); "" is no family. The items asked for have
-    a family of at least two items that are present. Items of one file, `files` (M,), are not found by each
+    `vectors` (M, D) have unit length, where `present`, bool (M,); "" is no family. Asked for are items whose
+    family has at least two items that are present. Items of one file, `files` (M,), are not found by each
     other: that would show nothing.
     """
     file_code = np.unique(np.array(files, object).astype(str), return_inverse=True)[1]
     names, code = np.unique(np.array(families, object).astype(str), return_inverse=True)
     code = np.where(present & (names[code] != ""), code, -1)
     size = np.bincount(code[code >= 0], minlength=len(names))
-    rows, asked = np.flatnonzero(present), np.flatnonzero((code >= 0) & (size[code] > 1))
-    asked = np.random.default_rng(seed).permutation(asked)[:limit]
+    rows, queries = np.flatnonzero(present), np.flatnonzero((code >= 0) & (size[code] > 1))
+    queries = np.random.default_rng(seed).permutation(queries)[:limit]
     candidates = vectors[rows].astype(np.float32)
-    found = np.zeros(len(asked), bool)
-    for start in range(0, len(asked), 256):
-        block = asked[start : start + 256]
+    hits = np.zeros(len(queries), bool)
+    for start in range(0, len(queries), 256):
+        block = queries[start : start + 256]
         similarity = vectors[block].astype(np.float32) @ candidates.T
         similarity[file_code[block][:, None] == file_code[rows][None, :]] = -np.inf
         nearest = rows[np.argpartition(-similarity, min(k, len(rows)) - 1, axis=1)[:, :k]]
-        found[start : start + 256] = (
+        hits[start : start + 256] = (
             (code[nearest] == code[block][:, None]) & (file_code[nearest] != file_code[block][:, None])
         ).any(1)
-    return found
+    return hits
 
 
 def make_pairs(items: np.ndarray, baskets: np.ndarray, count: int) -> PositivePairs:

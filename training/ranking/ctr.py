@@ -78,8 +78,8 @@ def fit_ctr(
     places = np.zeros(len(rows.items), np.int64) if positions is None else np.clip(positions, 0, POSITIONS)
     effects = torch.from_numpy(_position_logits(places, labels)).requires_grad_(positions is not None)
     batches = -(-len(rows.size) // _QUERIES_PER_BATCH)
-    fitted = [*model.parameters(), *([effects] if effects.requires_grad else [])]
-    optimizer = torch.optim.AdamW(fitted, lr=2e-3, weight_decay=1e-2)
+    parameters = [*model.parameters(), *([effects] if effects.requires_grad else [])]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(1, epochs * batches))
     start = np.cumsum(rows.size) - rows.size
     model.train()

@@ -28,11 +28,12 @@ from training.ranking.conditional_logit import fit_choice
 from training.ranking.ctr import POSITIONS
 from training.ranking.logistic import fit_logistic
 from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
-from training.ranking.validation import ERRORS, MIN_GROUPS, best_count, mean_and_error, validation_mask
+from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
 
 _QUERY_GRADE_SHARE = 0.1
 # Of the log-likelihood of a row. Less is not worth the time that a model takes for a page.
 _LEAST_GAIN = 0.0005
+_ERRORS = 2  # of a gain, at least; by chance one in forty is as large
 _MOST_LOGIT, _HALVINGS = 30.0, 40
 _PARAMETERS = SETTINGS | {
     "objective": "binary",
@@ -120,7 +121,7 @@ def improves_likelihood(
     mean, error = mean_and_error(likelihoods[0] - likelihoods[1])
     tested_names = [name for name, is_tested in zip(columns, tested, strict=True) if is_tested]
     _log.info("%s gain %.4f of log-likelihood, ± %.4f", ", ".join(tested_names), mean, error)
-    return mean > max(ERRORS * error, _LEAST_GAIN)
+    return mean > max(_ERRORS * error, _LEAST_GAIN)
 
 
 def _before(queries: RankingGroups, late: LoggedPages) -> RankingGroups:
@@ -162,7 +163,7 @@ def position_columns(position: np.ndarray) -> np.ndarray:
 class _Logit:
     """The logit of an engagement: a choice model's score times `scale`, and the effect of each position.
 
-    Both are stretched so that they fit best once they are `centered`. Ten rows that share a constant which is
+    Both are stretched so that they fit best after `center_on_pages`. Ten rows that share a constant which is
     fitted to them look a tenth more different than they are (Neyman and Scott, 1948), and trees would spend
     themselves on that.
     """
@@ -202,11 +203,11 @@ def _score(choice: ConditionalLogit, groups: RankingGroups) -> np.ndarray:
 
 def _likelihood(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
     """The mean log-likelihood of the rows of each page, given how many were engaged with, float64 (Q,)."""
-    logit = centered(pages, logit)
+    logit = center_on_pages(pages, logit)
     return pages.by_page(log_expit(np.where(pages.engaged, logit, -logit)))
 
 
-def centered(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
+def center_on_pages(pages: LoggedPages, logit: np.ndarray) -> np.ndarray:
     """The logits (N,) shifted so that the probabilities of a page add up to its number of engagements.
 
     So a model gains by which rows of a page were engaged with, and not by how many, which orders nothing.
@@ -243,18 +244,18 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
         gains.append(_likelihood(late, start) - base)
     best, mean, error = best_count(counts, np.stack(gains))
     _log.info("trees gain %.4f of log-likelihood, ± %.4f; %d is the best number", mean, error, best)
-    return best if mean > max(ERRORS * error, _LEAST_GAIN) else 0
+    return best if mean > max(_ERRORS * error, _LEAST_GAIN) else 0
 
 
 def _dataset(
     pages: LoggedPages, logit: _Logit, reference: lightgbm.Dataset | None = None
 ) -> lightgbm.Dataset:
-    """The rows of the pages that show a choice, which trees start on from their centered logit."""
+    """The rows of the pages that show a choice, which trees start on from the logit of `center_on_pages`."""
     pages = pages.take(pages.shows_choice)
     return lightgbm.Dataset(
         pages.groups.matrix,
         pages.engaged.astype(np.float32),
         weight=pages.groups.weight,
-        init_score=centered(pages, logit.of_pages(pages)),
+        init_score=center_on_pages(pages, logit.of_pages(pages)),
         reference=reference,
     )

@@ -10,8 +10,6 @@ from training.examples.ranking_groups import RankingGroups
 _VALIDATION_SHARE = 0.2
 # The least number of groups for a standard error.
 MIN_GROUPS = 2
-ERRORS = 2
-"""A gain has to be more than so many standard errors; by chance one in forty is."""
 
 
 def validation_mask(groups: RankingGroups) -> np.ndarray:
