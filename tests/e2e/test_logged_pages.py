@@ -93,6 +93,9 @@ def test_the_report_judges_by_logged_pages(bundle: Bundle) -> None:
     assert {"position alone", "whole bundle", "without taste", "without trees", "popular"} <= pages.keys()
     assert pages["whole bundle"]["gained"]["ci95"][0] > 0
     assert pages["without taste"]["lost"]["mean"] > 0
+    steps = report["cumulative_ablation"]  # whose quality says nothing here
+    assert steps["trees"].keys() == {"milliseconds"}
+    assert steps["trees"]["milliseconds"] >= steps["counts"]["milliseconds"] > 0
     assert "## Logged pages" in (bundle.directory / "report" / "report.md").read_text()
 
 

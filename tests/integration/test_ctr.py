@@ -438,6 +438,18 @@ def test_a_head_that_does_not_improve_ranking_is_no_column() -> None:
     assert np.isfinite([models.score(rows, vectors), silent.score(rows, vectors)]).all()
 
 
+@pytest.mark.parametrize("pages", [60, 400])
+def test_models_without_a_part_keep_the_decisions(pages: int) -> None:
+    vectors = item_vectors()
+    training_set = impression_training_set(pages, vectors)
+    settings = ShopConfig(ranking=RankingTraining(trees=20, ctr_epochs=1))
+    whole = fit_models(training_set, settings, vectors)
+    assert ("ctr_click" in whole.model.choice.columns) == (pages == 400)
+    ablated = fit_models(training_set, settings, vectors, ("text",), decided=whole)
+    assert ablated.model.tree_count == whole.model.tree_count
+    assert ablated.model.choice.columns == whole.model.choice.columns
+
+
 def test_a_shop_with_impressions_trains_all_models() -> None:
     vectors = item_vectors()
     training_set = impression_training_set(400, vectors)

@@ -147,6 +147,11 @@ def test_noise_mostly_gives_no_trees() -> None:
     assert sum(has_trees) <= 3
 
 
+def test_an_exact_number_of_trees_is_not_questioned() -> None:
+    assert fit_page_reranker(no_queries(), noise(0), TWO, 0, exact=True).tree_count == 0
+    assert fit_page_reranker(no_queries(), noise(0), TWO, 7, exact=True).tree_count == 7
+
+
 @pytest.mark.parametrize("days", [1, 2, 10])
 def test_some_pages_are_always_held_out(days: int) -> None:
     trees = fit_page_reranker(no_queries(), noise(0, days), TWO, 200).trees

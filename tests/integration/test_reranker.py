@@ -137,6 +137,11 @@ def test_noise_mostly_gives_no_trees() -> None:
     assert sum(has_trees) <= 9
 
 
+def test_an_exact_number_of_trees_is_not_questioned() -> None:
+    assert fit_reranker(noise(0, 50), TWO, 0, exact=True).tree_count == 0
+    assert fit_reranker(noise(0, 50), TWO, 7, exact=True).tree_count == 7
+
+
 @pytest.mark.parametrize("moments", [1, 2, 200])
 def test_some_lists_are_always_held_out(moments: int) -> None:
     late = validation_mask(noise(0, moments))

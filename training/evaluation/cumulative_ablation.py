@@ -21,19 +21,24 @@ COUNTS = "counts"
 
 
 def cumulative_ablation(
-    pages: Mapping[str, Sequence[np.ndarray]],
+    pages: Mapping[str, Sequence[np.ndarray] | None],
     targets: Sequence[np.ndarray],
     cost: Mapping[str, float],
     k: int,
 ) -> dict[str, dict[str, Any]]:
-    """The quality of each step's pages, the gain of the step, and the cumulative milliseconds."""
+    """The quality of each step's pages, the gain of the step, and the cumulative milliseconds.
+
+    A step without pages has its milliseconds only.
+    """
     results: dict[str, dict[str, Any]] = {}
     previous: Mapping[str, np.ndarray] | None = None
     total = 0.0
     for step, step_pages in pages.items():
-        figures = metrics.per_query(step_pages, targets, k)
         total += cost.get(step, 0.0)
         results[step] = {"milliseconds": round(total, 2)}
+        if step_pages is None:
+            continue
+        figures = metrics.per_query(step_pages, targets, k)
         for name in ("recall", "ndcg"):
             results[step][name] = metrics.interval(figures[name]).to_dict()
             if previous is not None:

@@ -97,15 +97,12 @@ def evaluate(
     missing |= {"ctr"} if models.head is None else set()
     missing |= set() if data.has_impressions else {"recent", "impressions"}
     parts = [part for part in STEPS if part not in missing]
-    head_unused = not any(is_column_of(name, "ctr") for name in models.model.choice.columns)
     late = data.since(since).sample(_TRAINING_QUERIES)
     on_pages = _page_scores(models, late, vectors) if data.has_impressions else {}
 
     def fitted_without(*removed_parts: str) -> list[np.ndarray]:
         _log.info("evaluating without %s", ", ".join(removed_parts))
-        # The ablated models use a CTR head if and only if the full model does.
-        excluded = {*removed_parts, *({"ctr"} if head_unused else ())}
-        models_without = fit_models(training, settings, vectors, excluded, heads, check_head=False)
+        models_without = fit_models(training, settings, vectors, removed_parts, heads, decided=models)
         if data.has_impressions and len(removed_parts) == 1:
             on_pages[f"without {removed_parts[0]}"] = models_without.score(late.ctr_rows, vectors)
         score = models_without.score(rows, vectors)
@@ -114,13 +111,13 @@ def evaluate(
     targets = inputs["targets"]
     without = {part: fitted_without(part) for part in parts if part != "trees"}
     without |= {"trees": pages["choice model alone"], "reranker": pages["hand-set weights"]}
-    step_pages = {COUNTS: fitted_without(*parts)}
-    for index, part in enumerate(parts[:-2], 1):
-        step_pages[part] = fitted_without(*parts[index:])
-    step_pages |= {parts[-2]: pages["choice model alone"], parts[-1]: pages["whole bundle"]}
+    steps: dict[str, Sequence[np.ndarray] | None] = dict.fromkeys((COUNTS, *parts))
+    if not data.has_impressions:  # there the next purchase decides about no model, so only the cost is of use
+        steps = {step: fitted_without(*parts[index:]) for index, step in enumerate((COUNTS, *parts[:-2]))}
+        steps |= {parts[-2]: pages["choice model alone"], parts[-1]: pages["whole bundle"]}
     timed_rows = rows.take(np.sort(np.random.default_rng(3).permutation(len(rows.size))[:_TIMED_QUERIES]))
     cost = step_milliseconds(past, timed_rows, models, vectors, allowed)
-    results["cumulative_ablation"] = cumulative_ablation(step_pages, targets, cost, PAGE)
+    results["cumulative_ablation"] = cumulative_ablation(steps, targets, cost, PAGE)
     for part, other_pages in without.items():
         results["ablation"][part] = _difference(pages["whole bundle"], other_pages, targets)
     results["cold_start"] = _cold_start(pages["whole bundle"], without, targets, counts)
@@ -353,8 +350,7 @@ def _importance(models: FittedModels, rows: FeatureRows, matrix: np.ndarray) -> 
         effect = np.abs(contributions - mean[query_of]).mean(0)
         effect /= max(float(effect.sum()), 1e-12)
         share = dict(zip(models.model.choice.columns, effect.tolist(), strict=True))
-    trees = models.model.trees
-    return {"importance": share, "trees": trees.num_trees() if trees is not None else 0}
+    return {"importance": share, "trees": models.model.tree_count}
 
 
 def _difference(

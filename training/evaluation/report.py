@@ -254,6 +254,7 @@ def _cumulative_ablation(steps: Section) -> list[str]:
         "ndcg_gained": "nDCG gain",
         "milliseconds": "ms per query",
     }
+    columns = {key: name for key, name in columns.items() if any(key in step for step in steps.values())}
     rows = (
         [n if not index else f"+ {n}", *(r.get(c) for c in columns)]
         for index, (n, r) in enumerate(steps.items())
@@ -417,7 +418,8 @@ _SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "cumulative_ablation",
         "Cumulative ablation",
         "The gain of each part over the parts above it, with its candidates and features and a model fitted "
-        "on them. The cost covers candidates, features and scores on the training machine, without an index. "
+        "on them; in a shop that logs pages, its cost only. The cost covers candidates, features and scores "
+        "on the training machine, without an index. "
         "A part that is not listed is not in the bundle, because it has no data or, as for a CTR head, does "
         "not improve the ranking.",
         _cumulative_ablation,

@@ -98,12 +98,13 @@ def fit_models(
     without: Collection[str] = (),
     heads: CtrHeads | None = None,
     *,
-    check_head: bool = True,
+    decided: FittedModels | None = None,
 ) -> FittedModels:
     """Fit both models without the parts in `without`, as in `is_column_of`, or "trees".
 
     If the head's scores do not improve the reranker, the reranker does not read them; the head then serves
-    probabilities only, or is dropped. `check_head=False` skips this test.
+    probabilities only, or is dropped. Models like `decided` take that decision and the number of trees from
+    there.
 
     `heads` are the heads of the same training set, if more models are fitted on it.
     """
@@ -111,7 +112,8 @@ def fit_models(
     spaces = {space: values for space, values in vectors.items() if space not in without}
     matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(data.rows.names), None
-    if "ctr" not in without and spaces:  # the head reads vectors only
+    head_used = decided is None or any(is_column_of(name, "ctr") for name in decided.model.choice.columns)
+    if "ctr" not in without and spaces and head_used:  # the head reads vectors only
         head, logits = heads.fit(spaces)
         names = (*names, *(ctr_column(t) for t in data.types))
         matrices = [np.concatenate(pair, axis=1) for pair in zip(matrices, logits, strict=True)]
@@ -123,17 +125,18 @@ def fit_models(
     columns_read = [names[index] for index in columns]
     pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
-    if check_head and from_head.any() and not _improves(groups[0], pages, columns_read, from_head):
+    if decided is None and from_head.any() and not _improves(groups[0], pages, columns_read, from_head):
         _log.info("the CTR head does not improve the ranking")
         columns = columns[~from_head]
         columns_read = [name for name in columns_read if not is_column_of(name, "ctr")]
         groups = [part.select_columns(~from_head) for part in groups]
         pages = pages.select_columns(~from_head) if pages else None
         head = head if data.has_impressions else None  # trained on pages, it also serves probabilities
-    trees = 0 if "trees" in without else settings.ranking.trees
+    limit = settings.ranking.trees if decided is None else decided.model.tree_count
+    trees, exact = 0 if "trees" in without else limit, decided is not None
     if pages is None:
-        return FittedModels(head, fit_reranker(groups[0], columns_read, trees), columns)
-    return FittedModels(head, fit_page_reranker(groups[0], pages, columns_read, trees), columns)
+        return FittedModels(head, fit_reranker(groups[0], columns_read, trees, exact=exact), columns)
+    return FittedModels(head, fit_page_reranker(groups[0], pages, columns_read, trees, exact=exact), columns)
 
 
 def _improves(

@@ -76,16 +76,16 @@ class LoggedPages:
 
 
 def fit_page_reranker(
-    queries: RankingGroups, pages: LoggedPages, columns: Sequence[str], trees: int
+    queries: RankingGroups, pages: LoggedPages, columns: Sequence[str], trees: int, *, exact: bool = False
 ) -> RerankerModel:
-    """Fit a model with at most `trees` trees.
+    """Fit a model with at most `trees` trees, or with so many if `exact`.
 
     The last fifth of the pages, cut between days, decides how many trees to use, and whether trees help at
     all. If most pages are of the first day, a random fifth decides.
     """
     is_late = validation_mask(pages.groups)
-    count = 0
-    if trees and np.count_nonzero(is_late & pages.shows_choice) >= MIN_GROUPS:
+    count = trees if exact and pages.shows_choice.any() else 0
+    if trees and not exact and np.count_nonzero(is_late & pages.shows_choice) >= MIN_GROUPS:
         early, late = pages.take(~is_late), pages.take(is_late & pages.shows_choice)
         choice = _fit_choice(_before(queries, late), early, columns)
         count = _tree_count(choice, early, late, trees)

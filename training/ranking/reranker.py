@@ -29,16 +29,18 @@ _PARAMETERS = SETTINGS | {
 _log = logging.getLogger(__name__)
 
 
-def fit_reranker(groups: RankingGroups, columns: Sequence[str], trees: int) -> RerankerModel:
-    """Fit a model that ranks the candidates of past queries, with at most `trees` trees.
+def fit_reranker(
+    groups: RankingGroups, columns: Sequence[str], trees: int, *, exact: bool = False
+) -> RerankerModel:
+    """Fit a model that ranks the candidates of past queries, with at most `trees` trees, or so many if `exact`.
 
     The choice model is fitted by likelihood, then improved at the first ranks (`coordinate_ascent`). Trees
     learn interactions of columns. The last fifth of the groups, cut between days, decides how many of them to
     use, and whether they help at all. If most groups are of the first day, a random fifth decides.
     """
     is_late = validation_mask(groups)
-    count = 0
-    if trees and is_late.any():
+    count = trees if exact else 0
+    if trees and not exact and is_late.any():
         early = groups.take(~is_late)
         count = _tree_count(_fit_choice(early, columns), early, groups.take(is_late), trees)
     choice = _fit_choice(groups, columns)

@@ -27,6 +27,11 @@ class RerankerModel:
     choice: ConditionalLogit
     trees: lightgbm.Booster | None
 
+    @property
+    def tree_count(self) -> int:
+        """The number of trees."""
+        return self.trees.num_trees() if self.trees is not None else 0
+
     def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F); `threads` 0 uses every core."""
         score = self.choice.terms(matrix).sum(1, dtype=np.float64)
