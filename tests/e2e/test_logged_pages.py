@@ -96,6 +96,13 @@ def test_the_report_judges_by_logged_pages(bundle: Bundle) -> None:
     steps = report["cumulative_ablation"]  # whose quality says nothing here
     assert steps["trees"].keys() == {"milliseconds"}
     assert steps["trees"]["milliseconds"] >= steps["counts"]["milliseconds"] > 0
+    slices = report["page_slices"]
+    assert sorted(slices["position"]) == ["1", "2", "3", "4-5", "6-10"]
+    assert slices["user"].keys() <= {"returning", "new"}
+    assert slices["user"]["returning"]["gained"]["ci95"][0] > 0
+    assert sum(of["rows"] for of in slices["item"].values()) == sum(
+        of["rows"] for of in slices["user"].values()
+    )
     assert "## Logged pages" in (bundle.directory / "report" / "report.md").read_text()
 
 

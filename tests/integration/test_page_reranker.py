@@ -10,7 +10,8 @@ from scipy.special import expit
 from services.ranking.models.reranker import Reranker, RerankerModel, write_reranker
 from services.ranking.state.item_stats import DAY
 from tests.support.fits import Fits
-from training.evaluation.page_likelihood import page_likelihood
+from training.core.metrics import BANDS
+from training.evaluation.page_likelihood import page_likelihood, page_slices
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import page_reranker
 from training.ranking.conditional_logit import fit_choice
@@ -245,8 +246,84 @@ def test_likelihood_tells_what_was_liked_from_what_stood_first() -> None:
 
 
 def test_three_pages_tell_nothing() -> None:
-    pages = pages_by_fame(3)
-    assert page_likelihood({"whole bundle": np.zeros(3 * SIZE)}, pages) == {}
+    pages, score = pages_by_fame(3), np.zeros(3 * SIZE)
+    assert page_likelihood({"whole bundle": score}, pages) == {}
+    assert page_slices(score, pages, np.ones(3, bool), np.full(3 * SIZE, "head")) == {}
+
+
+PLACES = dict(
+    zip(
+        (1, 2, 3, 4, 5, 6, 10, 11, 30, 0),
+        ("1", "2", "3", "4-5", "4-5", "6-10", "6-10", "11+", "11+", "unknown"),
+        strict=True,
+    )
+)
+
+
+def sliced_pages(count: int) -> tuple[LoggedPages, dict[str, np.ndarray]]:
+    """Pages that nothing tells apart, and the slices of their rows by position, user and item."""
+    random = np.random.default_rng(0)
+    rows = SIZE * count
+    groups = lists(np.zeros((rows, 1), np.float32), random.random(rows) < 0.3)
+    pages = LoggedPages(groups, np.tile(list(PLACES), count))
+    return pages, {
+        "position": np.tile(list(PLACES.values()), count),
+        "user": np.repeat(np.where(random.random(count) < 0.5, "returning", "new"), SIZE),
+        "item": random.choice(BANDS, rows),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"),
+    [
+        *(("position", name) for name in dict.fromkeys(PLACES.values())),
+        *(("user", name) for name in ("returning", "new")),
+        *(("item", name) for name in BANDS),
+    ],
+)
+def test_scores_gain_in_the_slice_that_they_know(kind: str, known: str) -> None:
+    pages, slices = sliced_pages(1500)
+    noise = np.random.default_rng(1).normal(0, 1, len(pages.engaged))
+    score = np.where(slices[kind] == known, 4 * (pages.engaged - 0.3) + noise, 0)
+    is_returning = slices["user"][::SIZE] == "returning"
+    result = page_slices(score, pages, is_returning, slices["item"])
+    names = {"position": [*PLACES.values()], "user": ["returning", "new"], "item": BANDS}
+    assert {of: [*result[of]] for of in result} == {of: [*dict.fromkeys(names[of])] for of in names}
+    gains = {name: of["gained"]["mean"] for name, of in result[kind].items()}
+    assert result[kind][known]["gained"]["ci95"][0] > 0.25
+    # With the number of engagements of a page given, its other rows are better known too, but only a little.
+    assert all(-0.01 < gain < 0.2 * gains[known] for name, gain in gains.items() if name != known)
+    shows_choice = np.repeat(pages.shows_choice, SIZE)
+    for of, by_slice in result.items():
+        for name, figures in by_slice.items():
+            assert figures["rows"] == np.count_nonzero((slices[of] == name) & shows_choice)
+
+
+def test_slices_add_up_to_the_gain_of_all_rows() -> None:
+    pages, slices = sliced_pages(500)
+    score = pages.engaged + np.random.default_rng(1).normal(0, 1, len(pages.engaged))
+    result = page_slices(score, pages, slices["user"][::SIZE] == "returning", slices["item"])
+    whole = page_likelihood({"whole bundle": score}, pages)["whole bundle"]["gained"]
+    for kind in ("position", "user"):  # as many rows of each on every page that has any
+        rows, gained = zip(*((of["rows"], of["gained"]["mean"]) for of in result[kind].values()), strict=True)
+        assert np.average(gained, weights=rows) == pytest.approx(whole["mean"], abs=2e-5)
+    assert sum(of["gained"]["n"] for of in result["user"].values()) == whole["n"]
+
+
+def test_a_slice_of_few_pages_has_no_interval_and_one_without_rows_is_left_out() -> None:
+    pages = pages_by_fame(200)
+    bands = np.full(200 * SIZE, "head")
+    first_rows = np.flatnonzero(np.repeat(pages.shows_choice, SIZE))[::SIZE]
+    bands[first_rows[:3]] = "tail"
+    is_returning = np.zeros(200, bool)
+    result = page_slices(pages.groups.matrix[:, 1].astype(np.float64), pages, is_returning, bands)
+    assert list(result["position"]) == ["1", "2", "3", "4-5", "6-10"]
+    assert list(result["user"]) == ["new"]
+    assert list(result["item"]) == ["head", "tail"]
+    assert result["item"]["tail"] == {"gained": None, "rows": 3}
+    bands[first_rows[3]] = "tail"
+    result = page_slices(pages.groups.matrix[:, 1].astype(np.float64), pages, is_returning, bands)
+    assert result["item"]["tail"]["gained"]["n"] == 4
 
 
 def test_pages_without_a_choice_are_left_out() -> None:

@@ -22,6 +22,7 @@ from training.evaluation.report import write_report
 
 CHARTS = {
     "ranking": "recall_by_band.png",
+    "page_slices": "page_gain.png",
     "ablation": "ablation.png",
     "cold_start": "cold_start.png",
     "ctr": "reliability.png",
@@ -53,6 +54,19 @@ def ablation(loss: float) -> dict[str, Any]:
         "ndcg": without_interval.to_dict(),
         "recall_difference": difference.to_dict(),
         "ndcg_difference": difference.to_dict(),
+    }
+
+
+def page_gain(mean: float) -> dict[str, Any]:
+    """The gain of a slice, measured to within .01."""
+    return {"gained": {"mean": mean, "ci95": [mean - 0.01, mean + 0.01], "n": 40}, "rows": 1200}
+
+
+def page_slices(returning: float, new: float) -> dict[str, Any]:
+    return {
+        "position": {name: page_gain(0.0) for name in ("1", "2", "3", "4-5", "6-10", "11+", "unknown")},
+        "user": {"returning": page_gain(returning), "new": page_gain(new)},
+        "item": {"head": page_gain(0.005), "strict_cold": {"gained": None, "rows": 3}},
     }
 
 
@@ -101,6 +115,11 @@ def full() -> dict[str, Any]:
             "popular": ranking_of(0.2),
             "item graph": ranking_of(0.5),
         },
+        "pages": {
+            name: {"log_likelihood": recall, "gained": recall, "lost": recall}
+            for name in ("position alone", "whole bundle")
+        },
+        "page_slices": page_slices(0.0625, -0.03),
         "ablation": {
             "text": ablation(0.05),
             "image": ablation(0),
@@ -187,6 +206,38 @@ def test_the_page_shows_metrics_with_intervals(tmp_path: Path) -> None:
     assert "| + graph | 0.400 [0.350, 0.456] | 0.100 [" in page
     assert "| counts | 0.400 [0.350, 0.456] | – |" in page
     assert "| title_keywords | 0.969 | 77 |" in page
+
+
+def test_the_gain_on_logged_pages_is_shown_by_slice(tmp_path: Path) -> None:
+    page = write_files(tmp_path, full())[1]
+    rows = page.split("| slice | items shown |")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(rows) == 1 + 7 + 2 + 2
+    assert rows[1] == "| position 1 | 1,200 | 0.0000 (-0.0100, 0.0100) |"
+    assert rows[7:] == [
+        "| position unknown | 1,200 | 0.0000 (-0.0100, 0.0100) |",
+        "| returning users | 1,200 | 0.0625 (0.0525, 0.0725) |",
+        "| new users | 1,200 | -0.0300 (-0.0400, -0.0200) |",
+        "| head items | 1,200 | 0.0050 (-0.0050, 0.0150) |",
+        "| strictly cold items | 3 | – |",
+    ]
+    without = full()
+    del without["page_slices"]
+    page = write_files(tmp_path / "without", without)[1]
+    assert "## Logged pages" in page
+    assert "| slice |" not in page
+    assert "page_gain" not in page
+
+
+@pytest.mark.parametrize(
+    ("returning", "new", "is_blue"), [(0.005, -0.005, False), (0.02, 0.0, True), (0.0, -0.02, True)]
+)
+def test_a_gain_that_may_be_zero_is_drawn_in_gray(
+    tmp_path: Path, returning: float, new: float, is_blue: bool
+) -> None:
+    write_report(tmp_path, {"page_slices": page_slices(returning, new)})
+    with Image.open(tmp_path / "page_gain.png") as chart:
+        colors = {color for _, color in chart.convert("RGB").getcolors(1 << 20) or []}
+    assert ((0x00, 0x72, 0xB2) in colors) == is_blue
 
 
 def test_parts_without_an_effect_are_named(tmp_path: Path) -> None:
@@ -276,11 +327,12 @@ def test_a_report_without_metrics_has_no_charts(tmp_path: Path) -> None:
     report = {
         "ranking": {"vitrine": nothing},
         "ablation": {"text": dict.fromkeys(("recall", "ndcg", "recall_difference", "ndcg_difference"))},
+        "page_slices": {"item": {"tail": {"gained": None, "rows": 2}}},
         "ctr": {"click": {"rows": 0, "head": empty, "plain": empty}},
         "reranker": {"importance": {}, "trees": 0},
     }
     page = write_files(tmp_path, report)[1]
-    assert page.count("\n## ") == 4
+    assert page.count("\n## ") == 5
     assert not list(tmp_path.glob("*.png"))
 
 

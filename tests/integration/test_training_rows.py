@@ -38,11 +38,12 @@ from training.data.dataset import ShopData
 from training.data.encoder_settings import TextTraining
 from training.encoders import fit_encoders
 from training.encoders.fit_encoders import FittedEncoders
-from training.evaluation.evaluate import proposed_by_others
+from training.evaluation import evaluate
+from training.evaluation.page_likelihood import BUNDLE
 from training.examples.feature_rows import evaluation_rows, page_rows, training_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import DAY, EvalQuery, make_eval_queries
-from training.examples.training_set import first_day
+from training.examples.training_set import TrainingSet, first_day
 
 
 def learned_past(shop: ShopData, root: Path) -> tuple[PointInTime, FittedEncoders, ItemGraph]:
@@ -281,6 +282,31 @@ def test_one_page_row_in_ten_has_no_interactions() -> None:
     assert 0.06 < rows[0].no_interactions.mean() < 0.14
 
 
+def test_the_gain_on_logged_pages_is_split_by_known_users_and_popular_items() -> None:
+    shop = make_shop(make_items(20), random_interactions(20, seed=5), shop_config("hour"))
+    past = graphs_by_day(shop, *random_vectors(20))
+    moment, place = (FIRST + DAYS - 1) * DAY, np.arange(1, 13, dtype=np.int32)
+    targets = np.array([item_hash(f"i{n}") for n in range(12)], np.int64)
+    pages = [EvalQuery(user, moment, (), targets, positions=place) for user in ["p1", "nobody", "nobody"] * 4]
+    interactions = [np.eye(12, dtype=np.float32)[:, [n]] for n in range(12)]
+    pages.append(pages[0])
+    interactions.append(np.zeros((12, 1), np.float32))  # a page without a choice is left out
+    page_data = page_rows(past, pages, interactions, np.ones(1), 0.1)
+    assert page_data is not None
+    late = TrainingSet(page_data[0], *page_data, ["click"], has_impressions=True)
+    bands = dict(
+        zip(past.table.rows(targets[:5].tolist()).tolist(), ["head"] * 2 + ["tail"] * 3, strict=True)
+    )
+    scores = {BUNDLE: np.random.default_rng(0).random(13 * 12)}
+    slices = evaluate._logged_pages(scores, late, bands)["page_slices"]
+    rows = {kind: {name: of["rows"] for name, of in by_slice.items()} for kind, by_slice in slices.items()}
+    assert rows == {
+        "position": {"1": 12, "2": 12, "3": 12, "4-5": 24, "6-10": 60, "11+": 24},
+        "user": {"returning": 48, "new": 96},
+        "item": {"head": 24, "tail": 36, "strict_cold": 84},
+    }
+
+
 @pytest.mark.parametrize("parts", [["text"], ["image"], ["text", "image"]])
 def test_without_a_modality_its_neighbors_propose_nothing(parts: list[str]) -> None:
     shop = make_shop(make_items(90), random_interactions(90, seed=5), shop_config("hour"))
@@ -294,7 +320,7 @@ def test_without_a_modality_its_neighbors_propose_nothing(parts: list[str]) -> N
     without = PointInTime(shop, dict.fromkeys(days, lacking), parts_left, present)
     queries = make_queries(shop)
     rows, other = evaluation_rows(whole, queries, every), evaluation_rows(without, queries, every)
-    is_proposed = proposed_by_others(whole, rows, parts)
+    is_proposed = evaluate.proposed_by_others(whole, rows, parts)
     start = np.cumsum(rows.size) - rows.size
     items_by_query = [
         rows.items[a : a + n][is_proposed[a : a + n]] for a, n in zip(start, rows.size, strict=True)

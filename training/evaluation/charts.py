@@ -50,11 +50,14 @@ def draw_chart(directory: Path, section: str, content: Section) -> list[str]:
     return [f"![{words}]({name})"]
 
 
-def _figure(height: float, width: float = 7, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure, in inches, and its panels, in rows of three."""
+def _figure(
+    height: float, width: float = 7, panels: int = 1, ratios: Sequence[float] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure, in inches, and its panels, in rows of three; `ratios` are the relative widths of columns."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     columns = min(panels, _PANELS)
-    grid = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel().tolist()
+    rows = -(-panels // columns)
+    grid = figure.subplots(rows, columns, squeeze=False, width_ratios=ratios).ravel().tolist()
     for axes in grid[panels:]:
         axes.set_visible(False)
     for axes in grid[:panels]:
@@ -118,6 +121,33 @@ def _legend(figure: Figure, handles: Sequence[Artist], names: Iterable[str]) -> 
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _draw_page_slices(kinds: Section) -> Figure | None:
+    intervals = {
+        kind: {n: v for n, of in slices.items() if (v := complete_interval(of.get("gained")))}
+        for kind, slices in kinds.items()
+    }
+    intervals = {kind: slices for kind, slices in intervals.items() if slices}
+    if not intervals:
+        return None
+    ratios = [1 + len(slices) for slices in intervals.values()]
+    figure, panels = _figure(3, 7.5, len(intervals), ratios)
+    for axes, (kind, slices) in zip(panels, intervals.items(), strict=True):
+        if axes is not panels[0]:
+            axes.sharey(panels[0])
+            axes.tick_params(labelleft=False)
+        places, (mean, low, high) = range(len(slices)), np.array(list(slices.values())).T
+        axes.axhline(0, color=_INK, linewidth=0.9)
+        axes.errorbar(places, mean, _whiskers(mean, low, high), **_WHISKERS)
+        colors = np.where((low > 0) | (high < 0), _COLORS[0], _IDLE).tolist()
+        axes.scatter(places, mean, 30, colors, zorder=3)
+        axes.set_xticks(places, [BANDS.get(name, name).replace(" ", "\n") for name in slices])
+        axes.set_xlim(-0.6, len(slices) - 0.4)
+        axes.grid(axis="y", color=_FAINT, linewidth=0.7)
+        _title(axes, f"By {kind}")
+    panels[0].set_ylabel("log-likelihood gained (gray: not measurable)", fontsize=8.5, color=_INK)
+    return figure
 
 
 def _draw_ablation(parts: Section) -> Figure | None:
@@ -199,6 +229,7 @@ def _draw_reranker(reranker: Section) -> Figure | None:
 
 _CHARTS: dict[str, tuple[str, str, Callable[[Section], Figure | None]]] = {
     "ranking": ("recall_by_band.png", "Recall by popularity band and method", _draw_ranking),
+    "page_slices": ("page_gain.png", "Gain on logged pages by position, user and item", _draw_page_slices),
     "ablation": ("ablation.png", "nDCG loss without each part", _draw_ablation),
     "cold_start": ("cold_start.png", "Recall by number of earlier engagements", _draw_cold_start),
     "ctr": ("reliability.png", "Predicted and observed rates, by event type", _draw_ctr),

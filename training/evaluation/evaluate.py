@@ -20,7 +20,7 @@ from training.data.config import ShopConfig
 from training.data.events import Events
 from training.data.shop import ShopData
 from training.evaluation.cumulative_ablation import COUNTS, STEPS, cumulative_ablation, step_milliseconds
-from training.evaluation.page_likelihood import BUNDLE, page_likelihood
+from training.evaluation.page_likelihood import BUNDLE, page_likelihood, page_slices
 from training.examples.feature_rows import FeatureRows, evaluation_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import EvalQuery
@@ -124,8 +124,7 @@ def evaluate(
     losses = _first_phase_losses(training, rows, models.model.score(matrix), targets)
     results["first_phase"] = {"recall_loss": losses, "depth": depth}
     if data.has_impressions:
-        late_groups = groups_of(late.ctr_rows, late.ctr_rows.matrix)
-        results["pages"] = page_likelihood(on_pages, LoggedPages(late_groups, late.positions))
+        results |= _logged_pages(on_pages, late, inputs["bands"])
     (directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -160,6 +159,20 @@ def _page_scores(
         if not np.isnan(score).all():
             scores[name] = np.where(np.isnan(score), np.nanmean(score), score)
     return scores
+
+
+def _logged_pages(
+    scores: Mapping[str, np.ndarray], late: TrainingSet, bands: Mapping[int, str]
+) -> dict[str, Any]:
+    """The sections on logged pages, from the scores of their rows, float64 (N,), by method."""
+    rows = late.ctr_rows
+    pages = LoggedPages(groups_of(rows, rows.matrix), late.positions)
+    is_returning = np.array([len(user.history) > 0 for user in rows.user_queries], bool)
+    band_of_row = np.array([bands.get(item, "strict_cold") for item in rows.items.tolist()], str)
+    return {
+        "pages": page_likelihood(scores, pages),
+        "page_slices": page_slices(scores[BUNDLE], pages, is_returning, band_of_row),
+    }
 
 
 def _cold_start(
