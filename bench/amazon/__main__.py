@@ -68,7 +68,7 @@ def main() -> None:
     train_only = options.split == "test" and benchmark.ordered and options.popularity == "train"
     name = options.split + ("-past" if options.popularity == "past" else "")
     run = out / f"{name}.jsonl"
-    with _statistics_of_train() if train_only else nullcontext():
+    with statistics_of_train() if train_only else nullcontext():
         evaluate(
             shop,
             Path(bundle),
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 @contextmanager
-def _statistics_of_train() -> Iterator[None]:
+def statistics_of_train() -> Iterator[None]:
     """Serve with the statistics of items at the end of the train set; a user's own history goes on."""
     until, stats = datetime.combine(DAY, time(), UTC), RankingService.stats
     with patch.object(RankingService, "stats", lambda service, as_of: stats(service, min(as_of, until))):

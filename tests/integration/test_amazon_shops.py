@@ -5,13 +5,15 @@ import os
 from collections import Counter
 from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench.amazon.__main__ import scored
+from bench.amazon.__main__ import scored, statistics_of_train
 from bench.amazon.shops import BENCHMARKS, DAY, write_shop
 from bench.amazon.untrained import run_untrained
+from services.ranking.service import RankingService
 from tests.conftest import skip_without
 from training.data.dataset import read_shop
 
@@ -73,6 +75,19 @@ def test_a_random_split_is_repeated_within_train(source: Path, tmp_path: Path) -
             expected = [str(n) for n in range(user, user + 20) if n % 10 == digit]
             assert query["targets"] == expected
             assert query["session"] == []
+
+
+def test_statistics_of_train_count_no_later_events() -> None:
+    """The service is asked as of the test day, and its statistics are those of the last moment of train."""
+    asked = list[int]()
+    service = SimpleNamespace(_stats=SimpleNamespace(at=asked.append))
+    test_day = datetime.combine(DAY + timedelta(days=1), time(12), UTC)
+    with statistics_of_train():
+        RankingService.stats(service, test_day)  # type: ignore[arg-type]
+        RankingService.stats(service, test_day - timedelta(days=9))  # type: ignore[arg-type]
+    RankingService.stats(service, test_day)  # type: ignore[arg-type]
+    days = [datetime.fromtimestamp(micros / 1e6, UTC) for micros in asked]
+    assert days == [datetime.combine(DAY, time(), UTC), test_day - timedelta(days=9), test_day]
 
 
 def test_a_shop_is_read_as_it_is_written(source: Path, tmp_path: Path) -> None:
