@@ -60,7 +60,7 @@ projection_steps = 300
 
 [ranking]
 ranking_days = 28
-max_queries = 12000
+max_queries = 2000
 candidates_per_query = 100
 eval_queries = 400
 trees = 100
