@@ -43,10 +43,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(default))
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "amazon")
     parser.add_argument("--limit", type=int, default=0, help="only the first queries of val; 0 means all")
-    parser.add_argument("--popularity", choices=("train", "past"), default="train", help="of items, in test")
+    parser.add_argument(
+        "--popularity",
+        choices=("train", "past"),
+        help="what statistics of items count in the test of leave one out; train by default",
+    )
     parser.add_argument("--untrained", action="store_true", help="evaluate the untrained graph only")
     options = parser.parse_args()
     benchmark = BENCHMARKS[options.benchmark]
+    has_later_events = benchmark.ordered and options.split == "test"
+    if options.popularity and not has_later_events:
+        parser.error(
+            "--popularity is for the test of leave one out: elsewhere no event is after the train set"
+        )
     if not (options.data / benchmark.name).is_dir():
         sys.exit(f"{options.data / benchmark.name} does not exist: set VITRINE_BENCH to the benchmarks' data")
     out = options.out / benchmark.name
@@ -64,9 +73,12 @@ def main() -> None:
             record(f"{benchmark.name}-untrained", "untrained", {}, _means(score))
         return
     bundle = vitrine("train", f"--data={shop}", f"--out={out / 'bundles'}", f"--until={DAY}").split()[-1]
-    # Only there are events after the train set.
-    train_only = options.split == "test" and benchmark.ordered and options.popularity == "train"
-    name = options.split + ("-past" if options.popularity == "past" else "")
+    train_only = has_later_events and options.popularity != "past"
+    name = (
+        f"{options.split}-{'train' if train_only else 'past'}-popularity"
+        if has_later_events
+        else options.split
+    )
     run = out / f"{name}.jsonl"
     with statistics_of_train() if train_only else nullcontext():
         evaluate(
@@ -76,7 +88,7 @@ def main() -> None:
             run,
             shop_file=None,
             limit=options.limit,
-            over_grpc=0 if train_only else 200,  # other processes have the statistics of all events
+            over_grpc=0 if train_only else 200,  # other processes count all events
         )
     score = scored(benchmark, questions, run)
     (out / f"{name}-score.json").write_text(json.dumps(score, indent=1) + "\n")

@@ -37,7 +37,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
                     without the part, and the bundle minus that
         cumulative_ablation
                     {part: {"recall", "ndcg", "recall_gained", "ndcg_gained": interval,
-                    "milliseconds": float}}, with all parts up to this one, the gain, and the total cost
+                    "milliseconds": float}}, with all parts up to this one, the gain, and the total cost;
+                    the cost only of a shop that logs pages
         candidates  {"per_query": {source: count}, "target_recall": share,
                     "target_recall_by_band": {band: share},
                     "index_recall": {source: {"recall": share, "queries": int}}}

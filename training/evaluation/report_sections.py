@@ -333,13 +333,14 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "Gain on logged pages",
         "Where the whole bundle gains over positions alone: by the place of an item on its page, by whether "
         "the user has a history, and by the popularity of the item before the evaluated days. If an interval "
-        "contains 0, no gain is measured there.",
+        "contains 0, no gain is measured there; below 0 it is a loss.",
         _page_slices,
     ),
     (
         "ablation",
         "Ablation",
-        "The loss of quality without each part. A larger loss means a larger contribution.",
+        "The loss of quality without each part. A larger loss means a larger contribution. Models without a "
+        "part have as many trees as the whole bundle, and scores of the CTR head if it has them.",
         _ablation,
     ),
     (
