@@ -87,7 +87,9 @@ def fit(
     allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
     depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)
     _log.info("the first phase passes on %d candidates", depth)
-    evaluate.evaluate(past, shop, settings, data, eval_queries, vectors, evaluated_from, directory, depth)
+    evaluate.evaluate(
+        past, shop, settings, data, eval_queries, vectors, evaluated_from, directory, fitted, depth
+    )
     if fitted.head is not None:
         (directory / CTR).mkdir()
         write_ctr(directory / CTR, fitted.head)

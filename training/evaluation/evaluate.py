@@ -60,11 +60,13 @@ def evaluate(
     vectors: Mapping[str, np.ndarray],
     since: int,
     directory: Path,
+    published: FittedModels,
     depth: int,
 ) -> None:
     """Write the report's sections, evaluated on queries from `since` on, microseconds since 1970.
 
-    `depth` is how many candidates the first phase of the published bundle passes on.
+    The evaluated models have as many trees as the `published` ones, and read the CTR head's scores if those
+    do. `depth` is how many candidates the first phase of the published bundle passes on.
     """
     queries = [q for q in eval_queries if q.as_of >= since]
     sample = np.sort(np.random.default_rng(1).permutation(len(queries))[: settings.ranking.eval_queries])
@@ -76,7 +78,7 @@ def evaluate(
     allowed = filters.evaluate(task_filter(settings), past.table)
     rows = evaluation_rows(past, queries, allowed)
     heads = CtrHeads(training, settings.ranking.ctr_epochs, settings.items.text_attributes)
-    models = fit_models(training, settings, vectors, heads=heads)
+    models = fit_models(training, settings, vectors, heads=heads, decided=published)
     matrix = models.matrix(rows, vectors)
     pages = _by_method(models, rows, matrix, vectors)
     counts = _counts(past, shop.events, since)
@@ -102,7 +104,9 @@ def evaluate(
 
     def fitted_without(*removed_parts: str) -> list[np.ndarray]:
         _log.info("evaluating without %s", ", ".join(removed_parts))
-        models_without = fit_models(training, settings, vectors, removed_parts, heads, decided=models)
+        # A head that is no column is not fitted anew for other vectors.
+        excluded = removed_parts if models.reads_head else (*removed_parts, "ctr")
+        models_without = fit_models(training, settings, vectors, excluded, heads, decided=models)
         if data.has_impressions and len(removed_parts) == 1:
             on_pages[f"without {removed_parts[0]}"] = models_without.score(late.ctr_rows, vectors)
         score = models_without.score(rows, vectors)
@@ -262,7 +266,7 @@ def _split(training: TrainingSet, queries: Sequence[EvalQuery], since: int) -> d
         "evaluated": [_iso(since), _iso(queries[-1].as_of)],
         "queries": len(queries),
         "note": f"The evaluated rankers are trained on {len(training.rows.size)} earlier baskets, "
-        "the published ones on all.",
+        "the published ones on all. Their number of trees is the same, and whether they read the CTR head.",
     }
 
 

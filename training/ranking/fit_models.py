@@ -48,6 +48,11 @@ class FittedModels:
     model: RerankerModel
     columns: np.ndarray
 
+    @property
+    def reads_head(self) -> bool:
+        """Whether the head's scores are among the reranker's columns."""
+        return any(is_column_of(name, "ctr") for name in self.model.choice.columns)
+
     def score(self, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Scores float64 (N,) of rows."""
         return self.model.score(self.matrix(rows, vectors))
@@ -112,8 +117,9 @@ def fit_models(
     spaces = {space: values for space, values in vectors.items() if space not in without}
     matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(data.rows.names), None
-    head_used = decided is None or any(is_column_of(name, "ctr") for name in decided.model.choice.columns)
-    if "ctr" not in without and spaces and head_used:  # the head reads vectors only
+    # Trained on pages, a head that is no column still serves probabilities.
+    needs_head = decided is None or decided.reads_head or data.has_impressions
+    if "ctr" not in without and spaces and needs_head:  # the head reads vectors only
         head, logits = heads.fit(spaces)
         names = (*names, *(ctr_column(t) for t in data.types))
         matrices = [np.concatenate(pair, axis=1) for pair in zip(matrices, logits, strict=True)]
@@ -125,13 +131,16 @@ def fit_models(
     columns_read = [names[index] for index in columns]
     pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
-    if decided is None and from_head.any() and not _improves(groups[0], pages, columns_read, from_head):
+    if decided is not None:
+        reads_head = decided.reads_head
+    elif not (reads_head := not from_head.any() or _improves(groups[0], pages, columns_read, from_head)):
         _log.info("the CTR head does not improve the ranking")
+    if from_head.any() and not reads_head:
         columns = columns[~from_head]
         columns_read = [name for name in columns_read if not is_column_of(name, "ctr")]
         groups = [part.select_columns(~from_head) for part in groups]
         pages = pages.select_columns(~from_head) if pages else None
-        head = head if data.has_impressions else None  # trained on pages, it also serves probabilities
+        head = head if data.has_impressions else None
     limit = settings.ranking.trees if decided is None else decided.model.tree_count
     trees, exact = 0 if "trees" in without else limit, decided is not None
     if pages is None:
