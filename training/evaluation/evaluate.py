@@ -27,7 +27,7 @@ from training.examples.queries import EvalQuery
 from training.examples.training_set import TrainingSet
 from training.ranking import ctr
 from training.ranking.first_phase import depth_losses, fit_first_phase
-from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, groups_of, is_column_of
+from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, groups_of
 from training.ranking.page_reranker import LoggedPages
 
 FILE = "evaluation.json"

@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 def fit_reranker(
     groups: RankingGroups, columns: Sequence[str], trees: int, *, exact: bool = False
 ) -> RerankerModel:
-    """Fit a model that ranks the candidates of past queries, with at most `trees` trees, or so many if `exact`.
+    """Fit a model that ranks the candidates of past queries, with at most `trees` trees; so many if `exact`.
 
     The choice model is fitted by likelihood, then improved at the first ranks (`coordinate_ascent`). Trees
     learn interactions of columns. The last fifth of the groups, cut between days, decides how many of them to
