@@ -52,9 +52,9 @@ def main() -> None:
     options = parser.parse_args()
     benchmark = BENCHMARKS[options.benchmark]
     has_later_events = benchmark.ordered and options.split == "test"
-    if options.popularity and not has_later_events:
+    if options.popularity and (options.untrained or not has_later_events):
         parser.error(
-            "--popularity is for the test of leave one out: elsewhere no event is after the train set"
+            "--popularity is for bundles in the test of leave one out: only there are events after train"
         )
     if not (options.data / benchmark.name).is_dir():
         sys.exit(f"{options.data / benchmark.name} does not exist: set VITRINE_BENCH to the benchmarks' data")

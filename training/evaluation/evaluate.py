@@ -103,6 +103,9 @@ def evaluate(
     on_pages = _page_scores(models, late, vectors) if data.has_impressions else {}
 
     def fitted_without(*removed_parts: str) -> list[np.ndarray]:
+        if removed_parts == ("ctr",) and not models.reads_head:
+            on_pages["without ctr"] = on_pages[BUNDLE]
+            return pages[BUNDLE]
         _log.info("evaluating without %s", ", ".join(removed_parts))
         # A head that is no column is not fitted anew for other vectors.
         excluded = removed_parts if models.reads_head else (*removed_parts, "ctr")
