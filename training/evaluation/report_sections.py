@@ -340,7 +340,8 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Section], list[str]]], ...] = (
         "ablation",
         "Ablation",
         "The loss of quality without each part. A larger loss means a larger contribution. Models without a "
-        "part have as many trees as the whole bundle, and scores of the CTR head if it has them.",
+        "part have as many trees as the whole bundle, and scores of the CTR head if it has them. In a shop "
+        "that logs pages, what counts is the loss on logged pages, above.",
         _ablation,
     ),
     (
