@@ -79,14 +79,14 @@ def test_a_random_split_is_repeated_within_train(source: Path, tmp_path: Path) -
 
 def test_statistics_of_train_count_no_later_events() -> None:
     """The service is asked as of the test day, and its statistics are those of the last moment of train."""
-    asked = list[int]()
-    service = SimpleNamespace(_stats=SimpleNamespace(at=asked.append))
+    times = list[int]()
+    service = SimpleNamespace(_stats=SimpleNamespace(at=times.append))
     test_day = datetime.combine(DAY + timedelta(days=1), time(12), UTC)
     with statistics_of_train():
         RankingService.stats(service, test_day)  # type: ignore[arg-type]
         RankingService.stats(service, test_day - timedelta(days=9))  # type: ignore[arg-type]
     RankingService.stats(service, test_day)  # type: ignore[arg-type]
-    days = [datetime.fromtimestamp(micros / 1e6, UTC) for micros in asked]
+    days = [datetime.fromtimestamp(micros / 1e6, UTC) for micros in times]
     assert days == [datetime.combine(DAY, time(), UTC), test_day - timedelta(days=9), test_day]
 
 

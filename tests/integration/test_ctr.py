@@ -4,6 +4,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import lightgbm
 import numpy as np
 import pytest
 import torch
@@ -445,8 +446,11 @@ def test_models_without_a_part_keep_the_decisions(pages: int) -> None:
     settings = ShopConfig(ranking=RankingTraining(trees=20, ctr_epochs=1))
     whole = fit_models(training_set, settings, vectors)
     assert ("ctr_click" in whole.model.choice.columns) == (pages == 400)
-    ablated = fit_models(training_set, settings, vectors, ("text",), decided=whole)
-    assert ablated.model.tree_count == whole.model.tree_count
+    data = lightgbm.Dataset(training_set.rows.matrix, training_set.rows.label > 0)
+    trees = lightgbm.train({"objective": "binary", "verbosity": -1, "min_data_in_leaf": 1}, data, 7)
+    like = replace(whole, model=replace(whole.model, trees=trees))  # on their own, neither would have trees
+    ablated = fit_models(training_set, settings, vectors, ("text",), like=like)
+    assert ablated.model.tree_count == (7 if pages == 400 else 1)  # sixty pages have no leaf of 300 rows
     assert ablated.model.choice.columns == whole.model.choice.columns
 
 

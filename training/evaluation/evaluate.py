@@ -60,12 +60,12 @@ def evaluate(
     vectors: Mapping[str, np.ndarray],
     since: int,
     directory: Path,
-    published: FittedModels,
+    bundle_models: FittedModels,
     depth: int,
 ) -> None:
     """Write the report's sections, evaluated on queries from `since` on, microseconds since 1970.
 
-    The evaluated models have as many trees as the `published` ones, and read the CTR head's scores if those
+    The evaluated models have as many trees as the published `bundle_models`, and read the CTR head if those
     do. `depth` is how many candidates the first phase of the published bundle passes on.
     """
     queries = [q for q in eval_queries if q.as_of >= since]
@@ -78,7 +78,7 @@ def evaluate(
     allowed = filters.evaluate(task_filter(settings), past.table)
     rows = evaluation_rows(past, queries, allowed)
     heads = CtrHeads(training, settings.ranking.ctr_epochs, settings.items.text_attributes)
-    models = fit_models(training, settings, vectors, heads=heads, decided=published)
+    models = fit_models(training, settings, vectors, heads=heads, like=bundle_models)
     matrix = models.matrix(rows, vectors)
     pages = _by_method(models, rows, matrix, vectors)
     counts = _counts(past, shop.events, since)
@@ -109,7 +109,7 @@ def evaluate(
         _log.info("evaluating without %s", ", ".join(removed_parts))
         # A head that is no column is not fitted anew for other vectors.
         excluded = removed_parts if models.reads_head else (*removed_parts, "ctr")
-        models_without = fit_models(training, settings, vectors, excluded, heads, decided=models)
+        models_without = fit_models(training, settings, vectors, excluded, heads, like=models)
         if data.has_impressions and len(removed_parts) == 1:
             on_pages[f"without {removed_parts[0]}"] = models_without.score(late.ctr_rows, vectors)
         score = models_without.score(rows, vectors)
@@ -269,7 +269,7 @@ def _split(training: TrainingSet, queries: Sequence[EvalQuery], since: int) -> d
         "evaluated": [_iso(since), _iso(queries[-1].as_of)],
         "queries": len(queries),
         "note": f"The evaluated rankers are trained on {len(training.rows.size)} earlier baskets, "
-        "the published ones on all. Their number of trees is the same, and whether they read the CTR head.",
+        "the published ones on all. They have as many trees as those, and read the CTR head if those do.",
     }
 
 

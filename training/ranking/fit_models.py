@@ -103,13 +103,13 @@ def fit_models(
     without: Collection[str] = (),
     heads: CtrHeads | None = None,
     *,
-    decided: FittedModels | None = None,
+    like: FittedModels | None = None,
 ) -> FittedModels:
     """Fit both models without the parts in `without`, as in `is_column_of`, or "trees".
 
     If the head's scores do not improve the reranker, the reranker does not read them; the head then serves
-    probabilities only, or is dropped. Models like `decided` take that decision and the number of trees from
-    there.
+    probabilities only, or is dropped. With the models `like`, that decision and the number of trees are
+    taken from there.
 
     `heads` are the heads of the same training set, if more models are fitted on it.
     """
@@ -118,7 +118,7 @@ def fit_models(
     matrices = [rows.matrix for rows in heads.sources]
     names, head = tuple(data.rows.names), None
     # Trained on pages, a head that is no column still serves probabilities.
-    needs_head = decided is None or decided.reads_head or data.has_impressions
+    needs_head = like is None or like.reads_head or data.has_impressions
     if "ctr" not in without and spaces and needs_head:  # the head reads vectors only
         head, logits = heads.fit(spaces)
         names = (*names, *(ctr_column(t) for t in data.types))
@@ -131,8 +131,8 @@ def fit_models(
     columns_read = [names[index] for index in columns]
     pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
-    if decided is not None:
-        reads_head = decided.reads_head
+    if like is not None:
+        reads_head = like.reads_head
     elif not (reads_head := not from_head.any() or _improves(groups[0], pages, columns_read, from_head)):
         _log.info("the CTR head does not improve the ranking")
     if from_head.any() and not reads_head:
@@ -141,8 +141,8 @@ def fit_models(
         groups = [part.select_columns(~from_head) for part in groups]
         pages = pages.select_columns(~from_head) if pages else None
         head = head if data.has_impressions else None
-    limit = settings.ranking.trees if decided is None else decided.model.tree_count
-    trees, exact = 0 if "trees" in without else limit, decided is not None
+    limit = settings.ranking.trees if like is None else like.model.tree_count
+    trees, exact = 0 if "trees" in without else limit, like is not None
     if pages is None:
         return FittedModels(head, fit_reranker(groups[0], columns_read, trees, exact=exact), columns)
     return FittedModels(head, fit_page_reranker(groups[0], pages, columns_read, trees, exact=exact), columns)

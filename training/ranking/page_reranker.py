@@ -80,6 +80,8 @@ def fit_page_reranker(
 ) -> RerankerModel:
     """Fit a model with at most `trees` trees, or with so many if `exact`.
 
+    With too few rows for a leaf LightGBM makes one tree, which changes no order.
+
     The last fifth of the pages, cut between days, decides how many trees to use, and whether trees help at
     all. If most pages are of the first day, a random fifth decides.
     """
