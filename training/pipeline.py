@@ -33,10 +33,11 @@ from training.encoders import fit_encoders
 from training.encoders.fit_encoders import FittedEncoders
 from training.evaluation import evaluate
 from training.evaluation.report import write_report
-from training.examples import queries, training_set
+from training.examples import queries
 from training.examples.queries import DAY
+from training.examples.windows import Windows, choose_windows
 from training.ranking import propensity, taste_models
-from training.retrieval import daily_graphs, sequence_models
+from training.retrieval import past_graphs, sequence_models
 
 _MAX_POPULAR = 2000
 _POPULAR_DAYS = 7
@@ -79,16 +80,19 @@ def train(
         no_evaluation = settings.ranking.model_copy(update={"eval_queries": 0})
         settings = settings.model_copy(update={"ranking": no_evaluation})
     stages = Stages(out / ".stages")
-    split_time = training_set.first_day(shop.events, settings) * DAY
+    windows = choose_windows(shop.events, settings)
+    split_time = windows.since
+    if len(shop.events):
+        _log.info("%s", windows)
     encoded = fit_encoders.encode(stages, shop, settings, split_time)
-    graphs = _graph_stage(stages, shop, encoded, split_time)
+    graphs = _graph_stage(stages, shop, encoded, windows)
     sequences = _sequence_stage(stages, shop, settings, encoded, split_time)
     tastes = _taste_stage(stages, shop, settings, split_time)
-    rankers = _ranking_stage(stages, shop, settings, encoded, graphs, sequences, tastes)
+    rankers = _ranking_stage(stages, shop, settings, encoded, graphs, sequences, tastes, windows)
     propensities = _propensity_stage(stages, shop, settings)
     sections = json.loads((rankers / evaluate.FILE).read_text())
     sections["propensity"] = json.loads((propensities / propensity.FILE).read_text())
-    sections["graph"] = json.loads((graphs / daily_graphs.TUNED).read_text())
+    sections["graph"] = json.loads((graphs / past_graphs.TUNED).read_text())
     sections["provenance"] = _provenance(settings)
     document = _report(shop, until, encoded, sections, stages, verdict)
     with exclusive_lock(out / ".staged.lock"):
@@ -123,7 +127,7 @@ def _publish(
     staged.mkdir(parents=True)
     for space, encoder in encoded.encoders.items():
         shutil.copytree(encoder, staged / space)
-    shutil.copytree(graphs / daily_graphs.FINAL, staged / "graph")
+    shutil.copytree(graphs / past_graphs.FINAL, staged / "graph")
     if (sequences / sequence_models.FINAL).is_dir():
         shutil.copytree(sequences / sequence_models.FINAL, staged / "sequence")
     if (tastes / taste_models.FINAL).is_dir():
@@ -185,12 +189,12 @@ def _with_image_hashes(items: list[Item], encoded: FittedEncoders) -> list[Item]
     ]
 
 
-def _graph_stage(stages: Stages, shop: ShopData, encoded: FittedEncoders, split_time: int) -> Path:
-    """Fit one graph per ranking day, each on earlier events only, and one graph on all events."""
+def _graph_stage(stages: Stages, shop: ShopData, encoded: FittedEncoders, windows: Windows) -> Path:
+    """Fit one graph per part of the ranking window, on earlier events only, and one graph on all events."""
     events, settings = shop.events, shop.settings
     hashes = np.array([item_hash(item.id) for item in shop.items], np.int64)
-    is_engagement, basket_codes = daily_graphs.engagements(events, settings), queries.baskets(events)
-    early = events.kind[events.time < split_time]
+    is_engagement, basket_codes = past_graphs.engagements(events, settings), queries.baskets(events)
+    early = events.kind[events.time < windows.since]
     inputs = [
         digest_of(
             events.user.tobytes(), events.number.tobytes(), events.time.tobytes(), basket_codes.tobytes()
@@ -200,12 +204,12 @@ def _graph_stage(stages: Stages, shop: ShopData, encoded: FittedEncoders, split_
             mode="json", exclude={"text", "image", "ranking", "sequence", "taste", "propensity"}
         ),
         settings.ranking.no_session_share,
-        split_time,
+        [windows.since, windows.tuned_from, windows.parts.tolist()],
         encoded.base_keys,
     ]
-    entry = daily_graphs.write_graphs
+    entry = past_graphs.write_graphs
     return stages.run(
-        "graph", inputs, entry, events, settings, hashes, encoded.base, encoded.present, split_time
+        "graph", inputs, entry, events, settings, hashes, encoded.base, encoded.present, windows
     )
 
 
@@ -258,12 +262,13 @@ def _ranking_stage(
     graphs: Path,
     sequences: Path,
     tastes: Path,
+    windows: Windows,
 ) -> Path:
     """Fit the CTR head and the reranker and evaluate them."""
     events = shop.events
 
     inputs = [
-        graphs.name,
+        [graphs.name, windows.evaluated_from],
         sequences.name,
         tastes.name,
         encoded.fold_keys,
@@ -283,6 +288,7 @@ def _ranking_stage(
         graphs,
         sequences,
         tastes,
+        windows,
     )
 
 

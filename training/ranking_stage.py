@@ -16,13 +16,13 @@ from training.data.shop import ShopData
 from training.evaluation import evaluate
 from training.examples import queries
 from training.examples.point_in_time import PointInTime
-from training.examples.queries import DAY
-from training.examples.training_set import first_day, make_training_set
+from training.examples.training_set import make_training_set
+from training.examples.windows import Windows
 from training.ranking import taste_models
 from training.ranking.first_phase import choose_depth, fit_first_phase
 from training.ranking.fit_models import fit_models
 from training.retrieval import sequence_models
-from training.retrieval.daily_graphs import load_daily_graphs
+from training.retrieval.past_graphs import PastGraphs
 
 CTR, RERANKER = "ctr", "reranker"
 PARTS = (CTR, RERANKER)
@@ -38,6 +38,7 @@ def write_rankers(
     graphs: Path,
     sequences: Path,
     tastes: Path,
+    windows: Windows,
 ) -> None:
     """Fit, evaluate and write the models of a shop, with graphs and other models of earlier stages."""
     if not len(shop.events):
@@ -46,13 +47,13 @@ def write_rankers(
     sequence, taste = sequences / sequence_models.BEFORE, tastes / taste_models.BEFORE
     past = PointInTime(
         shop,
-        load_daily_graphs(graphs),
+        PastGraphs(graphs),
         vectors,
         present,
         sequence if sequence.is_dir() else None,
         taste if taste.is_dir() else None,
     )
-    fit(past, shop, settings, vectors, directory)
+    fit(past, shop, settings, vectors, directory, windows)
 
 
 def fit(
@@ -61,10 +62,10 @@ def fit(
     settings: ShopConfig,
     vectors: Mapping[str, np.ndarray],
     directory: Path,
+    windows: Windows,
 ) -> None:
     """Fit and evaluate the models; write them and the evaluation into `directory`."""
-    since = first_day(shop.events, settings) * DAY
-    evaluated_from = (int(shop.events.time[-1] // DAY) - settings.split.test_days + 1) * DAY
+    since, evaluated_from = windows.since, windows.evaluated_from
     weights = dict(settings.event_types)
     engagement_types = tuple(name for name, weight in weights.items() if weight > 0)
     # Train on all engagements, graded by weight; evaluate on the shop's targets only.

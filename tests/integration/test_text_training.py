@@ -21,7 +21,6 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 SHAPE = TextSettings(max_tokens=16)
 WORDS = ("ash", "birch", "cedar", "elm", "fir", "oak", "pine", "yew")
 TEXTS = [f"{word} {kind}" for word in WORDS for kind in ("lamp 1", "rug 22", "vase 333")]
-NONE = make_pairs(np.empty(0, np.int64), np.empty(0, np.int64), len(TEXTS))
 LOWER = ("embeddings.", "encoder.layer.0.")
 Weights = dict[str, torch.Tensor]
 
@@ -83,12 +82,8 @@ def test_adapters_are_merged_into_a_plain_bert(base: Path, tmp_path: Path, layer
 
 
 def test_a_frozen_encoder_is_the_base(base: Path, tmp_path: Path) -> None:
-    before = weights(base)
-    assert not changed_weights(before, tune(base, tmp_path / "frozen", mode="frozen"))
-    assert not changed_weights(before, tune(base, tmp_path / "no_pairs", NONE, mode="full"))
-    assert not changed_weights(before, tune(base, tmp_path / "no_steps", mode="lora", steps=0))
-    save_frozen(tmp_path / "saved", str(base), SHAPE)
-    assert digest(tmp_path / "saved") == digest(tmp_path / "frozen")
+    save_frozen(tmp_path / "frozen", str(base), SHAPE)
+    assert not changed_weights(weights(base), weights(tmp_path / "frozen"))
     one, other = TextEncoder(tmp_path / "frozen"), TextEncoder(base)
     assert one.settings == SHAPE
     np.testing.assert_allclose(one.encode(TEXTS).vectors, other.encode(TEXTS).vectors, atol=1e-6)

@@ -33,6 +33,7 @@ from tests.support.histories import (
 )
 from tests.support.models import make_text_encoder
 from training import pipeline
+from training.core.decisions import Decision
 from training.core.stages import Stages
 from training.data.dataset import ShopData
 from training.data.encoder_settings import TextTraining
@@ -43,14 +44,16 @@ from training.evaluation.page_likelihood import BUNDLE
 from training.examples.feature_rows import evaluation_rows, page_rows, training_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import DAY, EvalQuery, make_eval_queries
-from training.examples.training_set import TrainingSet, first_day
+from training.examples.training_set import TrainingSet
+from training.examples.windows import choose_windows
 
 
 def learned_past(shop: ShopData, root: Path) -> tuple[PointInTime, FittedEncoders, ItemGraph]:
     """What the pipeline replays the past with, and the graph it publishes."""
-    stages, until = Stages(root), first_day(shop.events, shop.settings) * DAY
+    stages, windows = Stages(root), choose_windows(shop.events, shop.settings)
+    until = windows.since
     encoders = fit_encoders.encode(stages, shop, shop.settings, until)
-    graphs = pipeline._graph_stage(stages, shop, encoders, until)
+    graphs = pipeline._graph_stage(stages, shop, encoders, windows)
     by_day = {int(path.name): ItemGraph.load(path) for path in graphs.iterdir() if path.name.isdigit()}
     walks = pipeline._sequence_stage(stages, shop, shop.settings, encoders, until)
     past = PointInTime(shop, by_day, encoders.fold, encoders.present, walks / "before")
@@ -61,8 +64,11 @@ def learned_past(shop: ShopData, root: Path) -> tuple[PointInTime, FittedEncoder
 def test_a_planted_basket_does_not_move_its_own_rows(
     granularity: Granularity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def accept(part: str, baseline: str, measure: str, *_: np.ndarray) -> Decision:
+        return Decision(part, baseline, measure, accepted=True, queries=0, gain=None)
+
     # So few baskets would not decide for a projection.
-    monkeypatch.setattr(fit_encoders, "projection_helps", lambda *_: True)
+    monkeypatch.setattr(fit_encoders, "decide", accept)
     base = make_text_encoder(tmp_path / "base")
     text = TextTraining(base=str(base), steps=2, batch=8, projection_steps=5, max_tokens=8)
     settings = shop_config(granularity, text=text)
@@ -108,7 +114,7 @@ def graphs_by_day(
     encoders = FittedEncoders(base=vectors, present=present)
     with TemporaryDirectory() as root:
         graphs = pipeline._graph_stage(
-            Stages(Path(root)), shop, encoders, first_day(shop.events, shop.settings) * DAY
+            Stages(Path(root)), shop, encoders, choose_windows(shop.events, shop.settings)
         )
         by_day = {int(path.name): ItemGraph.load(path) for path in graphs.iterdir() if path.name.isdigit()}
     return PointInTime(shop, by_day, vectors, present)

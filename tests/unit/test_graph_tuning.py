@@ -45,7 +45,7 @@ def walks(users: int = 80, seed: int = 0) -> Events:
 
 
 def test_tuning_finds_a_planted_order() -> None:
-    tuning = graph_tuning.tune_graph(walks(), SETTINGS, NODES, LEARNED_UNTIL * DAY)
+    tuning = graph_tuning.tune_graph(walks(), SETTINGS, NODES, (LEARNED_UNTIL - 1) * DAY, LEARNED_UNTIL * DAY)
     assert set(tuning) == {"people"}  # no basket holds two items
     weights = tuning["people"]
     assert weights.ndcg > weights.ndcg_as_cosine + 0.05
@@ -57,13 +57,15 @@ def test_later_events_change_nothing() -> None:
     early = np.flatnonzero(events.time < LEARNED_UNTIL * DAY)
     permutation = np.concatenate([early, np.flatnonzero(events.time >= LEARNED_UNTIL * DAY)[::3]])
     whole, less = (
-        graph_tuning.tune_graph(shop, SETTINGS, NODES, LEARNED_UNTIL * DAY)
+        graph_tuning.tune_graph(shop, SETTINGS, NODES, (LEARNED_UNTIL - 1) * DAY, LEARNED_UNTIL * DAY)
         for shop in (events, events.take(permutation))
     )
     assert whole == less
 
 
 def test_without_a_past_or_a_budget_cosine_remains_the_weighting() -> None:
-    assert graph_tuning.tune_graph(walks(), SETTINGS, NODES, DAY) == {}
+    assert graph_tuning.tune_graph(walks(), SETTINGS, NODES, 0, DAY) == {}
     frugal = ShopConfig(graph=GraphTraining(trials=0))
-    assert graph_tuning.tune_graph(walks(), frugal, NODES, LEARNED_UNTIL * DAY) == {}
+    assert (
+        graph_tuning.tune_graph(walks(), frugal, NODES, (LEARNED_UNTIL - 1) * DAY, LEARNED_UNTIL * DAY) == {}
+    )

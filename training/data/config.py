@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from training.data.encoder_settings import ImageTraining, Section, TextTraining
 
+MIN_RANKING_DAYS = 2
+"""The last one evaluates what the others teach."""
+
 
 class _TableColumns(Section):
     """The format of a table file; empty settings are detected."""
@@ -137,8 +140,11 @@ class Time(Section):
 class Split(Section):
     """The last days of the events, held out for model selection and evaluation."""
 
-    test_days: int = Field(
-        1, ge=1, description="number of last days for the evaluation; the final models are fitted on them too"
+    test_days: int | None = Field(
+        None,
+        ge=1,
+        description="number of last days for the evaluation; the final models are fitted on them too. Left "
+        "out, as many as hold 1,000 baskets, or a quarter of those that the rankers learn from",
     )
 
 
@@ -183,7 +189,12 @@ class TasteTraining(Section):
 class RankingTraining(Section):
     """How the CTR head and the reranker are trained."""
 
-    ranking_days: int = Field(2, ge=2, description="number of last days whose baskets are training examples")
+    ranking_days: int | None = Field(
+        None,
+        ge=MIN_RANKING_DAYS,
+        description="number of last days whose baskets are training examples. Left out, as many as have "
+        "4,000 baskets, or half of all, but at least 2",
+    )
     max_queries: int = Field(12_000, ge=1, description="maximum number of baskets")
     max_pages: int = Field(12_000, ge=1, description="maximum number of logged pages")
     candidates_per_query: int = Field(200, ge=10, description="number of candidates kept per basket")

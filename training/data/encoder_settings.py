@@ -15,13 +15,26 @@ class TextTraining(Section):
     """How the text encoder is trained."""
 
     base: str = Field("minilm", description="a Hugging Face BERT: hub name or directory")
-    mode: Literal["full", "lora", "frozen"] = "full"
-    trainable_layers: int = Field(
-        0, ge=0, description="number of top layers to fine-tune; 0 means the whole model"
+    mode: Literal["auto", "full", "lora", "frozen"] = Field(
+        "auto",
+        description="auto tunes the whole model where there are enough baskets, and publishes it if it finds "
+        "more partners of held-out baskets than the frozen one; full and lora always publish the tuned model",
     )
-    steps: int = Field(300, ge=0)
+    trainable_layers: int | None = Field(
+        None,
+        ge=0,
+        description="number of top layers to fine-tune; 0 means the whole model. Left out: all on a GPU, "
+        "2 on a CPU",
+    )
+    steps: int | None = Field(
+        None,
+        ge=0,
+        description="left out, as many as go ten times over the pairs, at most 300 on a GPU and 150 on a CPU",
+    )
     batch: int = Field(128, ge=2)
-    learning_rate: float = Field(3e-5, gt=0)
+    learning_rate: float | None = Field(
+        None, gt=0, description="left out: 3e-5 for the whole model, 1e-4 for some layers of it"
+    )
     max_tokens: int = Field(64, ge=4, le=512)
     precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
         "auto",

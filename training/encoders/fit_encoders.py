@@ -7,7 +7,7 @@ is fitted twice: on the same events, for the training rows of the rankers, and o
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from services.catalog.items import item_text
 from services.embedding.encoders import encoders
 from services.embedding.encoders.encoders import TextSettings
 from training.core import base_models, metrics
+from training.core.decisions import Decision, decide
 from training.core.stages import Stages, digest_of
 from training.data import images
 from training.data.config import ShopConfig
@@ -33,6 +34,7 @@ from training.encoders import (
     text_vectors,
 )
 from training.encoders.contrastive import apply_head
+from training.encoders.text_effort import with_effort
 from training.examples.positive_pairs import PositivePairs, family_recall, make_pairs, pair_recall
 from training.examples.queries import baskets
 
@@ -40,7 +42,7 @@ _HELD_OUT = 3000
 # If fewer engagements share a basket with another, all items of a user form one basket.
 _MIN_SHARED = 0.1
 _K, _FAMILY_K = 20, 10
-_MIN_PAIRS = 100
+_TUNED_TEXT, _PARTNERS = "the tuned text encoder", "of partners found"
 # With this temperature and dropout H&M's images find .139 of the partners, .128 without; texts lose by them.
 _PROJECTIONS: dict[str, dict[str, Any]] = {
     "text": {},
@@ -57,7 +59,7 @@ class FittedEncoders:
     of the bodies, with the projections fitted before the ranking days, and with the published projections.
     `present` is bool (M,). `base_keys` and `fold_keys` are the keys of their stages. `image_hashes` maps an
     item id to its file's hash. `unreadable` lists the files that cannot be decoded, with reasons.
-    `pair_recall` is the recall on held-out pairs.
+    `pair_recall` is the recall on held-out pairs, and `decisions` are what it decides.
     """
 
     encoders: dict[str, Path] = field(default_factory=dict)
@@ -70,6 +72,7 @@ class FittedEncoders:
     image_hashes: dict[str, bytes] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     pair_recall: dict[str, Any] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def _text(
     stages: Stages, shop: ShopData, settings: ShopConfig, pairs: _BasketPairs, encoded: FittedEncoders
 ) -> Path:
     """Fit the text encoder; return its body in the precision that it is trained in."""
-    training = settings.text
+    training = with_effort(settings.text, len(pairs.before))
     chosen_precision = training.precision
     if chosen_precision == "int8":
         from training.encoders import quantization  # noqa: PLC0415 - an extra; fails before the training
@@ -130,35 +133,31 @@ def _text(
     texts = [item_text(item) for item in shop.items]
     texts_digest = digest_of(*(text.encode() for text in texts))
     identity = _identity(base_models.locate(training.base))
-    fit_settings = training.model_dump(exclude={"projection_steps", "base", "precision"})
-    inputs = [
-        identity,
-        shape.__dict__,
-        fit_settings,
-        *_pair_inputs(pairs.before, texts_digest, training.mode != "frozen"),
-    ]
-    body = stages.run(
-        "text",
-        inputs,
-        text_encoder.fine_tune,
-        training.base,
-        shape,
-        training,
-        texts,
-        pairs.before,
+    frozen = stages.run(
+        "text-frozen", [identity, shape.__dict__], text_encoder.save_frozen, training.base, shape
     )
-    trained_body = body
+    trained_body = frozen
+    if training.mode != "frozen" and training.steps and len(pairs.before):
+        fit_settings = training.model_dump(exclude={"projection_steps", "base", "precision"})
+        inputs = [identity, shape.__dict__, fit_settings, *_pair_inputs(pairs.before, texts_digest)]
+        tuned = stages.run(
+            "text", inputs, text_encoder.fine_tune, training.base, shape, training, texts, pairs.before
+        )
+        decision = _tuning_decision(stages, frozen, tuned, texts, pairs)
+        if training.mode != "auto":
+            decision = replace(decision, accepted=True)
+        decision.log()
+        encoded.decisions.append(decision)
+        trained_body = tuned if decision.accepted else frozen
+    body = trained_body
     if chosen_precision == "int8":
         body_and_texts = [encoders.digest(body), texts_digest]
         body = stages.run("text-int8", body_and_texts, quantization.quantize, body, texts)
     body_and_texts = [encoders.digest(body), texts_digest]
     vectors = stages.run("text-vectors", body_and_texts, text_vectors.write_text_vectors, body, texts)
     _fit_projections(stages, "text", body, vectors, None, pairs, training.projection_steps, encoded)
-    if training.mode == "frozen":
-        return trained_body
-    base_and_shape = [identity, shape.__dict__]
-    frozen = stages.run("text-frozen", base_and_shape, text_encoder.save_frozen, training.base, shape)
-    _evaluate_text(stages, frozen, texts, pairs, encoded)
+    if (hits := _text_hits(stages, frozen, texts, pairs)) is not None:
+        encoded.pair_recall["text"]["frozen"] = metrics.interval(hits).to_dict()
     return trained_body
 
 
@@ -313,7 +312,12 @@ def _fit_projections(
     held_out = _held_out(pairs, present)
     pool = np.unique(np.concatenate(held_out))
     recall = {name: _hits(v[pool], held_out) for name, v in (("body", base), ("tuned", tuned)) if len(pool)}
-    is_used = bool(steps) and projection_helps(space, recall)
+    is_used = False
+    if steps:
+        decision = projection_decision(space, recall)
+        decision.log()
+        encoded.decisions.append(decision)
+        is_used = decision.accepted
     final = fitted("head", pairs.all, steps if is_used else 0)
     encoded.base[space], encoded.present[space] = base, present
     encoded.fold[space] = tuned if is_used else base
@@ -334,22 +338,14 @@ def _fit_projections(
         }
 
 
-def projection_helps(space: str, recall: Mapping[str, np.ndarray]) -> bool:
-    """Whether a projection finds more partners of later baskets, by a 95% interval.
+def projection_decision(space: str, recall: Mapping[str, np.ndarray]) -> Decision:
+    """Whether a projection finds more partners of held-out baskets, by a 95% interval.
 
     `recall` has bool (P,) whether each partner is found, by the "body" alone and "tuned" by the projection;
-    it is empty if there are no later baskets. Fewer than 100 partners do not decide: the answer is no then.
+    it is empty if there are no held-out baskets.
     """
-    count = len(recall["body"]) if recall else 0
-    if count < _MIN_PAIRS:
-        message = "%s: %d later baskets are too few to tell whether a projection helps: none is used"
-        _log.warning(message, space, count)
-        return False
-    gain = metrics.paired_interval(recall["tuned"].astype(np.float64), recall["body"].astype(np.float64))
-    decision = "it is used" if gain.low > 0 else "it is not used"
-    message = "%s: of %d partners the projection finds %+.3f [%+.3f, %+.3f]: %s"
-    _log.info(message, space, count, gain.mean, gain.low, gain.high, decision)
-    return gain.low > 0
+    tuned, body = (recall.get(name, np.empty(0, bool)) for name in ("tuned", "body"))
+    return decide(f"the projection of {space}", "the vectors without it", _PARTNERS, tuned, body)
 
 
 def _held_out(pairs: _BasketPairs, present: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -363,19 +359,26 @@ def _hits(vectors: np.ndarray, held_out: tuple[np.ndarray, np.ndarray]) -> np.nd
     return pair_recall(vectors, (place[: len(held_out[0])], place[len(held_out[0]) :]), _K)
 
 
-def _evaluate_text(
-    stages: Stages, frozen: Path, texts: list[str], pairs: _BasketPairs, encoded: FittedEncoders
-) -> None:
-    """Held-out pair recall of texts by the pretrained base."""
-    held_out = _held_out(pairs, encoded.present["text"])
+def _tuning_decision(
+    stages: Stages, frozen: Path, tuned: Path, texts: list[str], pairs: _BasketPairs
+) -> Decision:
+    """Whether the tuned text encoder finds more partners of held-out baskets than the frozen one."""
+    nothing = np.empty(0, bool)
+    hits = [_text_hits(stages, body, texts, pairs) for body in (tuned, frozen)]
+    of_tuned, of_frozen = (nothing if h is None else h for h in hits)
+    return decide(_TUNED_TEXT, "the frozen one", _PARTNERS, of_tuned, of_frozen)
+
+
+def _text_hits(stages: Stages, body: Path, texts: list[str], pairs: _BasketPairs) -> np.ndarray | None:
+    """Whether an encoder finds the partners of held-out baskets, bool (P,); None if there are none."""
+    held_out = _held_out(pairs, np.array([bool(text) for text in texts]))
     if not len(held_out[0]):
-        return
+        return None
     selected = [texts[index] for index in np.unique(np.concatenate(held_out))]
-    identity = [encoders.digest(frozen), digest_of(*(text.encode() for text in selected))]
+    identity = [encoders.digest(body), digest_of(*(text.encode() for text in selected))]
     entry = text_vectors.write_text_vectors
-    frozen_vectors = stages.run("text-frozen-vectors", identity, entry, frozen, selected)
-    hits = _hits(np.load(frozen_vectors / "vectors.npy"), held_out)
-    encoded.pair_recall["text"]["frozen"] = metrics.interval(hits).to_dict()
+    vectors = stages.run("text-held-out-vectors", identity, entry, body, selected)
+    return _hits(np.load(vectors / "vectors.npy"), held_out)
 
 
 def _pair_inputs(pairs: PositivePairs, content_digest: str, used: bool = True) -> list[str]:

@@ -38,11 +38,9 @@ def fine_tune(
     """Fine-tune a pretrained encoder on pairs of `texts` and write it into `directory`.
 
     In-batch softmax with a popularity correction, AdamW, linear warm-up and cosine decay; bfloat16 autocast
-    if the processor supports it. Without pairs the base is written unchanged.
+    if the processor supports it. `training` has no number left out (`text_effort.with_effort`).
     """
-    if training.mode == "frozen" or not training.steps or not len(pairs):
-        save_frozen(directory, base, settings)
-        return
+    steps, learning_rate = training.steps or 0, training.learning_rate or 0.0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
@@ -61,11 +59,11 @@ def fine_tune(
     ids = dict(zip(rows.tolist(), encoded["input_ids"], strict=True))
     log_share = torch.from_numpy(np.log(np.maximum(pairs.share, 1e-9))).to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, training.steps // 10, training.steps)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     low = settings.precision == "bf16"
     model.train()
-    for _ in track(range(training.steps), "text encoder"):
+    for _ in track(range(steps), "text encoder"):
         left, right = pairs.draw(training.batch, generator)
         # Both sides in one forward pass, each distinct item once.
         items, place = np.unique(np.concatenate([left, right]), return_inverse=True)

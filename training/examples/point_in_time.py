@@ -5,7 +5,9 @@ Does the work of gateway and ranking for a request, in process.
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,14 +30,24 @@ from training.examples.queries import DAY, EvalQuery
 from training.examples.shop_state import state_of
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_GRAPHS_IN_MEMORY = 2
+
+
+class _Ranking(NamedTuple):
+    """What ranks by one graph."""
+
+    features: Features
+    sources: CandidateSources
 
 
 class PointInTime:
     """A shop's items and events, with graphs and vectors, as of any time.
 
-    `graphs` maps a day since 1970 to the graph for its queries, fitted on earlier days. `vectors` and
-    `present` are by space, (M, D) and bool (M,), in the order of the shop's items. `sequence` is the
-    directory of a sequence model fitted on earlier days, `taste` that of a taste model.
+    `graphs` maps a day since 1970 to the graph for queries from that day on, fitted on earlier days.
+    `vectors` and `present` are by space, (M, D) and bool (M,), in the order of the shop's items. `sequence`
+    is the directory of a sequence model fitted on earlier days, `taste` that of a taste model.
+
+    Queries in the order of time are the fastest: of the graphs, those of the last two are in memory.
     """
 
     def __init__(
@@ -50,17 +62,17 @@ class PointInTime:
         settings = shop.settings
         self.table = ItemTable.of(shop.items, vectors, present, [creation_time(item) for item in shop.items])
         self.state = state_of(shop)
-        views = {day: GraphView(graph, self.table) for day, graph in graphs.items()}
-        attributes, number_attributes = settings.items.text_attributes, settings.items.number_attributes
-        sequences = SequenceView.load(sequence, self.table) if sequence else None
-        tastes = read_taste(taste) if taste else None
-        parts = {
-            day: RankingContext(self.table, view, attributes, number_attributes, sequences, tastes)
-            for day, view in views.items()
-        }
-        self._features = {day: Features(part) for day, part in parts.items()}
-        self._sources = {day: CandidateSources(part) for day, part in parts.items()}
-        self.names = next(iter(self._features.values())).names
+        self._graphs, self._graph_days = graphs, np.array(sorted(graphs), np.int64)
+        self._context = RankingContext(
+            self.table,
+            GraphView(ItemGraph.empty(), self.table),
+            settings.items.text_attributes,
+            settings.items.number_attributes,
+            SequenceView.load(sequence, self.table) if sequence else None,
+            read_taste(taste) if taste else None,
+        )
+        self._rankings = lru_cache(_GRAPHS_IN_MEMORY)(self._ranking_from)
+        self.names = self._rankings(int(self._graph_days[0])).features.names
         self._vectors = {space: values.astype(np.float32) for space, values in vectors.items()}
         self._present = present
         self._day = settings.time.granularity == "day"
@@ -89,7 +101,7 @@ class PointInTime:
 
     def features(self, as_of: int) -> Features:
         """The feature function of the day of `as_of`."""
-        return self._features[as_of // DAY]
+        return self._ranking_at(as_of).features
 
     def live(self, as_of: int) -> np.ndarray:
         """Which rows are available at `as_of`, bool (M,)."""
@@ -98,7 +110,7 @@ class PointInTime:
     @property
     def source_names(self) -> list[str]:
         """The sources, in the order of the bits that `source_bits` returns."""
-        return [*next(iter(self._sources.values())).by_name, *self._vectors]
+        return [*self._rankings(int(self._graph_days[0])).sources.by_name, *self._vectors]
 
     def candidates(self, query: UserQuery, as_of: int, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The candidates of all sources at `as_of`: rising rows int64 (C,), and their scores float32 (C, S).
@@ -126,7 +138,7 @@ class PointInTime:
     ) -> Iterator[tuple[str, ScoredRows]]:
         """The rows of each source and their scores, in the order of `source_names`, computed lazily."""
         excluded, eligible = self._eligible(query, allowed)
-        sources, stats = self._sources[as_of // DAY], self.stats_at(as_of)
+        sources, stats = self._ranking_at(as_of).sources, self.stats_at(as_of)
         for name in sources.by_name:
             yield name, sources.candidates(name, query, stats, eligible, CANDIDATES_PER_SOURCE)
         for space in self._vectors:
@@ -135,13 +147,23 @@ class PointInTime:
     def index_recalls(self, query: UserQuery, as_of: int, allowed: np.ndarray) -> dict[str, float]:
         """By source with an index: the share of the best items that it finds; none without any such item."""
         _, eligible = self._eligible(query, allowed)
-        sources, stats, recalls = self._sources[as_of // DAY], self.stats_at(as_of), {}
+        sources, stats, recalls = self._ranking_at(as_of).sources, self.stats_at(as_of), {}
         for name in INDEXED:
             best = sources.exact(name, query, stats, eligible, CANDIDATES_PER_SOURCE).rows
             if len(best):
                 found = sources.candidates(name, query, stats, eligible, CANDIDATES_PER_SOURCE).rows
                 recalls[name] = float(np.isin(best, found).mean())
         return recalls
+
+    def _ranking_at(self, as_of: int) -> "_Ranking":
+        index = int(np.searchsorted(self._graph_days, as_of // DAY, side="right")) - 1
+        if index < 0:
+            raise ValueError("no graph holds before the first day of the graphs")
+        return self._rankings(int(self._graph_days[index]))
+
+    def _ranking_from(self, day: int) -> "_Ranking":
+        context = self._context.with_graph(GraphView(self._graphs[day], self.table))
+        return _Ranking(Features(context), CandidateSources(context))
 
     def _eligible(self, query: UserQuery, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rows that are not candidates of a user, int64 (E,), and those that may be, bool (M,)."""
@@ -154,7 +176,7 @@ class PointInTime:
 
     def related(self, query: UserQuery, as_of: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Which of `rows`, int64 (C,), each graph relation connects to the user: bool (C,)."""
-        by_relation = self._sources[as_of // DAY].related(query)
+        by_relation = self._ranking_at(as_of).sources.related(query)
         return {relation: np.isin(rows, related) for relation, related in by_relation.items()}
 
     def _near(self, space: str, query: UserQuery, allowed: np.ndarray, excluded: np.ndarray) -> ScoredRows:

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.data.config import ShopConfig
-from training.data.events import Events
 from training.data.shop import ShopData
 from training.examples import queries
 from training.examples.feature_rows import FeatureRows, page_rows, training_rows
 from training.examples.point_in_time import PointInTime
-from training.examples.queries import DAY, EvalQuery
+from training.examples.queries import EvalQuery
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,6 @@ class TrainingSet:
             self.types,
             self.has_impressions,
         )
-
-
-def first_day(events: Events, settings: ShopConfig) -> int:
-    """The first of the ranking days, in days since 1970; 0 without events."""
-    if not len(events):
-        return 0
-    return int(events.time[-1] // DAY) - settings.ranking.ranking_days + 1
 
 
 def make_training_set(

@@ -115,18 +115,17 @@ def _matrix(rows: Sequence[_Row], nodes: np.ndarray) -> sparse.csr_matrix:
 
 
 def tune_graph(
-    events: Events, settings: ShopConfig, nodes: np.ndarray, split_time: int
+    events: Events, settings: ShopConfig, nodes: np.ndarray, since: int, until: int
 ) -> dict[str, TunedGraph]:
     """The best weighting of each relation of a graph over the items `nodes`, rising int64 (M,).
 
-    Of the events before `split_time`, microseconds since 1970, the last `split.test_days` make the queries
-    and the earlier ones the graphs. Empty without queries or without earlier events.
+    Of the events before `until`, those from `since` on make the queries and the earlier ones the graphs; both
+    are microseconds since 1970. Empty without queries or without earlier events.
     """
-    since = (split_time // DAY - settings.split.test_days) * DAY
     weights = dict(settings.event_types)
     is_engagement = np.array(list(weights.values()))[events.kind] > 0
     past, no_session_share = (
-        events.take(np.flatnonzero(events.time < split_time)),
+        events.take(np.flatnonzero(events.time < until)),
         settings.ranking.no_session_share,
     )
     eval_queries = queries.make_eval_queries(

@@ -1,7 +1,7 @@
 """The parts of a bundle and the items that candidate sources and features read."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from services.catalog.item_table import ItemTable
@@ -25,6 +25,13 @@ class RankingContext:
     numeric_attributes: Sequence[str] = ()
     sequence: SequenceView | None = None
     taste_model: TasteModel | None = None
+
+    def with_graph(self, graph: GraphView) -> "RankingContext":
+        """The same parts with another graph; what is derived from the other parts is shared."""
+        context = replace(self, graph=graph)
+        for name in ("attribute_similarity", "title_similarity", "values", "taste"):
+            context.__dict__[name] = getattr(self, name)
+        return context
 
     @cached_property
     def attribute_similarity(self) -> TfidfSimilarity:

@@ -15,6 +15,7 @@ from services.catalog.markup import plain_text
 from services.core.errors import FailedPrecondition, InvalidArgument
 from services.embedding.images.headers import format_of
 from training.core.base_models import unknown_share
+from training.data.config import MIN_RANKING_DAYS
 from training.data.events_file import UNKNOWN_ITEM
 from training.data.images import examples
 from training.data.items_file import CONFLICTING
@@ -221,7 +222,7 @@ def _is_image(shop: ShopData, item_id: str) -> bool:
 def _assess_last_days(shop: ShopData, report: TableReport, verdict: Verdict) -> None:
     """Check that the last days have a typical number of events: rankers are fitted and evaluated on them."""
     days, counts = events_by_day(shop)
-    last = max(shop.settings.ranking.ranking_days, shop.settings.split.test_days)
+    last = max(shop.settings.ranking.ranking_days or MIN_RANKING_DAYS, shop.settings.split.test_days or 1)
     if len(days) <= last:
         if len(days) == 1:
             verdict.warnings.append(f"{report.file}: all {len(shop.events):,} events lie on {_date(days[0])}")

@@ -1,15 +1,17 @@
-"""The item graphs of a training run: one per ranking day, on earlier events, and one on all events."""
+"""The item graphs of a run: one per part of the ranking window, on earlier events, and one on all events."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from services.ranking.models.co_occurrence import ItemGraph
+from training.core.progress import track
 from training.data.config import ShopConfig
 from training.data.events import Events
 from training.examples.queries import DAY, baskets
+from training.examples.windows import Windows
 from training.retrieval.graph_tuning import tune_graph
 from training.retrieval.item_graph import content_relation, fit_item_graph
 
@@ -23,17 +25,17 @@ def write_graphs(
     hashes: np.ndarray,
     vectors: Mapping[str, np.ndarray],
     present: Mapping[str, np.ndarray],
-    split_time: int,
+    windows: Windows,
 ) -> None:
-    """Tune the edge weighting on the events before `split_time`, fit the graphs and write them.
+    """Tune the edge weighting on the events before the ranking window, fit the graphs and write them.
 
-    `hashes` int64 (M,) are the item hashes, in the order of `vectors` and `present`. The graph of a day is
-    in the directory named by the day since 1970.
+    `hashes` int64 (M,) are the item hashes, in the order of `vectors` and `present`. The graph of a part of
+    the window is in the directory named by its first day since 1970.
     """
     is_engagement = engagements(events, settings)
     nodes = nodes_of(events, hashes)
     groups = baskets(events)
-    tuned_graphs = tune_graph(events, settings, nodes, split_time)
+    tuned_graphs = tune_graph(events, settings, nodes, windows.tuned_from, windows.since)
     report = {relation: result.to_dict() for relation, result in tuned_graphs.items()}
     (directory / TUNED).write_text(json.dumps(report, indent=1) + "\n")
     weightings = {relation: result.weighting for relation, result in tuned_graphs.items()}
@@ -41,8 +43,8 @@ def write_graphs(
         space: content_relation(values, present[space], hashes, nodes, events.number[is_engagement])
         for space, values in vectors.items()
     }
-    days = range(split_time // DAY, int(events.time[-1] // DAY) + 1) if len(events) else ()
-    for name in [*days, FINAL]:
+    days = (windows.parts // DAY).tolist() if len(events) else []
+    for name in track([*days, FINAL], "item graphs"):
         selected = is_engagement if name == FINAL else is_engagement & (events.time < name * DAY)
         graph = fit_item_graph(
             events.user[selected].astype(np.int64),
@@ -56,9 +58,20 @@ def write_graphs(
         ItemGraph(graph.item_hashes, {**graph.relations, **content}).save(directory / str(name))
 
 
-def load_daily_graphs(directory: Path) -> dict[int, ItemGraph]:
-    """The graphs of the ranking days by day since 1970."""
-    return {int(path.name): ItemGraph.load(path) for path in directory.iterdir() if path.name.isdigit()}
+class PastGraphs(Mapping[int, ItemGraph]):
+    """The graphs of a directory by the first day, since 1970, for which each holds; read when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self._paths = {int(path.name): path for path in directory.iterdir() if path.name.isdigit()}
+
+    def __getitem__(self, day: int) -> ItemGraph:
+        return ItemGraph.load(self._paths[day])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def engagements(events: Events, settings: ShopConfig) -> np.ndarray:

@@ -1,0 +1,103 @@
+"""Windows hold enough baskets, whatever the pace of a shop, and features of a part come from before it."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.histories import Interaction, make_shop
+from training.data.config import RankingTraining, ShopConfig, Split
+from training.data.events import Events
+from training.examples import windows as windows_module
+from training.examples.queries import DAY, make_eval_queries
+from training.examples.windows import Windows, choose_windows
+
+SETTINGS = ShopConfig(event_types={"purchase": 1.0, "view": 0.1, "impression": 0.0})
+FIRST = 10_000
+
+
+def shop_of(days: list[int], baskets_a_day: int = 1, settings: ShopConfig = SETTINGS) -> Events:
+    """On each of these days so many new users buy two items each."""
+    interactions = [
+        Interaction(f"u{day * 1000 + user}", f"i{item}", "purchase", (FIRST + day) * DAY + user)
+        for day in days
+        for user in range(baskets_a_day)
+        for item in range(2)
+    ]
+    return make_shop([], interactions, settings).events
+
+
+def window(days: list[int], baskets_a_day: int = 1, settings: ShopConfig = SETTINGS) -> Windows:
+    return choose_windows(shop_of(days, baskets_a_day, settings), settings)
+
+
+def test_a_fast_shop_needs_two_days() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(windows_module, "ENOUGH", 40)
+        patch.setattr(windows_module, "ENOUGH_TO_EVALUATE", 10)
+        chosen = window(list(range(20)), 50)
+    assert chosen.days == 2
+    assert (chosen.end - chosen.evaluated_from) // DAY == 1
+    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (100, 50, 900)
+
+
+def test_a_slow_shop_looks_back_over_half_of_its_baskets() -> None:
+    chosen = window(list(range(0, 8000, 40)))  # 200 baskets in 22 years
+    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (100, 25, 100)
+    assert chosen.days == 99 * 40 + 1
+    assert len(chosen.parts) == 10
+    assert chosen.parts[0] == chosen.since
+
+
+def test_gaps_without_a_basket_cost_nothing() -> None:
+    chosen = window([*range(5), *range(4000, 4005), *range(8000, 8005)])
+    assert len(chosen.parts) <= chosen.baskets
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=60, unique=True), st.integers(1, 30))
+def test_the_counts_are_those_of_the_queries(days: list[int], baskets_a_day: int) -> None:
+    events, weights = shop_of(days, baskets_a_day), dict(SETTINGS.event_types)
+    chosen = choose_windows(events, SETTINGS)
+    every = make_eval_queries(events, weights, SETTINGS.targets, 0)
+    times = np.array([query.as_of for query in every])
+    assert chosen.baskets == np.count_nonzero(times >= chosen.since)
+    assert chosen.evaluated == np.count_nonzero(times >= chosen.evaluated_from)
+    assert chosen.earlier == np.count_nonzero(times < chosen.since)
+    assert chosen.since <= chosen.evaluated_from < chosen.end
+    assert chosen.tuned_from <= chosen.since
+    assert chosen.parts[0] == chosen.since
+    assert (np.diff(chosen.parts) > 0).all()
+    assert len(chosen.parts) <= 10
+    assert not (chosen.parts % DAY).any()
+
+
+def test_settings_fix_the_number_of_days() -> None:
+    settings = ShopConfig(ranking=RankingTraining(ranking_days=7), split=Split(test_days=3))
+    chosen = window(list(range(40)), 10, settings)
+    assert chosen.days == 7
+    assert (chosen.end - chosen.evaluated_from) // DAY == 3
+    assert chosen.parts.tolist() == [(FIRST + 33 + day) * DAY for day in range(7)]
+
+
+@pytest.mark.parametrize("kind", ["view", "impression"])
+def test_what_is_no_target_is_no_evidence(kind: str) -> None:
+    interactions = [Interaction("u0", f"i{n}", kind, (FIRST + n) * DAY) for n in range(50)]
+    chosen = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
+    assert chosen.baskets == chosen.earlier == 0
+    assert chosen.days == 2
+
+
+def test_a_shop_without_events_has_empty_windows() -> None:
+    chosen = choose_windows(Events.none(), SETTINGS)
+    assert (chosen.days, chosen.baskets) == (0, 0)
+
+
+def test_the_choice_is_a_sentence() -> None:
+    text = str(window([0, 1, 2, 3], 8))
+    since = datetime.fromtimestamp((FIRST + 2) * 86_400, UTC).date()
+    assert text == (
+        f"rankers learn from the last 2 days, from {since}, with 16 baskets; the last 1 day of them, with "
+        "8 baskets, evaluate them; 16 baskets came before"
+    )

@@ -1,0 +1,165 @@
+"""Which part of the past fits and judges the models of a run, chosen by the number of baskets.
+
+The last baskets are the ranking window: rankers are fitted on them, and models of earlier events describe
+them. Its last part is the evaluation window. A shop with thousands of baskets a day needs two days, a small
+or slow one months or years. A window starts with a day, and settings may fix its number of days.
+"""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from training.data.config import MIN_RANKING_DAYS, ShopConfig
+from training.data.events import Events
+from training.examples.queries import DAY, baskets
+
+ENOUGH = 4000
+"""More baskets than this make rankers hardly better."""
+ENOUGH_TO_EVALUATE = 1000
+_MAX_SHARE = 0.5  # of the baskets: the earlier ones are what features describe
+_EVALUATION_SHARE = 0.25
+_MAX_PARTS = 10
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a run; times are microseconds since 1970, each the start of a day.
+
+    `since` starts the ranking window and `evaluated_from` the evaluation window; both end with the events.
+    `tuned_from` starts the baskets before the ranking window that tune the item graph. `parts` int64 (P,),
+    rising, cut the ranking window into parts of about equally many baskets: the features of a part come from
+    an item graph of the events before it. `baskets`, `evaluated` and `earlier` count the baskets of the
+    ranking window, of the evaluation window, and before both.
+    """
+
+    since: int
+    evaluated_from: int
+    tuned_from: int
+    parts: np.ndarray
+    baskets: int
+    evaluated: int
+    earlier: int
+    end: int
+
+    @property
+    def days(self) -> int:
+        """The length of the ranking window."""
+        return (self.end - self.since) // DAY
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form used in reports."""
+        return {
+            "since": _iso(self.since),
+            "evaluated_from": _iso(self.evaluated_from),
+            "days": self.days,
+            "evaluated_days": (self.end - self.evaluated_from) // DAY,
+            "baskets": self.baskets,
+            "evaluated_baskets": self.evaluated,
+            "earlier_baskets": self.earlier,
+            "parts": len(self.parts),
+        }
+
+    def __str__(self) -> str:
+        evaluated_days = (self.end - self.evaluated_from) // DAY
+        return (
+            f"rankers learn from the last {_count(self.days, 'day')}, from {_date(self.since)}, with "
+            f"{_count(self.baskets, 'basket')}; the last {_count(evaluated_days, 'day')} of them, with "
+            f"{_count(self.evaluated, 'basket')}, evaluate them; {_count(self.earlier, 'basket')} came before"
+        )
+
+
+def choose_windows(events: Events, settings: ShopConfig) -> Windows:
+    """The windows of these events, in the order of time."""
+    if not len(events):
+        return Windows(0, 0, 0, np.zeros(1, np.int64), 0, 0, 0, 0)
+    day, count = _baskets_by_day(events, settings)
+    end = int(events.time[-1] // DAY) + 1
+    first = int(events.time[0] // DAY)
+    fixed = settings.ranking.ranking_days
+    since = end - fixed if fixed else min(_start(day, count, ENOUGH, _MAX_SHARE, end), end - MIN_RANKING_DAYS)
+    in_window = day >= since
+    fixed = settings.split.test_days
+    if fixed:
+        evaluated_from = end - fixed
+    else:
+        start = _start(day[in_window], count[in_window], ENOUGH_TO_EVALUATE, _EVALUATION_SHARE, end)
+        evaluated_from = min(start, end - 1)
+    early = ~in_window
+    tuned_from = min(
+        _start(day[early], count[early], ENOUGH_TO_EVALUATE, _EVALUATION_SHARE, since),
+        since - (settings.split.test_days or 1),
+    )
+    return Windows(
+        since=since * DAY,
+        evaluated_from=evaluated_from * DAY,
+        tuned_from=max(tuned_from, min(first, since)) * DAY,
+        parts=_parts(day[in_window], count[in_window], since) * DAY,
+        baskets=int(count[in_window].sum()),
+        evaluated=int(count[day >= evaluated_from].sum()),
+        earlier=int(count[early].sum()),
+        end=end * DAY,
+    )
+
+
+def _baskets_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The days with a basket that makes a query, int64 (D,), rising, and the number of those baskets, (D,).
+
+    A basket has an engagement with another item before the target, or an earlier one of its user.
+    """
+    kinds = list(settings.event_types)
+    weights = np.array([settings.event_types[name] for name in kinds])
+    is_target = np.array([name in settings.targets and weights[i] > 0 for i, name in enumerate(kinds)])
+    rows = np.flatnonzero(weights[events.kind] > 0)
+    if not len(rows):
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    user, time = events.user[rows], events.time[rows]
+    first_of_user = np.full(len(events.user_ids), np.iinfo(np.int64).max)
+    np.minimum.at(first_of_user, user, time)
+    _, place, basket = np.unique(baskets(events)[rows], return_index=True, return_inverse=True)
+    start = np.full(len(place), np.iinfo(np.int64).max)
+    np.minimum.at(start, basket, time)
+    has_target = np.zeros(len(place), bool)
+    has_target[basket[is_target[events.kind[rows]]]] = True
+    items = np.unique(basket.astype(np.int64) * (len(events.item_ids) + 1) + events.item[rows])
+    several = np.bincount(items // (len(events.item_ids) + 1), minlength=len(place)) > 1
+    usable = has_target & (several | (first_of_user[user[place]] < start))
+    days, count = np.unique(start[usable] // DAY, return_counts=True)
+    return days, count
+
+
+def _start(day: np.ndarray, count: np.ndarray, enough: int, share: float, end: int) -> int:
+    """The latest day from which on there are `enough` baskets, or the given share of all if that is less.
+
+    Of days that are equally good the later one; the day before `end` at the latest.
+    """
+    wanted = min(enough, share * float(count.sum()))
+    remaining = np.cumsum(count[::-1])[::-1]
+    sufficient = np.flatnonzero(remaining >= max(wanted, 1))
+    return int(day[sufficient[-1]]) if len(sufficient) else end - 1
+
+
+def _parts(day: np.ndarray, count: np.ndarray, since: int) -> np.ndarray:
+    """The first days of at most ten parts of about as many baskets each, int64 (P,), rising from `since`."""
+    if not len(day):
+        return np.array([since], np.int64)
+    if len(day) <= _MAX_PARTS:
+        return np.unique([since, *day[1:]])
+    before = np.cumsum(count) - count
+    part = before * _MAX_PARTS // max(int(count.sum()), 1)
+    starts = day[np.unique(part, return_index=True)[1]]
+    starts[0] = since
+    return np.asarray(starts, np.int64)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _date(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).date().isoformat()
+
+
+def _iso(micros: int) -> str:
+    return datetime.fromtimestamp(micros / 1e6, UTC).isoformat()
