@@ -1,5 +1,6 @@
 """The trained ranking models: evaluate CTR head and reranker on the last days, then fit them on all days."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.retrieval.past_graphs import PastGraphs
 
 CTR, RERANKER = "ctr", "reranker"
 PARTS = (CTR, RERANKER)
+DECISIONS = "decisions.json"
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +87,10 @@ def fit(
         every = np.arange(past.table.length)
         vectors = {**vectors, ATTRIBUTES: attribute_vectors(past.table, every, attributes)}
     fitted, first = fit_models(data, settings, vectors), fit_first_phase(data.rows)
+    for decision in fitted.decisions:
+        decision.log()
+    document = [decision.to_dict() for decision in fitted.decisions]
+    (directory / DECISIONS).write_text(json.dumps(document, indent=1) + "\n")
     allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
     depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)
     _log.info("the first phase passes on %d candidates", depth)

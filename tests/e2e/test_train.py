@@ -23,6 +23,7 @@ from services.embedding.encoders.encoders import TextEncoder
 from services.ranking.models.propensity import Propensity
 from tests.support.models import make_text_encoder
 from tests.support.shops import make_bundle
+from training.core.decisions import Decision
 from training.data.dataset import read_shop
 from training.examples import shop_state
 from training.ranking import fit_models, propensity
@@ -52,7 +53,8 @@ filter = { _sold = "true" }
 def head() -> Iterator[None]:
     """Every bundle here has a CTR head: so few baskets would not tell that it helps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_models, "improves_ndcg", lambda *lists, **more: True)
+        accepted = Decision("the head", "none", "of nDCG", accepted=True, queries=1000, gain=None)
+        patch.setattr(fit_models, "head_decision", lambda *_: accepted)
         yield
 
 

@@ -391,7 +391,8 @@ def test_only_columns_that_vary_within_a_query_are_important() -> None:
     matrix[:, 2] = rows.group() % 7  # the same for a whole question
     label = (matrix[:, 0] > 0.7).astype(np.float32)
     when = np.array([q.as_of for q in rows.eval_queries])
-    model = fit_reranker(RankingGroups(matrix, label, rows.weight, rows.size, when), ("a", "b", "person"), 20)
+    groups = RankingGroups(matrix, label, rows.weight, rows.size, when)
+    model = fit_reranker(groups, ("a", "b", "person"), 20).model
     models = FittedModels(None, model, np.arange(3))
     importance = evaluate._importance(models, rows, matrix)
     assert importance["trees"] == (model.trees.num_trees() if model.trees else 0)

@@ -32,12 +32,14 @@ from tests.support.fits import Fits
 from tests.support.prediction_models import served_logits
 from training.examples.ranking_groups import RankingGroups
 from training.ranking import reranker as reranker_fit
-from training.ranking.conditional_logit import fit_choice
+from training.ranking import shrinkage
 from training.ranking.reranker import fit_reranker
+from training.ranking.shrinkage import ChoiceRecipe, fit_recipe
 from training.ranking.validation import validation_mask
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 TWO = ("fame", "taste")
+LIKELIHOOD = ChoiceRecipe("fame", climbs=False)
 TEXT, IMAGE = 6, 8
 
 
@@ -53,7 +55,7 @@ def reranker_of(columns: tuple[str, ...]) -> RerankerModel:
     """A model that likes the second column and dislikes the last, over questions of ten candidates."""
     matrix = np.random.default_rng(0).random((4000, len(columns))).astype(np.float32)
     label = (matrix[:, 1] - matrix[:, -1] > 0.5).astype(np.float32)
-    return fit_reranker(lists(matrix, label), columns, trees=5)
+    return fit_reranker(lists(matrix, label), columns, trees=5).model
 
 
 def lists(matrix: np.ndarray, grade: np.ndarray) -> RankingGroups:
@@ -69,7 +71,7 @@ def test_sampled_rows_stay_complete_and_in_their_list() -> None:
     groups = RankingGroups(number[:, None], number % 3, number + 1, size, np.arange(5))
     both = RankingGroups.concatenate([groups, groups.take(np.array([True, False, True, False, True]))])
     choice = ConditionalLogit(["number"], FeatureScaler([1.0], [1.0], [2.0]), [0.5])
-    data, gain = reranker_fit._dataset(choice, both)
+    data, gain = reranker_fit._dataset(RerankerModel(choice, None), both)
     assert gain == [0, 0.5, 1]
     matrix = np.asarray(data.data)[:, 0]
     expected = [*np.split(number, np.cumsum(size)[:-1]), number[:3], number[4:11], number[13:]]
@@ -94,7 +96,9 @@ def test_ties_do_not_rank_the_target_first() -> None:
         grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
         noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
         record: dict[str, Any] = {}
-        data, _ = reranker_fit._dataset(ConditionalLogit(TWO, FeatureScaler.plain(2), [0.0] * 2), noise)
+        data, _ = reranker_fit._dataset(
+            RerankerModel(ConditionalLogit(TWO, FeatureScaler.plain(2), [0.0] * 2), None), noise
+        )
         lightgbm.train(
             reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
         )
@@ -107,15 +111,14 @@ def test_the_number_of_trees_is_validated_on_unseen_days(
 ) -> None:
     queries = lists(*liking_of_the_middle(10_000))
     queries = replace(queries, time=queries.time // 1_000_000 * DAY // 240)  # five days, 240 a day
-    fits = Fits(monkeypatch, reranker_fit)
-    monkeypatch.setattr(reranker_fit, "ascend", lambda choice, _: choice)
-    model = fit_reranker(queries, TWO, 20)
+    fits = Fits(monkeypatch, shrinkage)
+    model = fit_reranker(queries, TWO, 20, recipe=LIKELIHOOD).model
     # The fifth is cut at 800 of 1,000; the day begins at 720.
     assert [len(groups.size) for groups in fits.groups] == [720, 1000]
     (training, validation), (final,) = fits.tree_rows
     for (data, scores), rows, choice in (
-        (training, queries.matrix[:7200], fit_choice(fits.groups[0], TWO)),
-        (validation, queries.matrix[7200:], fit_choice(fits.groups[0], TWO)),
+        (training, queries.matrix[:7200], fit_recipe(fits.groups[0], TWO, LIKELIHOOD)),
+        (validation, queries.matrix[7200:], fit_recipe(fits.groups[0], TWO, LIKELIHOOD)),
         (final, queries.matrix, model.choice),
     ):
         np.testing.assert_array_equal(np.sort(data, axis=0), np.sort(rows, axis=0))
@@ -133,27 +136,27 @@ def noise(seed: int, moments: int) -> RankingGroups:
 
 def test_noise_mostly_gives_no_trees() -> None:
     """One in six gains a standard error by chance; of the best of forty numbers it would be half."""
-    has_trees = [fit_reranker(noise(seed, 50), TWO, 200).trees is not None for seed in range(24)]
+    has_trees = [fit_reranker(noise(seed, 50), TWO, 200).model.trees is not None for seed in range(24)]
     assert sum(has_trees) <= 9
 
 
 def test_an_exact_number_of_trees_is_not_questioned() -> None:
-    assert fit_reranker(noise(0, 50), TWO, 0, exact=True).tree_count == 0
-    assert fit_reranker(noise(0, 50), TWO, 7, exact=True).tree_count == 7
+    assert fit_reranker(noise(0, 50), TWO, 0, exact=True).model.tree_count == 0
+    assert fit_reranker(noise(0, 50), TWO, 7, exact=True).model.tree_count == 7
 
 
 @pytest.mark.parametrize("moments", [1, 2, 200])
 def test_some_lists_are_always_held_out(moments: int) -> None:
     late = validation_mask(noise(0, moments))
     assert 0 < late.sum() <= len(late) / 2
-    trees = fit_reranker(noise(0, moments), TWO, 200).trees
+    trees = fit_reranker(noise(0, moments), TWO, 200).model.trees
     assert trees is None or trees.num_trees() < 100
 
 
 def test_one_list_grows_no_tree() -> None:
     grade = (np.arange(10) == 3).astype(np.float32)
     one = lists(np.random.default_rng(0).random((10, 2)).astype(np.float32), grade)
-    assert fit_reranker(one, TWO, 5).trees is None
+    assert fit_reranker(one, TWO, 5).model.trees is None
 
 
 def liking_of_the_middle(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,11 +168,11 @@ def liking_of_the_middle(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_trees_grow_only_for_nonlinear_effects() -> None:
     matrix, is_taken = liking_of_the_middle(20_000)
-    assert fit_reranker(lists(matrix, is_taken), TWO, 20).trees is not None
+    assert fit_reranker(lists(matrix, is_taken), TWO, 20).model.trees is not None
     generator = np.random.default_rng(0)
     chance = 1 / (1 + np.exp(2 - 2 * np.sign(matrix[:, 0])))  # a sum of one column says it all
     plain = (generator.random(len(matrix)) < chance).astype(np.float32)
-    assert fit_reranker(lists(np.sign(matrix), plain), TWO, 20).trees is None
+    assert fit_reranker(lists(np.sign(matrix), plain), TWO, 20).model.trees is None
 
 
 @given(
@@ -208,7 +211,7 @@ def test_a_few_lists_suffice_for_a_model(count: int) -> None:
         np.random.default_rng(0).random((10 * count, 2)).astype(np.float32), np.arange(10 * count) % 10 == 3
     )
     few = replace(few, grade=few.grade.astype(np.float32))
-    assert np.isfinite(fit_reranker(few, TWO, 5).score(few.matrix)).all()
+    assert np.isfinite(fit_reranker(few, TWO, 5).model.score(few.matrix)).all()
 
 
 def test_a_served_reranker_scores_as_the_fitted_one(tmp_path: Path) -> None:

@@ -27,9 +27,9 @@ class Fits:
         patch.setattr(module, "fit_choice", self._fit_choice)
         patch.setattr(lightgbm, "train", self._train_trees)
 
-    def _fit_choice(self, groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
+    def _fit_choice(self, groups: RankingGroups, columns: Sequence[str], *penalty: Any) -> ConditionalLogit:
         self.groups.append(groups)
-        return fit_choice(groups, columns)
+        return fit_choice(groups, columns, *penalty)
 
     def _train_trees(
         self, parameters: dict[str, object], rows: lightgbm.Dataset, *rest: Any, **more: Any

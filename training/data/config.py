@@ -197,7 +197,11 @@ class RankingTraining(Section):
     )
     max_queries: int = Field(12_000, ge=1, description="maximum number of baskets")
     max_pages: int = Field(12_000, ge=1, description="maximum number of logged pages")
-    candidates_per_query: int = Field(200, ge=10, description="number of candidates kept per basket")
+    candidates_per_query: int | None = Field(
+        None,
+        ge=10,
+        description="number of candidates kept per basket. Left out, 200, or up to 1,000 if baskets are few",
+    )
     no_session_share: float = Field(
         0.25,
         ge=0,

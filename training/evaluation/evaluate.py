@@ -146,7 +146,7 @@ def _by_method(
         score = rows.matrix[:, rows.names.index(column)]
         if not np.isnan(score).all():
             pages[name] = _pages(rows, score)
-    pages["choice model alone"] = _pages(rows, models.model.choice.terms(matrix).sum(1))
+    pages["choice model alone"] = _pages(rows, models.model.linear_score(matrix))
     if models.head is not None:
         pages["CTR head alone"] = _pages(rows, ctr.score(models.head, rows, vectors)[:, -1])
     return pages
@@ -159,7 +159,7 @@ def _page_scores(
     rows = late.ctr_rows
     matrix = models.matrix(rows, vectors)
     scores = {BUNDLE: models.model.score(matrix)}
-    scores["without trees"] = models.model.choice.terms(matrix).sum(1, dtype=np.float64)
+    scores["without trees"] = models.model.linear_score(matrix)
     scores["hand-set weights"] = baseline_scores(rows.names, rows.matrix)
     for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
         score = rows.matrix[:, rows.names.index(column)].astype(np.float64)

@@ -11,6 +11,10 @@ from training.examples.feature_rows import FeatureRows, page_rows, training_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import EvalQuery
 
+_ROWS = 150_000
+"""Few baskets keep more candidates each, up to about so many rows: then lists are nearly complete."""
+_CANDIDATES = 200, 1000
+
 
 @dataclass(frozen=True)
 class TrainingSet:
@@ -66,9 +70,10 @@ def make_training_set(
 ) -> TrainingSet | None:
     """The training set of queries and pages from `since` on; None if no target is among the candidates."""
     selected = _sample_queries(eval_queries, settings.ranking.max_queries)
-    rows = training_rows(
-        past, selected, settings.ranking.candidates_per_query, settings.ranking.cold_start_dropout
-    )
+    candidates = settings.ranking.candidates_per_query
+    if candidates is None:
+        candidates = int(np.clip(_ROWS // max(len(selected), 1), *_CANDIDATES))
+    rows = training_rows(past, selected, candidates, settings.ranking.cold_start_dropout)
     if rows is None:
         return None
     pages, page_labels, types = queries.make_pages(

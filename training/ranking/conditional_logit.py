@@ -10,13 +10,17 @@ from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.scaler import FeatureScaler
 from training.examples.ranking_groups import RankingGroups
 
-_PENALTY = 1e-3
+PENALTY = 1e-3
 _SCALE_ROWS = 200_000
 _log = logging.getLogger(__name__)
 
 
-def fit_choice(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
-    """The maximum-likelihood weights with a ridge penalty; a row counts as often as its grade.
+def fit_choice(
+    groups: RankingGroups, columns: Sequence[str], penalty: np.ndarray | float = PENALTY
+) -> ConditionalLogit:
+    """The maximum-likelihood weights with a ridge `penalty`, of each column or of all.
+
+    A row counts as often as its grade.
 
     Softmax cross-entropy over each group (McFadden, 1974). A sampled row counts in the softmax's sum as often
     as its weight, for the rows that it represents. Groups without a grade are dropped. A column that is
@@ -53,8 +57,8 @@ def fit_choice(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogi
     def loss(weight: np.ndarray) -> tuple[float, np.ndarray]:
         probability, negative_log = likelihood(weight)
         gradient = (group_grade[group_of] * probability - grade).astype(np.float32) @ rows
-        cost = float(grade @ negative_log) / total_grade + _PENALTY / 2 * float(weight @ weight)
-        return cost, gradient / total_grade + _PENALTY * weight
+        cost = float(grade @ negative_log) / total_grade + float(penalty * weight @ weight) / 2
+        return cost, gradient / total_grade + penalty * weight
 
     def hessian(weight: np.ndarray) -> np.ndarray:
         probability, _ = likelihood(weight)
@@ -62,7 +66,7 @@ def fit_choice(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogi
         mean_row *= np.sqrt(group_grade).astype(np.float32)[:, None]
         scaled = rows * np.sqrt(group_grade[group_of] * probability).astype(np.float32)[:, None]
         variance = (scaled.T @ scaled - mean_row.T @ mean_row) / total_grade
-        return np.asarray(variance + _PENALTY * np.eye(len(weight)))
+        return np.asarray(variance + penalty * np.eye(len(weight)))
 
     options = {"gtol": 1e-4, "maxiter": 50}  # float32 rows allow no finer gradient
     result = minimize(

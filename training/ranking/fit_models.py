@@ -12,13 +12,15 @@ from services.ranking.models.reranker import RerankerModel
 from services.ranking.models.taste import TASTE_COLUMNS
 from services.ranking.scoring.scorer import ctr_column
 from services.ranking.state.item_stats import RECENT_COLUMNS
+from training.core.decisions import Decision
 from training.data.config import ShopConfig
 from training.examples.feature_rows import FeatureRows
 from training.examples.ranking_groups import RankingGroups
 from training.examples.training_set import TrainingSet
 from training.ranking import ctr
 from training.ranking.page_reranker import LoggedPages, fit_page_reranker, improves_likelihood
-from training.ranking.reranker import fit_reranker, improves_ndcg
+from training.ranking.reranker import fit_reranker, head_decision, thin_head
+from training.ranking.shrinkage import ChoiceRecipe
 
 _log = logging.getLogger(__name__)
 # What the names of the feature columns of each part begin with.
@@ -42,11 +44,16 @@ def is_column_of(column: str, *parts: str) -> bool:
 
 @dataclass(frozen=True)
 class FittedModels:
-    """Fitted models, and the reranker's columns: indices into the features followed by the head's scores."""
+    """Fitted models, and the reranker's columns: indices into the features followed by the head's scores.
+
+    `recipe` is that of the choice model, None in a shop that logs pages; `decisions` are those of this fit.
+    """
 
     head: CtrModel | None
     model: RerankerModel
     columns: np.ndarray
+    recipe: ChoiceRecipe | None = None
+    decisions: Sequence[Decision] = ()
 
     @property
     def reads_head(self) -> bool:
@@ -108,8 +115,8 @@ def fit_models(
     """Fit both models without the parts in `without`, as in `is_column_of`, or "trees".
 
     If the head's scores do not improve the reranker, the reranker does not read them; the head then serves
-    probabilities only, or is dropped. With the models `like`, that decision and the number of trees are
-    taken from there.
+    probabilities only, or is dropped. With the models `like`, that decision, the recipe of the choice model
+    and the number of trees are taken from there.
 
     `heads` are the heads of the same training set, if more models are fitted on it.
     """
@@ -119,6 +126,11 @@ def fit_models(
     names, head = tuple(data.rows.names), None
     # Trained on pages, a head that is no column still serves probabilities.
     needs_head = like is None or like.reads_head or data.has_impressions
+    decisions: list[Decision] = []
+    if like is None and not data.has_impressions and "ctr" not in without and spaces:
+        decision = thin_head(groups_of(data.rows, data.rows.matrix))
+        decisions += [decision] if decision else []
+        needs_head = decision is None
     if "ctr" not in without and spaces and needs_head:  # the head reads vectors only
         head, logits = heads.fit(spaces)
         names = (*names, *(ctr_column(t) for t in data.types))
@@ -131,10 +143,13 @@ def fit_models(
     columns_read = [names[index] for index in columns]
     pages = LoggedPages(groups[1], data.positions) if data.has_impressions else None
     from_head = np.array([is_column_of(name, "ctr") for name in columns_read], bool)
-    if like is not None:
-        reads_head = like.reads_head
-    elif not (reads_head := not from_head.any() or _improves(groups[0], pages, columns_read, from_head)):
-        _log.info("the CTR head does not improve the ranking")
+    reads_head = like.reads_head if like is not None else bool(from_head.any())
+    if like is None and reads_head:
+        if pages is None:
+            decisions.append(head_decision(groups[0], columns_read, from_head))
+            reads_head = decisions[-1].accepted
+        elif not (reads_head := improves_likelihood(groups[0], pages, columns_read, from_head)):
+            _log.info("the CTR head does not improve the ranking")
     if from_head.any() and not reads_head:
         columns = columns[~from_head]
         columns_read = [name for name in columns_read if not is_column_of(name, "ctr")]
@@ -143,18 +158,12 @@ def fit_models(
         head = head if data.has_impressions else None
     limit = settings.ranking.trees if like is None else like.model.tree_count
     trees, exact = 0 if "trees" in without else limit, like is not None
-    if pages is None:
-        return FittedModels(head, fit_reranker(groups[0], columns_read, trees, exact=exact), columns)
-    return FittedModels(head, fit_page_reranker(groups[0], pages, columns_read, trees, exact=exact), columns)
-
-
-def _improves(
-    queries: RankingGroups, pages: LoggedPages | None, columns: Sequence[str], tested: np.ndarray
-) -> bool:
-    """Whether the columns `tested`, bool (K,), improve the ranking of pages, or of queries without pages."""
-    if pages is None:
-        return improves_ndcg(queries, columns, tested)
-    return improves_likelihood(queries, pages, columns, tested)
+    if pages is not None:
+        model = fit_page_reranker(groups[0], pages, columns_read, trees, exact=exact)
+        return FittedModels(head, model, columns)
+    recipe = like.recipe if like is not None else None
+    fitted = fit_reranker(groups[0], columns_read, trees, recipe=recipe, exact=exact)
+    return FittedModels(head, fitted.model, columns, fitted.recipe, [*decisions, *fitted.decisions])
 
 
 def groups_of(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:

@@ -244,7 +244,10 @@ def _tree_count(choice: ConditionalLogit, early: LoggedPages, late: LoggedPages,
         )
         start, used = start + more, count
         gains.append(_likelihood(late, start) - base)
-    best, mean, error = best_count(counts, np.stack(gains))
+    best, crossed = best_count(counts, np.stack(gains))
+    if len(crossed) < MIN_GROUPS:
+        return 0
+    mean, error = mean_and_error(crossed)
     _log.info("trees gain %.4f of log-likelihood, ± %.4f; %d is the best number", mean, error, best)
     return best if mean > max(_ERRORS * error, _LEAST_GAIN) else 0
 

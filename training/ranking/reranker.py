@@ -3,19 +3,20 @@
 `page_reranker` fits that of a shop that logs pages.
 """
 
-import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import lightgbm
 import numpy as np
 
-from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.reranker import RerankerModel
+from training.core.decisions import MIN_QUERIES, Decision, decide
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import fit_choice
-from training.ranking.coordinate_ascent import DEPTH, ascend
+from training.ranking.coordinate_ascent import DEPTH
+from training.ranking.shrinkage import ChoiceRecipe, choose_recipe, fit_recipe
 from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
-from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
+from training.ranking.validation import best_count, validation_mask
 
 _LEAVES = (7, 63)
 _ROWS_PER_LEAF = 1000
@@ -26,83 +27,100 @@ _PARAMETERS = SETTINGS | {
     "min_data_in_leaf": 50,
     "lambdarank_truncation_level": 40,
 }
-_log = logging.getLogger(__name__)
+_HEAD, _WITHOUT_HEAD = "the scores of the CTR head", "a ranker without them"
+_NDCG = f"of nDCG@{DEPTH}"
+
+
+@dataclass(frozen=True)
+class FittedReranker:
+    """A model, the recipe of its choice model, and what held-out groups decided."""
+
+    model: RerankerModel
+    recipe: ChoiceRecipe
+    decisions: Sequence[Decision] = ()
 
 
 def fit_reranker(
-    groups: RankingGroups, columns: Sequence[str], trees: int, *, exact: bool = False
-) -> RerankerModel:
+    groups: RankingGroups,
+    columns: Sequence[str],
+    trees: int,
+    *,
+    recipe: ChoiceRecipe | None = None,
+    exact: bool = False,
+) -> FittedReranker:
     """Fit a model that ranks the candidates of past queries, with at most `trees` trees; so many if `exact`.
 
-    The choice model is fitted by likelihood, then improved at the first ranks (`coordinate_ascent`). Trees
-    learn interactions of columns. The last fifth of the groups, cut between days, decides how many of them to
+    The choice model follows `recipe`, or the one that held-out groups choose (`shrinkage`). Trees learn
+    interactions of columns. The last fifth of the groups, cut between days, decides how many of them to
     use, and whether they help at all. If most groups are of the first day, a random fifth decides.
     """
+    decisions = []
+    if recipe is None:
+        recipe, decision = choose_recipe(groups, columns)
+        decisions.append(decision)
     is_late = validation_mask(groups)
     count = trees if exact else 0
     if trees and not exact and is_late.any():
         early = groups.take(~is_late)
-        count = _tree_count(_fit_choice(early, columns), early, groups.take(is_late), trees)
-    choice = _fit_choice(groups, columns)
+        count, decision = _tree_count(
+            RerankerModel(fit_recipe(early, columns, recipe), None), early, groups.take(is_late), trees
+        )
+        decisions.append(decision)
+    plain = RerankerModel(fit_recipe(groups, columns, recipe), None)
     if not count:
-        return RerankerModel(choice, None)
-    data, gain = _dataset(choice, groups)
-    return RerankerModel(choice, lightgbm.train(_parameters(groups, gain), data, count))
+        return FittedReranker(plain, recipe, decisions)
+    data, gain = _dataset(plain, groups)
+    booster = lightgbm.train(_parameters(groups, gain), data, count)
+    return FittedReranker(replace(plain, trees=booster), recipe, decisions)
 
 
-def improves_ndcg(groups: RankingGroups, columns: Sequence[str], tested: np.ndarray) -> bool:
-    """Whether the columns `tested`, bool (K,), improve a choice model by more than one standard error.
+def head_decision(groups: RankingGroups, columns: Sequence[str], tested: np.ndarray) -> Decision:
+    """Whether the columns `tested`, bool (K,), improve a choice model on the validation groups, by nDCG@20.
 
-    The gain is that of nDCG@20 on the validation groups, as for trees. True if there is too little data to
-    decide.
+    The models are fitted by likelihood alone.
     """
     is_late = validation_mask(groups)
-    if np.count_nonzero(is_late) < MIN_GROUPS:
-        return True
-    early, late, ndcg = groups.take(~is_late), groups.take(is_late), []
-    for mask in (np.ones(len(columns), bool), ~tested):
-        names = [name for name, selected in zip(columns, mask, strict=True) if selected]
-        choice = _fit_choice(early.select_columns(mask), names)
-        ndcg.append(late.ndcg(choice.terms(late.matrix[:, mask]).sum(1, dtype=np.float64), DEPTH))
-    if len(ndcg[0]) < MIN_GROUPS:
-        return True
-    mean, error = mean_and_error(ndcg[0] - ndcg[1])
-    tested_names = [name for name, is_tested in zip(columns, tested, strict=True) if is_tested]
-    _log.info("%s gain %.4f of nDCG, ± %.4f", ", ".join(tested_names), mean, error)
-    return mean > error
+    ndcg = [np.empty(0), np.empty(0)]
+    if is_late.any():
+        early, late, ndcg = groups.take(~is_late), groups.take(is_late), []
+        for mask in (np.ones(len(columns), bool), ~tested):
+            names = [name for name, selected in zip(columns, mask, strict=True) if selected]
+            choice = fit_choice(early.select_columns(mask), names)
+            ndcg.append(late.ndcg(choice.terms(late.matrix[:, mask]).sum(1, dtype=np.float64), DEPTH))
+    return decide(_HEAD, _WITHOUT_HEAD, _NDCG, *ndcg)
 
 
-def _fit_choice(groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
-    return ascend(fit_choice(groups, columns), groups)
+def thin_head(groups: RankingGroups) -> Decision | None:
+    """The decision against a CTR head if the validation groups are too few to decide for it, else None."""
+    count = int(validation_mask(groups).sum())
+    return Decision(_HEAD, _WITHOUT_HEAD, _NDCG, False, count, None) if count < MIN_QUERIES else None
 
 
 def _tree_count(
-    choice: ConditionalLogit, training: RankingGroups, validation: RankingGroups, limit: int
-) -> int:
-    """The best number of trees for the validation groups; 0 if the gain is not significant.
+    model: RerankerModel, training: RankingGroups, validation: RankingGroups, limit: int
+) -> tuple[int, Decision]:
+    """The best number of trees for the validation groups, 0 if they do not help, and the decision.
 
-    Significant means more than one standard error of the gain in nDCG@20; of equally good models the simpler
-    one is used, as in pruning (Breiman et al., 1984). Forty numbers are compared, up to the end of early
-    stopping.
+    Forty numbers are compared, up to the end of early stopping.
     """
     grades = np.unique(np.concatenate([training.grade, validation.grade]))
-    training_data, gain = _dataset(choice, training, grades)
-    validation_data, _ = _dataset(choice, validation, grades, training_data)
+    training_data, gain = _dataset(model, training, grades)
+    validation_data, _ = _dataset(model, validation, grades, training_data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(
         _parameters(training, gain), training_data, limit, valid_sets=[validation_data], callbacks=[stop]
     )
     counts = tree_counts(booster.current_iteration())
-    best, mean, error = best_count(counts, _gains(choice, booster, validation, counts))
-    _log.info("trees gain %.4f of nDCG, ± %.4f; %d is the best number", mean, error, best)
-    return best if mean > error else 0
+    best, gains = best_count(counts, _gains(model, booster, validation, counts))
+    decision = decide("trees", "the weighted sum alone", _NDCG, gains, np.zeros(len(gains)))
+    return (best if decision.accepted else 0), decision
 
 
 def _gains(
-    choice: ConditionalLogit, trees: lightgbm.Booster, groups: RankingGroups, counts: np.ndarray
+    model: RerankerModel, trees: lightgbm.Booster, groups: RankingGroups, counts: np.ndarray
 ) -> np.ndarray:
     """The gain in each group's nDCG@20 of the first `counts` trees, rising (K,): float64 (K, Q)."""
-    score = choice.terms(groups.matrix).sum(1, dtype=np.float64)
+    score = model.linear_score(groups.matrix)
     base_ndcg, gains, used = groups.ndcg(score, DEPTH), [], 0
     for count in counts.tolist():
         score = score + trees.predict(groups.matrix, start_iteration=used, num_iteration=count - used)
@@ -118,7 +136,7 @@ def _parameters(groups: RankingGroups, gain: Sequence[float]) -> dict[str, objec
 
 
 def _dataset(
-    choice: ConditionalLogit,
+    model: RerankerModel,
     groups: RankingGroups,
     grades: np.ndarray | None = None,
     reference: lightgbm.Dataset | None = None,
@@ -135,7 +153,7 @@ def _dataset(
         np.searchsorted(grades, groups.grade[order]),
         weight=groups.weight[order],
         group=groups.size,
-        init_score=choice.terms(matrix).sum(1, dtype=np.float64),
+        init_score=model.linear_score(matrix),
         reference=reference,
     )
     return data, (grades / max(float(grades.max()), 1e-9)).tolist()

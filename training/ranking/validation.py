@@ -32,14 +32,16 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def best_count(counts: np.ndarray, gains: np.ndarray) -> tuple[int, float, float]:
-    """The best of `counts`, (K,), by the gain in each group, (K, Q); the mean of the gain and its error.
+def best_count(counts: np.ndarray, gains: np.ndarray) -> tuple[int, np.ndarray]:
+    """The best of `counts`, (K,), by the gain in each group, (K, Q), and what it gains in each, (Q,).
 
     The best of many numbers gains by chance as well, so each half of the groups is measured with the number
-    that is best for the other half. The gain is 0 and its error infinite with fewer than two groups.
+    that is best for the other half. Fewer than two groups have no gains.
     """
     if gains.shape[1] < MIN_GROUPS:
-        return 0, 0.0, math.inf
+        return 0, np.empty(0)
     half = np.random.default_rng(0).permutation(gains.shape[1]) % 2 == 0
-    crossed = [gains[gains[:, ~in_half].mean(1).argmax(), in_half] for in_half in (half, ~half)]
-    return int(counts[gains.mean(1).argmax()]), *mean_and_error(np.concatenate(crossed))
+    crossed = np.empty(gains.shape[1])
+    for in_half in (half, ~half):
+        crossed[in_half] = gains[gains[:, ~in_half].mean(1).argmax(), in_half]
+    return int(counts[gains.mean(1).argmax()]), crossed

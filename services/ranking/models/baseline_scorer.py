@@ -22,13 +22,17 @@ WEIGHTS = {
     "words_session_most": 0.10,
     "words_history_most": 0.04,
 }
-_POPULARITY = 0.01
+_POPULARITY, _POPULAR = 0.01, "popular_7d"
+HAND_SET = "hand_set_score"
+"""The column of a choice model that holds these scores."""
 
 
 def baseline_scores(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
     """Scores float32 (C,) of feature rows (C, F) with columns `names`; a missing value adds nothing."""
     column = {name: index for index, name in enumerate(names)}
-    total = _POPULARITY * np.log1p(np.nan_to_num(matrix[:, column["popular_7d"]]))
+    total = np.zeros(len(matrix), np.float32)
+    if _POPULAR in column:
+        total = _POPULARITY * np.log1p(np.nan_to_num(matrix[:, column[_POPULAR]]))
     for name, weight in WEIGHTS.items():
         if name in column:
             total = total + weight * np.nan_to_num(matrix[:, column[name]])

@@ -9,6 +9,7 @@ import numpy as np
 
 from services.core import native_threads
 from services.core.errors import FailedPrecondition
+from services.ranking.models.baseline_scorer import HAND_SET, baseline_scores
 from services.ranking.models.linear import ConditionalLogit
 from services.ranking.models.scaler import FeatureScaler
 
@@ -22,10 +23,19 @@ CHOICE_FILE = "choice.json"
 
 @dataclass(frozen=True)
 class RerankerModel:
-    """A choice model, and trees boosted from its scores if they improve on it."""
+    """A choice model, and trees boosted from its scores if they improve on it.
+
+    The last column of the choice model may be `HAND_SET`, which follows from the others.
+    """
 
     choice: ConditionalLogit
     trees: lightgbm.Booster | None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The columns of the rows that the model reads."""
+        columns = tuple(self.choice.columns)
+        return columns[:-1] if columns[-1:] == (HAND_SET,) else columns
 
     @property
     def tree_count(self) -> int:
@@ -34,18 +44,31 @@ class RerankerModel:
 
     def score(self, matrix: np.ndarray, threads: int = 0) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F); `threads` 0 uses every core."""
-        score = self.choice.terms(matrix).sum(1, dtype=np.float64)
+        score = self.linear_score(matrix)
         if self.trees is not None:
             # Raw: of a binary objective, the default would be a probability.
             score += self.trees.predict(matrix, raw_score=True, num_threads=threads)
         return np.asarray(score)
 
+    def linear_score(self, matrix: np.ndarray) -> np.ndarray:
+        """Scores float64 (C,) of rows (C, F) by the choice model alone."""
+        return np.asarray(self._terms(matrix).sum(1, dtype=np.float64))
+
     def contributions(self, matrix: np.ndarray) -> np.ndarray:
-        """The contribution of each column, up to a constant: float64 (C, F), of the trees by TreeSHAP."""
-        terms = self.choice.terms(matrix).astype(np.float64)
+        """The contribution of each column of the choice model, up to a constant; of the trees by TreeSHAP.
+
+        float64 (C, K), in the order of `choice.columns`.
+        """
+        terms = self._terms(matrix).astype(np.float64)
         if self.trees is not None:
-            terms += np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
+            of_trees = np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
+            terms[:, : of_trees.shape[1]] += of_trees
         return terms
+
+    def _terms(self, matrix: np.ndarray) -> np.ndarray:
+        if len(self.features) < len(self.choice.columns):
+            matrix = np.column_stack([matrix, baseline_scores(self.features, matrix)])
+        return self.choice.terms(matrix)
 
 
 class Reranker:
@@ -59,14 +82,14 @@ class Reranker:
         parameters = json.loads((directory / CHOICE_FILE).read_text())
         choice = ConditionalLogit(**parameters | {"scales": FeatureScaler(**parameters["scales"])})
         index = {name: position for position, name in enumerate(names)}
-        if missing := [name for name in choice.columns if name not in index]:
-            raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is not a feature here")
-        self._columns = np.array([index[name] for name in choice.columns])
-        self.columns_read = tuple(choice.columns)
         trees = directory / MODEL_FILE
         self._model = RerankerModel(
             choice, lightgbm.Booster(model_file=str(trees)) if trees.is_file() else None
         )
+        self.columns_read = self._model.features
+        if missing := [name for name in self.columns_read if name not in index]:
+            raise FailedPrecondition(f"the reranker reads {missing[0]!r}, which is not a feature here")
+        self._columns = np.array([index[name] for name in self.columns_read])
 
     def score(self, matrix: np.ndarray) -> np.ndarray:
         """Scores float32 (C,) of rows (C, F) in the order of `names`; they order items and have no unit."""
