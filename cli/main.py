@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import sys
@@ -231,10 +232,13 @@ def _parse_time(text: str) -> datetime:
 
 
 def _train(options: dict[str, Any]) -> None:
+    from services.catalog.bundle import REPORT
     from training.pipeline import train
 
     shop_file = options.pop("shop")
     bundle = train(options.pop("data"), options.pop("out"), shop_file=shop_file, **options)
+    report = json.loads((bundle / REPORT / "report.json").read_text())
+    print(*report["summary"], sep="\n", file=sys.stderr)  # noqa: T201 - for the reader; the answer is the bundle
     print(bundle)  # noqa: T201 - a command's answer
 
 

@@ -33,6 +33,7 @@ from training.encoders import fit_encoders
 from training.encoders.fit_encoders import FittedEncoders
 from training.evaluation import evaluate
 from training.evaluation.report import write_report
+from training.evaluation.summary import summary_lines
 from training.examples import queries
 from training.examples.queries import DAY
 from training.examples.windows import Windows, choose_windows
@@ -94,7 +95,13 @@ def train(
     sections["propensity"] = json.loads((propensities / propensity.FILE).read_text())
     sections["graph"] = json.loads((graphs / past_graphs.TUNED).read_text())
     sections["provenance"] = _provenance(settings)
+    if len(shop.events):
+        sections["windows"] = windows.to_dict()
+    decisions = rankers / ranking_stage.DECISIONS
+    of_rankers = json.loads(decisions.read_text()) if decisions.is_file() else []
+    sections["decisions"] = [*(decision.to_dict() for decision in encoded.decisions), *of_rankers]
     document = _report(shop, until, encoded, sections, stages, verdict)
+    document["summary"] = summary_lines(document)
     with exclusive_lock(out / ".staged.lock"):
         return _publish(
             out,

@@ -67,7 +67,7 @@ def fit(
     windows: Windows,
 ) -> None:
     """Fit and evaluate the models; write them and the evaluation into `directory`."""
-    since, evaluated_from = windows.since, windows.evaluated_from
+    since = windows.since
     weights = dict(settings.event_types)
     engagement_types = tuple(name for name, weight in weights.items() if weight > 0)
     # Train on all engagements, graded by weight; evaluate on the shop's targets only.
@@ -75,10 +75,11 @@ def fit(
     training_queries = queries.make_eval_queries(
         shop.events, weights, engagement_types, since, no_session_share=no_session_share
     )
-    data = make_training_set(past, shop, settings, training_queries, since)
     eval_queries = queries.make_eval_queries(
         shop.events, weights, tuple(settings.targets), since, no_session_share=no_session_share
     )
+    allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
+    data = make_training_set(past, shop, settings, training_queries, since, eval_queries, allowed)
     if data is None:
         _log.warning("there is no basket to train on: the bundle ranks by hand-set weights")
         evaluate.write_empty(directory)
@@ -91,12 +92,9 @@ def fit(
         decision.log()
     document = [decision.to_dict() for decision in fitted.decisions]
     (directory / DECISIONS).write_text(json.dumps(document, indent=1) + "\n")
-    allowed = filters.evaluate(evaluate.task_filter(settings), past.table)
     depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)
     _log.info("the first phase passes on %d candidates", depth)
-    evaluate.evaluate(
-        past, shop, settings, data, eval_queries, vectors, evaluated_from, directory, fitted, depth
-    )
+    evaluate.evaluate(past, shop, settings, data, eval_queries, vectors, windows, directory, fitted, depth)
     if fitted.head is not None:
         (directory / CTR).mkdir()
         write_ctr(directory / CTR, fitted.head)

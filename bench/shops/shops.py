@@ -145,10 +145,12 @@ def write_shop(shop: Shop, directory: Path) -> int:
     cut = times.iloc[int(len(times) * (1 - shop.held_out))].normalize()
     rows = events.assign(time=events["time"].dt.strftime("%Y-%m-%d"))
     _lines(directory / "events.jsonl", rows.to_dict("records"))
+    generator = np.random.default_rng(0)
     queries, known = [], set(events.loc[events["time"] < cut, "user_id"])
     late = events[events["time"] >= cut]
     for user, basket in late.groupby("user_id", sort=True):
-        items = list(dict.fromkeys(basket.loc[basket["time"] == basket["time"].min(), "item_id"]))
+        items = basket.loc[basket["time"] == basket["time"].min(), "item_id"].unique()
+        items = generator.permutation(items).tolist()  # the files sort them: variants are neighbors there
         session = items[: (len(items) + 1) // 2] if len(items) > 1 else []
         if session or user in known:
             targets = items[len(session) :]

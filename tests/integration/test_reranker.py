@@ -31,8 +31,7 @@ from tests.support import shops
 from tests.support.fits import Fits
 from tests.support.prediction_models import served_logits
 from training.examples.ranking_groups import RankingGroups
-from training.ranking import reranker as reranker_fit
-from training.ranking import shrinkage
+from training.ranking import list_trees, shrinkage
 from training.ranking.reranker import fit_reranker
 from training.ranking.shrinkage import ChoiceRecipe, fit_recipe
 from training.ranking.validation import validation_mask
@@ -71,7 +70,7 @@ def test_sampled_rows_stay_complete_and_in_their_list() -> None:
     groups = RankingGroups(number[:, None], number % 3, number + 1, size, np.arange(5))
     both = RankingGroups.concatenate([groups, groups.take(np.array([True, False, True, False, True]))])
     choice = ConditionalLogit(["number"], FeatureScaler([1.0], [1.0], [2.0]), [0.5])
-    data, gain = reranker_fit._dataset(RerankerModel(choice, None), both)
+    data, gain = list_trees.dataset(RerankerModel(choice, None), both)
     assert gain == [0, 0.5, 1]
     matrix = np.asarray(data.data)[:, 0]
     expected = [*np.split(number, np.cumsum(size)[:-1]), number[:3], number[4:11], number[13:]]
@@ -96,11 +95,11 @@ def test_ties_do_not_rank_the_target_first() -> None:
         grade[np.arange(400), 0 if first else choice.integers(0, 10, 400)] = 1
         noise = lists(np.zeros((4000, 2), np.float32), grade.ravel())
         record: dict[str, Any] = {}
-        data, _ = reranker_fit._dataset(
+        data, _ = list_trees.dataset(
             RerankerModel(ConditionalLogit(TWO, FeatureScaler.plain(2), [0.0] * 2), None), noise
         )
         lightgbm.train(
-            reranker_fit._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
+            list_trees._PARAMETERS, data, 1, [data], callbacks=[lightgbm.record_evaluation(record)]
         )
         ranks.append(record["training"]["ndcg@20"][0])
     assert ranks[0] == pytest.approx(ranks[1], abs=0.05)

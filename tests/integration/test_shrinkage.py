@@ -1,5 +1,6 @@
 """Few baskets move a ranker little from the simple score, many as far as they know better."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,15 @@ from training.examples.ranking_groups import RankingGroups
 from training.ranking import shrinkage
 from training.ranking.conditional_logit import PENALTY
 from training.ranking.coordinate_ascent import DEPTH
-from training.ranking.shrinkage import ALONE, ChoiceRecipe, best_column, choose_recipe, fit_recipe
+from training.ranking.reranker import fit_reranker
+from training.ranking.shrinkage import (
+    ALONE,
+    ChoiceRecipe,
+    CrossValidation,
+    best_column,
+    choose_recipe,
+    fit_recipe,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -41,6 +50,11 @@ def weights(text: float = 0.0, noise: float = 0.0) -> np.ndarray:
     return values
 
 
+def crossed(groups: RankingGroups) -> CrossValidation:
+    part = np.arange(len(groups.size)) % 5
+    return CrossValidation(groups, part, part)
+
+
 def ndcg(recipe: ChoiceRecipe, training: RankingGroups, fresh: RankingGroups) -> float:
     model = RerankerModel(fit_recipe(training, COLUMNS, recipe), None)
     return float(fresh.ndcg(model.linear_score(fresh.matrix), DEPTH).mean())
@@ -52,7 +66,7 @@ def test_the_best_single_column_is_found() -> None:
 
 
 def test_what_many_baskets_know_replaces_the_simple_score() -> None:
-    recipe, decision = choose_recipe(groups_of(1500, weights(text=4, noise=6)), COLUMNS)
+    recipe, (decision,) = choose_recipe(groups_of(1500, weights(text=4, noise=6)), COLUMNS)
     assert decision.accepted
     assert decision.gain is not None
     assert decision.gain.low > 0
@@ -66,7 +80,7 @@ def test_a_few_baskets_are_never_worse_than_the_simple_score(count: int) -> None
     shrunk, fitted, simple = [], [], []
     for seed in range(8):
         training, fresh = groups_of(count, truth, seed), groups_of(400, truth, 100 + seed)
-        recipe, _ = choose_recipe(training, COLUMNS)
+        recipe, _ = choose_recipe(training, COLUMNS, crossed(training))
         shrunk.append(ndcg(recipe, training, fresh))
         fitted.append(ndcg(ChoiceRecipe("text_session_most", PENALTY, climbs=False), training, fresh))
         simple.append(ndcg(ChoiceRecipe("text_session_most", ALONE, climbs=False), training, fresh))
@@ -78,7 +92,9 @@ def test_a_few_baskets_are_never_worse_than_the_simple_score(count: int) -> None
 def test_nothing_but_noise_leaves_the_simple_score() -> None:
     rejected = 0
     for seed in range(6):
-        recipe, decision = choose_recipe(groups_of(200, weights(), seed), COLUMNS)
+        groups = groups_of(200, weights(), seed)
+        recipe, (decision, of_trees) = choose_recipe(groups, COLUMNS, crossed(groups))
+        assert not of_trees.accepted
         assert recipe.penalty >= shrinkage._STRONG
         rejected += recipe.penalty == ALONE
         assert decision.accepted == (recipe.penalty < ALONE)
@@ -87,7 +103,7 @@ def test_nothing_but_noise_leaves_the_simple_score() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 9])
 def test_too_few_baskets_leave_hand_set_weights(count: int) -> None:
-    recipe, decision = choose_recipe(groups_of(count, weights(text=8)), COLUMNS)
+    recipe, (decision,) = choose_recipe(groups_of(count, weights(text=8)), COLUMNS)
     assert recipe == ChoiceRecipe(HAND_SET, ALONE, climbs=False)
     assert not decision.accepted
     assert "too few to tell" in str(decision)
@@ -112,3 +128,18 @@ def test_hand_set_weights_alone_rank_as_without_a_reranker(tmp_path: Path) -> No
     contributions = model.contributions(groups.matrix)
     assert contributions.shape == (len(groups.matrix), len(COLUMNS) + 1)
     np.testing.assert_allclose(contributions.sum(1), model.score(groups.matrix), rtol=1e-4, atol=1e-4)
+
+
+def test_trees_of_few_baskets_are_cross_validated() -> None:
+    """What is neither low nor high is liked, which no sum knows."""
+    groups = groups_of(300, weights())
+    middle = np.abs(groups.matrix[:, 0] - 0.5) < 0.05
+    utility = (5 * middle).reshape(300, ROWS) + np.random.default_rng(1).gumbel(size=(300, ROWS))
+    grade = np.zeros((300, ROWS), np.float32)
+    grade[np.arange(300), utility.argmax(1)] = 1
+    groups = replace(groups, grade=grade.ravel())
+    recipe, (_, of_trees) = choose_recipe(groups, COLUMNS, crossed(groups))
+    assert of_trees.accepted
+    assert recipe.trees in shrinkage.TREES
+    model = fit_reranker(groups, COLUMNS, 100, validation=crossed(groups)).model
+    assert model.tree_count == recipe.trees

@@ -97,6 +97,6 @@ def _score_steps(
         yield "ctr", logits
         matrix = np.concatenate([matrix, logits], axis=1)
     matrix = matrix[:, models.columns]
-    yield COUNTS, models.model.choice.terms(matrix).sum(1)
+    yield COUNTS, models.model.linear_score(matrix)
     if models.model.trees is not None:
         yield "trees", models.model.trees.predict(matrix, raw_score=True, num_threads=1)

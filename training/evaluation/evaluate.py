@@ -1,7 +1,7 @@
 """Evaluates the ranking of a bundle on the last days, in full and with each part ablated.
 
-The evaluated models are fitted on the earlier ranking days, on at most 6,000 baskets. The published models
-are fitted on all days and baskets.
+The evaluated models are fitted on the earlier ranking days, on at most 6,000 baskets, or by cross-fitting
+(`held_out_models`). The published models are fitted on all days and baskets.
 """
 
 import json
@@ -20,22 +20,22 @@ from training.data.config import ShopConfig
 from training.data.events import Events
 from training.data.shop import ShopData
 from training.evaluation.cumulative_ablation import COUNTS, STEPS, cumulative_ablation, step_milliseconds
+from training.evaluation.held_out_models import TRAINING_QUERIES, HeldOutModels, Split, split_of
 from training.evaluation.page_likelihood import BUNDLE, page_likelihood, page_slices
 from training.examples.feature_rows import FeatureRows, evaluation_rows
 from training.examples.point_in_time import PointInTime
 from training.examples.queries import EvalQuery
 from training.examples.training_set import TrainingSet
+from training.examples.windows import Windows
 from training.ranking import ctr
 from training.ranking.first_phase import depth_losses, fit_first_phase
-from training.ranking.fit_models import CtrHeads, FittedModels, fit_models, groups_of
+from training.ranking.fit_models import FittedModels, groups_of
 from training.ranking.page_reranker import LoggedPages
 
 FILE = "evaluation.json"
 PAGE = 20
 _TIMED_QUERIES = 50
 _RECALL_QUERIES = 100
-# A dozen models are fitted. On H&M, trees help significantly with 12,000 baskets, but not with 3,000.
-_TRAINING_QUERIES = 6000
 # The parts that describe new items come first, because a chart shows at most six curves.
 _COLD_START_PARTS = ("text", "image", "words", "reranker")
 # Feature parts whose candidate source has another name.
@@ -58,33 +58,33 @@ def evaluate(
     data: TrainingSet,
     eval_queries: Sequence[EvalQuery],
     vectors: Mapping[str, np.ndarray],
-    since: int,
+    windows: Windows,
     directory: Path,
     bundle_models: FittedModels,
-    depth: int,
+    depth: int | None,
 ) -> None:
-    """Write the report's sections, evaluated on queries from `since` on, microseconds since 1970.
+    """Write the report's sections, evaluated on the queries of the evaluation window.
 
-    The evaluated models have as many trees as the published `bundle_models`, and read the CTR head if those
-    do. `depth` is how many candidates the first phase of the published bundle passes on.
+    If these are too few, all queries of the ranking window are evaluated, by cross-fitting. The evaluated
+    models have the recipe of the published `bundle_models`: how far they are shrunk, as many trees, and the
+    CTR head if those read it. `depth` is how many candidates the first phase of the published bundle passes
+    on, None without a first phase.
     """
-    queries = [q for q in eval_queries if q.as_of >= since]
-    sample = np.sort(np.random.default_rng(1).permutation(len(queries))[: settings.ranking.eval_queries])
-    queries = [queries[index] for index in sample]
-    training = data.before(since).sample(_TRAINING_QUERIES if queries else 0)
-    if not len(training.rows.size) or not len(training.ctr_rows.size):
+    split = split_of(data, eval_queries, windows, settings.ranking.eval_queries)
+    if not split.folds:
         write_empty(directory)
         return
+    queries, since, training = split.queries, split.since, split.folds[0].training
     allowed = filters.evaluate(task_filter(settings), past.table)
     rows = evaluation_rows(past, queries, allowed)
-    heads = CtrHeads(training, settings.ranking.ctr_epochs, settings.items.text_attributes)
-    models = fit_models(training, settings, vectors, heads=heads, like=bundle_models)
+    held_out = HeldOutModels(split, settings, vectors, bundle_models)
+    models, score = held_out.first, held_out.scores(rows)
     matrix = models.matrix(rows, vectors)
-    pages = _by_method(models, rows, matrix, vectors)
+    pages = _by_method(held_out, rows, score, vectors)
     counts = _counts(past, shop.events, since)
     inputs = _metric_inputs(past, counts, queries, int(allowed.sum()))
     results = {
-        "split": _split(training, queries, since),
+        "split": _split(split),
         "ranking": {name: metrics.ranking_metrics(p, **inputs) for name, p in pages.items()},
         "ablation": {},
         "cold_start": {},
@@ -99,7 +99,7 @@ def evaluate(
     missing |= {"ctr"} if models.head is None else set()
     missing |= set() if data.has_impressions else {"recent", "impressions"}
     parts = [part for part in STEPS if part not in missing]
-    late = data.since(since).sample(_TRAINING_QUERIES)
+    late = data.since(since).sample(TRAINING_QUERIES)
     on_pages = _page_scores(models, late, vectors) if data.has_impressions else {}
 
     def fitted_without(*removed_parts: str) -> list[np.ndarray]:
@@ -109,11 +109,11 @@ def evaluate(
         _log.info("evaluating without %s", ", ".join(removed_parts))
         # A head that is no column is not fitted anew for other vectors.
         excluded = removed_parts if models.reads_head else (*removed_parts, "ctr")
-        models_without = fit_models(training, settings, vectors, excluded, heads, like=models)
+        models_without = held_out.without(excluded)
         if data.has_impressions and len(removed_parts) == 1:
-            on_pages[f"without {removed_parts[0]}"] = models_without.score(late.ctr_rows, vectors)
-        score = models_without.score(rows, vectors)
-        return _pages(rows, np.where(proposed_by_others(past, rows, removed_parts), score, _EXCLUDED))
+            on_pages[f"without {removed_parts[0]}"] = models_without.first.score(late.ctr_rows, vectors)
+        left = proposed_by_others(past, rows, removed_parts)
+        return _pages(rows, np.where(left, models_without.scores(rows), _EXCLUDED))
 
     targets = inputs["targets"]
     without = {part: fitted_without(part) for part in parts if part != "trees"}
@@ -128,7 +128,7 @@ def evaluate(
     for part, other_pages in without.items():
         results["ablation"][part] = _difference(pages["whole bundle"], other_pages, targets)
     results["cold_start"] = _cold_start(pages["whole bundle"], without, targets, counts)
-    losses = _first_phase_losses(training, rows, models.model.score(matrix), targets)
+    losses = _first_phase_losses(training, rows, score, targets)
     results["first_phase"] = {"recall_loss": losses, "depth": depth}
     if data.has_impressions:
         results |= _logged_pages(on_pages, late, inputs["bands"])
@@ -136,19 +136,20 @@ def evaluate(
 
 
 def _by_method(
-    models: FittedModels, rows: FeatureRows, matrix: np.ndarray, vectors: Mapping[str, np.ndarray]
+    held_out: HeldOutModels, rows: FeatureRows, score: np.ndarray, vectors: Mapping[str, np.ndarray]
 ) -> dict[str, list[np.ndarray]]:
-    """The pages of the whole bundle, and those of simpler methods over the same candidates."""
-    pages = {BUNDLE: _pages(rows, models.model.score(matrix))}
+    """The pages of the whole bundle, by its `score`, and of simpler methods over the same candidates."""
+    pages = {BUNDLE: _pages(rows, score)}
     pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
     pages["item graph"] = _pages(rows, rows.matrix[:, _columns(rows, "baskets_", "people_")].sum(1))
-    for name, column in (("sequence model", "sequence_next"), ("popular", "popular_7d")):
-        score = rows.matrix[:, rows.names.index(column)]
-        if not np.isnan(score).all():
-            pages[name] = _pages(rows, score)
-    pages["choice model alone"] = _pages(rows, models.model.linear_score(matrix))
-    if models.head is not None:
-        pages["CTR head alone"] = _pages(rows, ctr.score(models.head, rows, vectors)[:, -1])
+    lately, ever = (rows.matrix[:, rows.names.index(name)] for name in ("popular_7d", "popular_ever"))
+    next_item = rows.matrix[:, rows.names.index("sequence_next")]
+    if not np.isnan(next_item).all():
+        pages["sequence model"] = _pages(rows, next_item)
+    pages["popular"] = _pages(rows, lately + np.float32(1e-3) * ever)
+    pages["choice model alone"] = _pages(rows, held_out.linear_scores(rows))
+    if (head := held_out.first.head) is not None:
+        pages["CTR head alone"] = _pages(rows, ctr.score(head, rows, vectors)[:, -1])
     return pages
 
 
@@ -263,13 +264,21 @@ def _metric_inputs(
     return {"targets": targets, "bands": bands, "warm": warm, "universe": universe, "k": PAGE}
 
 
-def _split(training: TrainingSet, queries: Sequence[EvalQuery], since: int) -> dict[str, Any]:
+def _split(split: Split) -> dict[str, Any]:
+    sizes = [len(fold.training.rows.size) for fold in split.folds]
+    recipe = "the published ones' recipe: as far shrunk, as many trees, and the CTR head if they read it"
+    note = f"The evaluated rankers are fitted on {sizes[0]} earlier baskets; they have"
+    if split.is_crossed:
+        note = (
+            "These are too few for days of their own: each query is ranked by models that are fitted on the "
+            f"{sizes[0]} or so baskets of other users, of all these days; the models have"
+        )
     return {
-        "learned_until": _iso(since),
-        "evaluated": [_iso(since), _iso(queries[-1].as_of)],
-        "queries": len(queries),
-        "note": f"The evaluated rankers are trained on {len(training.rows.size)} earlier baskets, "
-        "the published ones on all. They have as many trees as those, and read the CTR head if those do.",
+        "learned_until": _iso(split.since),
+        "evaluated": [_iso(split.since), _iso(split.queries[-1].as_of)],
+        "queries": len(split.queries),
+        "crossed": split.is_crossed,
+        "note": f"{note} {recipe}. The published ones are fitted on all baskets.",
     }
 
 

@@ -23,6 +23,10 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     None; a time is ISO 8601 or a datetime:
 
         shop        {"items", "events", "users", "images": int, "until": time}
+        summary     [sentence]
+        windows     {"since", "evaluated_from": time, counts of days and baskets}
+        decisions   [{"part", "baseline", "measure", "text": str, "accepted": bool, "queries": int,
+                    "gain": interval}], one per learned part
         input       {file: {"read", "kept": int, "reasons": {reason: rows}, "examples": {reason: [places]},
                     "samples": {reason: [values]}, "warnings", "notes": [sentence]}}, all but the first three
                     optional

@@ -11,6 +11,7 @@ from services.ranking.models.scaler import FeatureScaler
 from training.examples.ranking_groups import RankingGroups
 
 PENALTY = 1e-3
+_FLAT = 1e-2
 _SCALE_ROWS = 200_000
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def fit_choice(
     result = minimize(
         loss, np.zeros(len(columns)), jac=True, hess=hessian, method="trust-exact", options=options
     )
-    if not result.success:
+    # Near the optimum, float32 rows predict no improvement any more.
+    if not result.success and np.linalg.norm(result.jac) > _FLAT:
         _log.warning("the fit of the choice model did not converge: %s", result.message)
     return ConditionalLogit(list(columns), scales, result.x.tolist())

@@ -65,7 +65,7 @@ def ascend(choice: ConditionalLogit, groups: RankingGroups, seed: int = 0) -> Co
                 ndcg, improved = pairs.ndcg(lead), True
         if not improved:
             break
-    _log.info("coordinate ascent: nDCG@%d from %.4f to %.4f", DEPTH, before.mean(), ndcg.mean())
+    _log.debug("coordinate ascent: nDCG@%d from %.4f to %.4f", DEPTH, before.mean(), ndcg.mean())
     return ConditionalLogit(choice.columns, choice.scales, weight.tolist())
 
 

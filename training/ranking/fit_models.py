@@ -1,6 +1,7 @@
 """Fits CTR head and reranker together; the reranker is trained on the head's out-of-fold scores."""
 
 import logging
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,8 +21,9 @@ from training.examples.training_set import TrainingSet
 from training.ranking import ctr
 from training.ranking.page_reranker import LoggedPages, fit_page_reranker, improves_likelihood
 from training.ranking.reranker import fit_reranker, head_decision, thin_head
-from training.ranking.shrinkage import ChoiceRecipe
+from training.ranking.shrinkage import ChoiceRecipe, CrossValidation
 
+_PARTS = 5  # of users, in a cross-validation
 _log = logging.getLogger(__name__)
 # What the names of the feature columns of each part begin with.
 _COLUMNS = {
@@ -162,8 +164,26 @@ def fit_models(
         model = fit_page_reranker(groups[0], pages, columns_read, trees, exact=exact)
         return FittedModels(head, model, columns)
     recipe = like.recipe if like is not None else None
-    fitted = fit_reranker(groups[0], columns_read, trees, recipe=recipe, exact=exact)
+    fitted = fit_reranker(
+        groups[0],
+        columns_read,
+        trees,
+        recipe=recipe,
+        exact=exact,
+        validation=_validation(data, columns) if recipe is None and head is None else None,
+    )
     return FittedModels(head, fitted.model, columns, fitted.recipe, [*decisions, *fitted.decisions])
+
+
+def _validation(data: TrainingSet, columns: np.ndarray) -> CrossValidation | None:
+    rows = data.validation
+    if rows is None:
+        return None
+    part, training_part = (
+        np.array([zlib.crc32(q.user_id.encode()) % _PARTS for q in of], np.int64)
+        for of in (rows.eval_queries, data.rows.eval_queries)
+    )
+    return CrossValidation(groups_of(rows, rows.matrix[:, columns]), part, training_part)
 
 
 def groups_of(rows: FeatureRows, matrix: np.ndarray) -> RankingGroups:

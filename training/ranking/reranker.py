@@ -14,19 +14,11 @@ from training.core.decisions import MIN_QUERIES, Decision, decide
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import fit_choice
 from training.ranking.coordinate_ascent import DEPTH
-from training.ranking.shrinkage import ChoiceRecipe, choose_recipe, fit_recipe
-from training.ranking.trees import PATIENCE, SETTINGS, tree_counts
+from training.ranking.list_trees import dataset, grow, parameters
+from training.ranking.shrinkage import ChoiceRecipe, CrossValidation, choose_recipe, fit_recipe
+from training.ranking.trees import PATIENCE, tree_counts
 from training.ranking.validation import best_count, validation_mask
 
-_LEAVES = (7, 63)
-_ROWS_PER_LEAF = 1000
-_PARAMETERS = SETTINGS | {
-    "metric": "ndcg",
-    "eval_at": [DEPTH],
-    "objective": "lambdarank",
-    "min_data_in_leaf": 50,
-    "lambdarank_truncation_level": 40,
-}
 _HEAD, _WITHOUT_HEAD = "the scores of the CTR head", "a ranker without them"
 _NDCG = f"of nDCG@{DEPTH}"
 
@@ -47,20 +39,21 @@ def fit_reranker(
     *,
     recipe: ChoiceRecipe | None = None,
     exact: bool = False,
+    validation: CrossValidation | None = None,
 ) -> FittedReranker:
     """Fit a model that ranks the candidates of past queries, with at most `trees` trees; so many if `exact`.
 
     The choice model follows `recipe`, or the one that held-out groups choose (`shrinkage`). Trees learn
     interactions of columns. The last fifth of the groups, cut between days, decides how many of them to
-    use, and whether they help at all. If most groups are of the first day, a random fifth decides.
+    use, and whether they help at all. If most groups are of the first day, a random fifth decides. Of few
+    groups, a cross-`validation` decides.
     """
-    decisions = []
+    decisions: list[Decision] = []
     if recipe is None:
-        recipe, decision = choose_recipe(groups, columns)
-        decisions.append(decision)
+        recipe, decisions = choose_recipe(groups, columns, validation)
     is_late = validation_mask(groups)
-    count = trees if exact else 0
-    if trees and not exact and is_late.any():
+    count = trees if exact else min(trees, recipe.trees)
+    if trees and not exact and validation is None and is_late.any():
         early = groups.take(~is_late)
         count, decision = _tree_count(
             RerankerModel(fit_recipe(early, columns, recipe), None), early, groups.take(is_late), trees
@@ -69,9 +62,7 @@ def fit_reranker(
     plain = RerankerModel(fit_recipe(groups, columns, recipe), None)
     if not count:
         return FittedReranker(plain, recipe, decisions)
-    data, gain = _dataset(plain, groups)
-    booster = lightgbm.train(_parameters(groups, gain), data, count)
-    return FittedReranker(replace(plain, trees=booster), recipe, decisions)
+    return FittedReranker(replace(plain, trees=grow(plain, groups, count)), recipe, decisions)
 
 
 def head_decision(groups: RankingGroups, columns: Sequence[str], tested: np.ndarray) -> Decision:
@@ -104,11 +95,11 @@ def _tree_count(
     Forty numbers are compared, up to the end of early stopping.
     """
     grades = np.unique(np.concatenate([training.grade, validation.grade]))
-    training_data, gain = _dataset(model, training, grades)
-    validation_data, _ = _dataset(model, validation, grades, training_data)
+    training_data, gain = dataset(model, training, grades)
+    validation_data, _ = dataset(model, validation, grades, training_data)
     stop = lightgbm.early_stopping(PATIENCE, verbose=False)
     booster = lightgbm.train(
-        _parameters(training, gain), training_data, limit, valid_sets=[validation_data], callbacks=[stop]
+        parameters(training, gain), training_data, limit, valid_sets=[validation_data], callbacks=[stop]
     )
     counts = tree_counts(booster.current_iteration())
     best, gains = best_count(counts, _gains(model, booster, validation, counts))
@@ -127,33 +118,3 @@ def _gains(
         gains.append(groups.ndcg(score, DEPTH) - base_ndcg)
         used = count
     return np.stack(gains)
-
-
-def _parameters(groups: RankingGroups, gain: Sequence[float]) -> dict[str, object]:
-    """LightGBM's settings; with few rows, trees are small."""
-    leaves = int(np.clip(len(groups.grade) // _ROWS_PER_LEAF, *_LEAVES))
-    return _PARAMETERS | {"num_leaves": leaves, "label_gain": list(gain)}
-
-
-def _dataset(
-    model: RerankerModel,
-    groups: RankingGroups,
-    grades: np.ndarray | None = None,
-    reference: lightgbm.Dataset | None = None,
-) -> tuple[lightgbm.Dataset, list[float]]:
-    """The rows as a LightGBM dataset, and the gain of each grade as a share of the highest."""
-    grades = np.unique(groups.grade) if grades is None else grades
-    # LightGBM breaks ties by position. Targets come first, so they would look well ranked before training
-    # and no tree would seem to help.
-    tie_breaker = np.random.default_rng(0).random(len(groups.grade))
-    order = np.lexsort((tie_breaker, groups.group()))
-    matrix = groups.matrix[order]
-    data = lightgbm.Dataset(
-        matrix,
-        np.searchsorted(grades, groups.grade[order]),
-        weight=groups.weight[order],
-        group=groups.size,
-        init_score=model.linear_score(matrix),
-        reference=reference,
-    )
-    return data, (grades / max(float(grades.max()), 1e-9)).tolist()

@@ -4,29 +4,34 @@ A simple score is hand-set weights, or the column that alone ranks the baskets b
 on its column and a strong one on the others stays close to it; with an endless penalty it is the simple
 score. Held-out baskets choose the score and the penalty. If they cannot show that the fit beats the best
 simple score, only a strong penalty is used, and none that loses.
+
+Of many groups, a late part decides. Of few, the users are cut into parts, and the queries of each part are
+ranked by a model of the others: over all their candidates, new items included, and with trees.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from services.ranking.models.baseline_scorer import HAND_SET, baseline_scores
 from services.ranking.models.linear import ConditionalLogit
+from services.ranking.models.reranker import RerankerModel
 from services.ranking.models.scaler import FeatureScaler
 from training.core.decisions import Decision, decide
 from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import PENALTY, fit_choice
 from training.ranking.coordinate_ascent import DEPTH, ascend
+from training.ranking.list_trees import grow
 from training.ranking.validation import validation_mask
 
 PENALTIES = (PENALTY, 1e-2, 1e-1, 0.3, 1.0)
+TREES = (20, 50)
+_PENALTIES_WITH_TREES = (PENALTY, 0.1)
 _STRONG = 0.1  # and more, where held-out groups are no proof
 ALONE = math.inf
 """The penalty that leaves the simple score alone."""
-_FOLDS = 5
-_FEW = 1000  # fewer groups are cross-validated, more have a late part
 _MAX_GROUPS = 2000
 _COLUMN_GROUPS = 500
 _MIN_GROUPS = 10
@@ -35,36 +40,68 @@ _SCALE_ROWS = 20_000
 
 @dataclass(frozen=True)
 class ChoiceRecipe:
-    """How a choice model is fitted: toward which column, how strongly, and whether nDCG is climbed after."""
+    """How a choice model is fitted: toward which column, how strongly, and whether nDCG is climbed after.
+
+    `trees` is the number of trees on top, if the recipe says.
+    """
 
     anchor: str = HAND_SET
     penalty: float = PENALTY
     climbs: bool = True
+    trees: int = 0
 
 
-def choose_recipe(groups: RankingGroups, columns: Sequence[str]) -> tuple[ChoiceRecipe, Decision]:
-    """The recipe for these groups, and whether the fitted model beats the simple score on held-out groups."""
-    groups = _sample(groups.take(_graded(groups)), _MAX_GROUPS)
+@dataclass(frozen=True)
+class CrossValidation:
+    """The lists of all candidates of Q queries, and the part of the users that each belongs to, int64 (Q,).
+
+    `training_part` int64 (G,) are those of the groups that models are fitted on.
+    """
+
+    lists: RankingGroups
+    part: np.ndarray
+    training_part: np.ndarray
+
+
+Held = Mapping[ChoiceRecipe, np.ndarray]
+"""The nDCG@20 of recipes on the same held-out groups, float64 (Q,) each."""
+
+
+def choose_recipe(
+    groups: RankingGroups, columns: Sequence[str], validation: CrossValidation | None = None
+) -> tuple[ChoiceRecipe, list[Decision]]:
+    """The recipe for these groups, and whether the fitted model beats the simple score on held-out groups.
+
+    With a `validation`, it also decides about trees.
+    """
+    if validation is None:
+        groups = _sample(groups.take(_graded(groups)), _MAX_GROUPS)
     column = best_column(_sample(groups, _COLUMN_GROUPS), columns)
     anchors = list(dict.fromkeys([column, HAND_SET]))
-    recipes = [
-        ChoiceRecipe(anchor, penalty, climbs)
-        for anchor in anchors
-        for penalty, climbs in ((ALONE, False), *((p, c) for p in PENALTIES for c in (False, True)))
-    ]
-    ndcg = _held_out_ndcg(groups, columns, recipes)
+    recipes = [ChoiceRecipe(anchor, ALONE, climbs=False) for anchor in anchors]
+    recipes += [ChoiceRecipe(anchor, penalty, climbs=False) for anchor in anchors for penalty in PENALTIES]
+    if validation is None:
+        ndcg = _late_ndcg(groups, columns, recipes)
+    else:
+        ndcg = _crossed_ndcg(groups, columns, recipes, validation)
     simple = max((r for r in recipes if r.penalty == ALONE), key=lambda r: _mean(ndcg[r]))
-    fitted = [recipe for recipe in recipes if recipe.penalty < ALONE]
-    best = max(fitted, key=lambda r: _mean(ndcg[r]))
-    decision = _decision(simple, ndcg[best], ndcg[simple])
-    if decision.accepted:
-        return best, decision
-    strong = [recipe for recipe in fitted if recipe.penalty >= _STRONG]
-    best = max(strong, key=lambda r: _mean(ndcg[r]))
-    if _mean(ndcg[best]) <= _mean(ndcg[simple]):
-        return simple, _decision(simple, ndcg[best], ndcg[simple])
-    decision = _decision(simple, ndcg[best], ndcg[simple], f"the fitted ranker, drawn to {_words(simple)}")
-    return best, replace(decision, accepted=True)
+    plain = _best(ndcg, lambda r: r.penalty < ALONE and not r.trees)
+    decision = _decision(simple, ndcg[plain], ndcg[simple])
+    if not decision.accepted:
+        plain = _best(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
+        decision = _decision(simple, ndcg[plain], ndcg[simple])
+        if _mean(ndcg[plain]) <= _mean(ndcg[simple]):
+            plain = simple
+        else:
+            part = f"the fitted ranker, drawn to {_words(simple)}"
+            decision = replace(_decision(simple, ndcg[plain], ndcg[simple], part), accepted=True)
+    if validation is None:
+        return plain, [decision]
+    with_trees = [recipe for recipe in ndcg if recipe.trees]
+    grown = max(with_trees, key=lambda r: _mean(ndcg[r]), default=plain)
+    values = (ndcg[grown], ndcg[plain]) if with_trees else (np.empty(0), np.empty(0))
+    of_trees = decide("trees", "the weighted sum alone", f"of nDCG@{DEPTH}", *values)
+    return (grown if of_trees.accepted else plain), [decision, of_trees]
 
 
 def fit_recipe(groups: RankingGroups, columns: Sequence[str], recipe: ChoiceRecipe) -> ConditionalLogit:
@@ -104,21 +141,51 @@ def with_hand_set(groups: RankingGroups, columns: Sequence[str]) -> RankingGroup
     return replace(groups, matrix=np.column_stack([groups.matrix, scores]))
 
 
-def _held_out_ndcg(
-    groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]
-) -> dict[ChoiceRecipe, np.ndarray]:
-    """The nDCG@20 of each recipe on held-out groups, float64 (Q,); empty if there are too few groups."""
+def _late_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]) -> Held:
+    """The nDCG of each recipe, and after a climb, on a late part of the groups; empty for few groups."""
+    is_late = validation_mask(groups) if len(groups.size) >= _MIN_GROUPS else np.zeros(0, bool)
+    ndcg: dict[ChoiceRecipe, np.ndarray] = {}
+    for recipe in recipes:
+        climbing = [replace(recipe, climbs=True)] if recipe.penalty < ALONE else []
+        ndcg |= dict.fromkeys([recipe, *climbing], np.empty(0))
+        if not is_late.any():
+            continue
+        training, late = groups.take(~is_late), groups.take(is_late)
+        choice = fit_recipe(training, columns, recipe)
+        ndcg[recipe] = _ndcg(choice, late, columns)
+        if climbing:
+            ndcg[climbing[0]] = _ndcg(_climbed(choice, training, columns), late, columns)
+    return ndcg
+
+
+def _crossed_ndcg(
+    groups: RankingGroups,
+    columns: Sequence[str],
+    recipes: Sequence[ChoiceRecipe],
+    validation: CrossValidation,
+) -> Held:
+    """The nDCG of each recipe, and with trees, on the lists of a validation, part by part of the users."""
     ndcg: dict[ChoiceRecipe, list[np.ndarray]] = {recipe: [np.empty(0)] for recipe in recipes}
-    for held_out in _folds(groups):
-        training, late = groups.take(~held_out), groups.take(held_out)
+    for part in np.unique(validation.part).tolist():
+        training = groups.take(validation.training_part != part)
+        lists = validation.lists.take(validation.part == part)
+        if not len(training.size):
+            continue
         for recipe in recipes:
-            if recipe.climbs:
+            model = RerankerModel(fit_recipe(training, columns, recipe), None)
+            score = model.linear_score(lists.matrix)
+            ndcg[recipe].append(lists.ndcg(score, DEPTH))
+            if recipe.penalty not in _PENALTIES_WITH_TREES or len(groups.size) < _MIN_GROUPS:
                 continue
-            choice = fit_recipe(training, columns, recipe)
-            ndcg[recipe].append(_ndcg(choice, late, columns))
-            if (climbing := replace(recipe, climbs=True)) in ndcg:
-                ndcg[climbing].append(_ndcg(_climbed(choice, training, columns), late, columns))
+            trees = grow(model, training, max(TREES))
+            for count in TREES:
+                grown = score + trees.predict(lists.matrix, num_iteration=count)
+                ndcg.setdefault(replace(recipe, trees=count), [np.empty(0)]).append(lists.ndcg(grown, DEPTH))
     return {recipe: np.concatenate(parts) for recipe, parts in ndcg.items()}
+
+
+def _best(ndcg: Held, condition: Callable[[ChoiceRecipe], bool]) -> ChoiceRecipe:
+    return max((recipe for recipe in ndcg if condition(recipe)), key=lambda recipe: _mean(ndcg[recipe]))
 
 
 def _decision(
@@ -156,14 +223,3 @@ def _sample(groups: RankingGroups, limit: int) -> RankingGroups:
     mask = np.zeros(len(groups.size), bool)
     mask[np.random.default_rng(0).permutation(len(groups.size))[:limit]] = True
     return groups.take(mask)
-
-
-def _folds(groups: RankingGroups) -> list[np.ndarray]:
-    """Held-out groups, bool (Q,) each: a late part of many groups, five random parts of few."""
-    count = len(groups.size)
-    if count >= _FEW:
-        return [validation_mask(groups)]
-    if count < _MIN_GROUPS:
-        return []
-    fold = np.random.default_rng(0).permutation(count) % _FOLDS
-    return [fold == part for part in range(_FOLDS)]

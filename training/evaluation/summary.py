@@ -1,0 +1,113 @@
+"""What a training run has to say to a shopkeeper, in five lines. Reads the sections of the report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.core.decisions import MIN_QUERIES
+from training.encoders.text_effort import MIN_PAIRS
+
+ENOUGH_BASKETS = 5 * MIN_QUERIES
+"""Of so many baskets the last fifth decides about trees and the CTR head."""
+BUNDLE = "whole bundle"
+_PAGE = 20
+Report = Mapping[str, Any]
+
+
+def summary_lines(report: Report) -> list[str]:
+    """Five sentences: the data, how texts and images are read, the ranking, its quality, and what is next."""
+    return [_data(report), _encoders(report), _ranking(report), _quality(report), _next(report)]
+
+
+def _data(report: Report) -> str:
+    shop = report["shop"]
+    if not shop["events"]:
+        items = _count(shop["items"], "item")
+        return f"Data: {items} and no events: recommendations follow from contents alone."
+    windows = report["windows"]
+    return (
+        f"Data: {_count(shop['events'], 'event')} of {_count(shop['users'], 'user')} with "
+        f"{_count(shop['items'], 'item')}; the ranking learns from {_count(windows['baskets'], 'basket')} of "
+        f"the last {_count(windows['days'], 'day')}."
+    )
+
+
+def _encoders(report: Report) -> str:
+    decisions = {d["part"]: d for d in report.get("decisions", [])}
+    tuned = decisions.get("the tuned text encoder")
+    if tuned is None:
+        texts = "Texts are read by the pretrained model as it is"
+    elif tuned["accepted"]:
+        texts = "Texts are read by a model that is tuned on this shop's baskets"
+    else:
+        texts = "Texts are read by the pretrained model, because tuning it did not help"
+    images = report["shop"]["images"]
+    with_image = f"{images:,} items have an image" if images > 1 else "one has an image" if images else ""
+    return f"{texts}; {with_image or 'no item has an image'}."
+
+
+def _ranking(report: Report) -> str:
+    by_part = {d["part"]: d for d in report.get("decisions", [])}
+    ranker = next((d for part, d in by_part.items() if part.startswith("the fitted ranker")), None)
+    if ranker is None:
+        if report.get("pages"):
+            return "Ranking: a model learned from what users were shown and what they took of it."
+        return "Ranking: hand-set weights, because there is no basket to learn from."
+    if not ranker["accepted"]:
+        return (
+            f"Ranking: {ranker['baseline']}: nothing that was learned ranks better on "
+            f"{_count(ranker['queries'], 'held-out basket')}."
+        )
+    trees = by_part.get("trees", {}).get("accepted")
+    return (
+        f"Ranking: weights learned from this shop{', and trees' if trees else ''}; "
+        f"{_of_gain(ranker)} than {ranker['baseline']} on {_count(ranker['queries'], 'held-out basket')}."
+    )
+
+
+def _of_gain(decision: Mapping[str, Any]) -> str:
+    gain = decision["gain"]
+    if gain is None or gain["ci95"][0] <= 0:
+        return "not proven better"
+    return f"better by {gain['mean']:.3f} {decision['measure']}"
+
+
+def _quality(report: Report) -> str:
+    methods = report.get("ranking") or {}
+    if BUNDLE not in methods:
+        return "Quality: not measured; it needs baskets, and a run without --skip-evaluation."
+    whole, popular = (methods.get(name, {}).get("recall") for name in (BUNDLE, "popular"))
+    queries = report["split"]["queries"]
+    few = " Too few to be sure." if queries < MIN_QUERIES else ""
+    return (
+        f"Quality: of what users took next, {_share(whole)} are among the first {_PAGE} recommendations, "
+        f"{_share(popular)} among the {_PAGE} most popular items ({queries:,} baskets).{few}"
+    )
+
+
+def _next(report: Report) -> str:
+    windows = report.get("windows") or {}
+    baskets = windows.get("baskets", 0)
+    rejected = [d["part"] for d in report.get("decisions", []) if not d["accepted"]]
+    if baskets < ENOUGH_BASKETS:
+        now = baskets + windows.get("earlier_baskets", 0)
+        return (
+            f"Next: train again when there are about {2 * ENOUGH_BASKETS:,} baskets ({now:,} now). From then "
+            f"on trees are tried, and texts are tuned if baskets hold {MIN_PAIRS:,} items next to others."
+        )
+    if rejected:
+        return (
+            "Next: nothing to do. Left out, because held-out baskets do not show a gain: "
+            f"{', '.join(rejected)}."
+        )
+    return "Next: nothing to do. Every part that was learned is in use."
+
+
+def _share(interval: Mapping[str, Any] | None) -> str:
+    if not interval:
+        return "–"
+    low, high = interval["ci95"]
+    return f"{interval['mean']:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
