@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 
-from cli.evaluate import read_queries, request_of
+from cli.evaluate import request_of
+from cli.evaluation_queries import read_queries
 from cli.import_events import import_events
 from services.catalog.bundle import Bundle, BundleCatalog
 from services.serving.app import App

@@ -20,7 +20,7 @@ from scipy import sparse
 
 from bench.hm.__main__ import scored, summary
 from bench.runs import record
-from cli.evaluate import EvalQuery, read_queries
+from cli.evaluation_queries import EvalQuery, read_queries
 from services.catalog.items import item_text
 from services.embedding.encoders.encoders import TextSettings
 from training.data.dataset import read_shop

@@ -1,7 +1,7 @@
-"""`vitrine evaluate`: answers the queries of a day through the serving path, as of that day.
+"""`vitrine evaluate`: answers past queries through the serving path, as of their days.
 
-It loads the earlier events into a new state, fixes the clock at that day, and calls the gateway's Recommend
-with public requests.
+For each day it loads the earlier events into a state of its own, fixes the clock at that day, and calls the
+gateway's Recommend with public requests.
 """
 
 import asyncio
@@ -11,9 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from vitrine.catalog.v1 import event_pb2, filter_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
+from cli.evaluation_queries import EvalQuery, by_day, held_out_queries, read_queries, time_of
+from cli.evaluation_report import Answer, Page, evaluation_of, print_evaluation, simple_pages
 from cli.import_events import import_events
 from services.catalog.bundle import Bundle
 from services.core import deadline
@@ -32,111 +33,99 @@ from services.rpc.server import CHANNEL_OPTIONS
 from services.serving.app import App
 from services.serving.settings import Settings
 from training.data.config import Evaluation
-from training.data.dataset import read_shop
+from training.data.dataset import ShopData, read_shop
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
+_MAX_HELD_OUT = 1000
+_DAYS_PER_LINE = 10
 # Long, so that the result does not depend on the load of the machine.
 _TIMEOUT_SECONDS = 60.0
 _STOP_SECONDS = 30
 PAGE = 20
 _SCORE_TOLERANCE = 1e-3
 
-Page = list[tuple[str, float]]
-"""Item ids, best first, with their scores."""
-
-
-@dataclass(frozen=True)
-class EvalQuery:
-    """A user, the items of the day's session so far, and the items that followed."""
-
-    user_id: str
-    session: tuple[str, ...]
-    targets: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class EvalRun:
-    """The pages, in the order of the queries, and statistics.
-
-    `candidates` is the mean number of candidates per query, by source; `recall` the share of the targets
-    among the candidates; `degraded` the number of degraded responses.
-    """
-
-    pages: list[Page]
-    milliseconds: np.ndarray
-    candidates: Mapping[str, float]
-    recall: float
-    degraded: int
-
 
 def evaluate(
     data: Path,
     bundle_path: Path,
-    split: str,
-    out: Path,
+    split: str | None,
+    out: Path | None,
     *,
     shop_file: Path | None,
     limit: int = 0,
     reverse: bool = False,
     unfiltered: bool = False,
     over_grpc: int = 200,
+    as_json: bool = False,
 ) -> None:
-    """Answer the queries of a split, write a line of JSON for each into `out`, and print statistics.
+    """Answer queries day by day, and print how good the pages are, next to those of simple methods.
 
-    `unfiltered` ignores the task's filter: every item of the catalog is a candidate.
+    The queries are those of a split, or else the baskets after the bundle's time. With `out`, the page of
+    each query is a line of JSON there. `unfiltered` ignores the task's filter: every item of the catalog is a
+    candidate.
 
     Raises:
-        FailedPrecondition: the bundle used events of the query day, a response was degraded, or the responses
-            of three separate processes differ.
+        FailedPrecondition: the bundle used events of the query days, a response was degraded, or the
+            responses of three separate processes differ.
     """
     bundle = Bundle(bundle_path)
-    day, queries = read_queries(data, shop_file, split)
+    until = time_of(bundle)
+    if split:
+        first_day, queries = read_queries(data, shop_file, split, several_days=True)
+        if until > first_day:
+            raise FailedPrecondition(
+                f"bundle {bundle.version} used events up to {until}, and the first queries are of "
+                f"{first_day:%Y-%m-%d}: train again with --until {first_day:%Y-%m-%d}"
+            )
+        shop = read_shop(data, shop_file)
+    else:
+        shop = read_shop(data, shop_file)
+        queries = held_out_queries(shop, bundle, limit or _MAX_HELD_OUT)
     queries = queries[:limit] if limit else queries
-    if bundle.until is None or bundle.until > day:
-        raise FailedPrecondition(
-            f"bundle {bundle.version} used events up to {bundle.until}; the day is {day}"
-        )
-    shop = read_shop(data, shop_file, until=day)
+    task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
+    requests = [request_of(query, task) for query in queries]
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(
             bundle=bundle.directory,
             state=Path(folder),
             address="127.0.0.1:0",
-            fixed_time=day + _NOON,
             exact_search=True,  # gives the same hits in every process
             device="cpu",  # and the same vectors on every machine
             impression_log_days=0,
         )
-        import_events(settings, bundle, shop)
-        task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
-        requests = [request_of(query, task) for query in queries]
-        run = asyncio.run(_run(settings, requests, queries, reverse=reverse))
-        with out.open("w") as file:
-            for query, page in zip(queries, run.pages, strict=True):
-                user = int(query.user_id) if query.user_id.isdigit() else query.user_id
-                file.write(json.dumps({"user_id": user, "items": [item for item, _ in page]}) + "\n")
-        _print(run)
-        if run.degraded:
-            raise FailedPrecondition(f"{run.degraded} responses were degraded")
-        if over_grpc:
-            asyncio.run(_compare(settings, requests, run.pages, over_grpc))
+        runs: dict[int, Answer] = {}
+        since: datetime | None = None
+        days = by_day(queries)
+        for count, (day, indices) in enumerate(days.items(), 1):
+            import_events(settings, bundle, _between(shop, since, day))
+            settings, since = settings.model_copy(update={"fixed_time": day + _NOON}), day
+            of_day = [requests[i] for i in indices], [queries[i] for i in indices]
+            runs |= zip(indices, asyncio.run(_run(settings, *of_day, reverse=reverse)), strict=True)
+            if len(days) > 1 and not count % _DAYS_PER_LINE:
+                print(f"{count} of {len(days)} days answered", file=sys.stderr)  # noqa: T201 - progress
+        answers = [runs[index] for index in range(len(queries))]
+        if out:
+            with out.open("w") as file:
+                for query, answer in zip(queries, answers, strict=True):
+                    user = int(query.user_id) if query.user_id.isdigit() else query.user_id
+                    file.write(json.dumps({"user_id": user, "items": [i for i, _ in answer.page]}) + "\n")
+        simple = simple_pages(shop, queries, task, first_day=min(days))
+        print_evaluation(evaluation_of(queries, answers, simple, PAGE), as_json=as_json)
+        if degraded := sum(answer.degraded for answer in answers):
+            raise FailedPrecondition(f"{degraded} responses were degraded")
+        if over_grpc:  # with the state of the last day
+            last = list(days.values())[-1]
+            pages = [answers[i].page for i in last]
+            asyncio.run(_compare(settings, [requests[i] for i in last], pages, over_grpc))
 
 
-def read_queries(data: Path, shop_file: Path | None, split: str) -> tuple[datetime, list[EvalQuery]]:
-    """The day and the queries of a split, from the file in shop.toml."""
-    from training.data.settings_file import read_settings
-
-    default = data / "shop.toml"
-    settings = read_settings(shop_file or (default if default.is_file() else None))
-    name = settings.task.queries.get(split)  # type: ignore[call-overload]
-    if name is None:
-        raise FailedPrecondition(f"shop.toml names no queries of {split!r} under task.queries")
-    rows = [json.loads(line) for line in (data / name).read_text().splitlines()]
-    days = {row["date"] for row in rows}
-    if len(days) != 1:
-        raise FailedPrecondition(f"{name} holds queries of {len(days)} days, one is needed")
-    day = datetime.fromisoformat(days.pop()).replace(tzinfo=UTC)
-    return day, [EvalQuery(str(r["user_id"]), tuple(r["session"]), tuple(r["targets"])) for r in rows]
+def _between(shop: ShopData, since: datetime | None, until: datetime) -> ShopData:
+    """The shop with the events from `since` on, if it is given, and before `until`."""
+    first, end = ((time - _EPOCH) / timedelta(microseconds=1) for time in (since or _EPOCH, until))
+    time = shop.events.time
+    rows = np.flatnonzero((time >= first if since else True) & (time < end))
+    return replace(shop, events=shop.events.take(rows))
 
 
 async def _run(
@@ -145,40 +134,34 @@ async def _run(
     queries: Sequence[EvalQuery],
     *,
     reverse: bool,
-) -> EvalRun:
+) -> list[Answer]:
+    """The answers to requests of one day, in their order."""
     app = App(settings)
     await app.start()
     gateway = app.gateway
     assert gateway is not None  # noqa: S101 - all services are hosted
-    pipeline, runs = gateway.pipeline, list[RankedPage]()
-    pipeline.observe(runs.append)
-    pages: list[Page] = [[] for _ in requests]
-    milliseconds, counts = np.zeros(len(requests)), Counter[str]()
-    hits, targets, degraded = 0, 0, 0
+    pipeline, ranked_pages = gateway.pipeline, list[RankedPage]()
+    pipeline.observe(ranked_pages.append)
+    answers = dict[int, Answer]()
     order = range(len(requests))
     for count, index in enumerate(reversed(order) if reverse else order, 1):
         start = time.perf_counter()
         with deadline.within(_TIMEOUT_SECONDS):
             response = await gateway.Recommend(requests[index], None)
-        milliseconds[index] = 1e3 * (time.perf_counter() - start)
-        pages[index] = _page(response)
-        degraded += bool(response.degraded)
-        ranked = runs.pop()
-        counts.update({source: len(indices) for source, indices, _ in ranked.candidates.columns()})
+        seconds = time.perf_counter() - start
+        ranked = ranked_pages.pop()
         ids = set(pipeline.table.ids(pipeline.table.rows(ranked.item_hashes)))
-        hits += len(ids.intersection(queries[index].targets))
-        targets += len(queries[index].targets)
+        answers[index] = Answer(
+            page=_page(response),
+            milliseconds=1e3 * seconds,
+            candidates={source: len(indices) for source, indices, _ in ranked.candidates.columns()},
+            targets_among_candidates=len(ids.intersection(queries[index].targets)),
+            degraded=bool(response.degraded),
+        )
         if count % 500 == 0:
             print(f"{count} of {len(requests)} answered", file=sys.stderr)  # noqa: T201 - progress
     await app.stop()
-    per_query = {source: count / len(requests) for source, count in sorted(counts.items())}
-    return EvalRun(
-        pages=pages,
-        milliseconds=milliseconds,
-        candidates=per_query,
-        recall=hits / max(targets, 1),
-        degraded=degraded,
-    )
+    return [answers[index] for index in order]
 
 
 def _page(response: pb.RecommendResponse) -> Page:
@@ -204,9 +187,12 @@ def equivalent(one: Page, other: Page) -> bool:
 def request_of(query: EvalQuery, task: Evaluation) -> pb.RecommendRequest:
     """The request of a query, with the task's filter."""
     policy = pb.PURCHASED_ITEMS_POLICY_EXCLUDE if task.exclude_purchased else pb.PURCHASED_ITEMS_POLICY_KEEP
+    types = query.types or ("",) * len(query.session)
+    session = zip(query.session, types, strict=True)
     request = pb.RecommendRequest(
         user_id=query.user_id,
-        session=[event_pb2.SessionItem(item_id=item_id) for item_id in query.session],
+        session=[event_pb2.SessionItem(item_id=item_id, type=kind) for item_id, kind in session],
+        exclude_item_ids=query.excluded,
         page_size=PAGE,
         purchased_items_policy=policy,
     )
@@ -214,21 +200,6 @@ def request_of(query: EvalQuery, task: Evaluation) -> pb.RecommendRequest:
         part = request.filter.all_of.filters.add()
         part.equals.CopyFrom(filter_pb2.Equals(attribute=attribute, text=text))
     return request
-
-
-def _print(run: EvalRun) -> None:
-    milliseconds = run.milliseconds
-    summary = {
-        "queries": len(run.pages),
-        "candidates_per_query": {name: round(count, 1) for name, count in run.candidates.items()},
-        "targets_among_candidates": round(run.recall, 4),
-        "ms_per_query": {
-            "mean": round(milliseconds.mean(), 2),
-            "p99": round(float(np.quantile(milliseconds, 0.99)), 2),
-        },
-        "degraded": run.degraded,
-    }
-    print(json.dumps(summary, indent=1))  # noqa: T201 - a command's answer
 
 
 async def _compare(

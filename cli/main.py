@@ -129,12 +129,24 @@ def _add_losses(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", help="answer a split's queries through the serving path")
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a bundle on held-out baskets, next to simple methods",
+        description="Answer past queries through the serving path, and print recall, nDCG and hit rate with "
+        "intervals, next to popular items, the cosine of items in histories, and EASE on the same queries.",
+    )
     _add_data(evaluate)
     evaluate.add_argument("--bundle", type=Path, required=True, help="a bundle, or a directory of them")
-    evaluate.add_argument("--split", choices=("val", "test"), required=True)
-    evaluate.add_argument("--out", type=Path, required=True, help="the output file, a line of JSON per query")
-    evaluate.add_argument("--limit", type=int, default=0, help="only the first queries; 0 means all")
+    evaluate.add_argument(
+        "--split",
+        choices=("val", "test"),
+        help="the queries that shop.toml names; without it, the baskets after the bundle's --until",
+    )
+    evaluate.add_argument("--out", type=Path, help="write the pages there, a line of JSON per query")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+    evaluate.add_argument(
+        "--limit", type=int, default=0, help="only so many queries; 0 means all, or 1,000 without --split"
+    )
     evaluate.add_argument("--reverse", action="store_true", help="answer the last query first")
     evaluate.add_argument(
         "--unfiltered", action="store_true", help="rank the whole catalog, without shop.toml's task.filter"
@@ -232,6 +244,7 @@ def _parse_time(text: str) -> datetime:
 
 
 def _train(options: dict[str, Any]) -> None:
+    _require_directory(options["data"])
     from services.catalog.bundle import REPORT
     from training.pipeline import train
 
@@ -251,9 +264,17 @@ def _inspect(options: dict[str, Any]) -> None:
         raise FailedPrecondition("training would refuse these files for the reasons stated")
 
 
+def _require_directory(data: Path) -> None:
+    """Refuse a missing directory before the imports of training, which take seconds."""
+    if not data.exists():
+        raise FailedPrecondition(f"{data} does not exist: --data is the directory with the shop's files")
+
+
 def _evaluate(options: dict[str, Any]) -> None:
+    _require_directory(options["data"])
     from cli.evaluate import evaluate
 
+    options["as_json"] = options.pop("json")
     required = [options.pop(name) for name in ("data", "bundle", "split", "out")]
     evaluate(*required, shop_file=options.pop("shop"), **options)
 

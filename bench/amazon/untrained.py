@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from cli.evaluate import read_queries
+from cli.evaluation_queries import read_queries
 from training.data.dataset import read_shop
 from training.examples.queries import baskets
 from training.retrieval.item_graph import RELATIONS, Baskets, Weighting

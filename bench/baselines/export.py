@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli.evaluate import read_queries
+from cli.evaluation_queries import read_queries
 from services.catalog import filters
 from services.catalog.item_table import ItemTable
 from services.catalog.items import item_hash

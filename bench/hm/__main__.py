@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.runs import ROOT, record, vitrine
-from cli.evaluate import read_queries
+from cli.evaluation_queries import read_queries
 from training.core import metrics
 
 SHOP = Path(__file__).parent / "shop.toml"

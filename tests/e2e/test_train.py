@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.evaluate import Page, equivalent
+from cli.evaluate import equivalent
+from cli.evaluation_report import Page
 from cli.main import main
 from services.catalog.bundle import MANIFEST, SCHEMA, Bundle, publish
 from services.catalog.items import item_text
@@ -129,14 +130,17 @@ def test_training_prints_only_lines_of_vitrine(shop: Path, base: Path, tmp_path:
     lines = result.stderr.splitlines()
     assert result.returncode == 0, result.stderr
     assert lines
-    assert not [line for line in lines if " training." not in line and " services." not in line]
+    *log, data, texts, ranking, quality, following = lines
+    assert not [line for line in log if " training." not in line and " services." not in line]
+    words = [line.split(maxsplit=1)[0] for line in (data, texts, ranking, quality, following)]
+    assert words == ["Data:", "Texts", "Ranking:", "Quality:", "Next:"]
     assert result.stdout.splitlines() == [str(next(tmp_path.glob("2026*")))]
 
 
 def test_answers_do_not_depend_on_order_or_layout(
     shop: Path, bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate(shop, bundles, tmp_path / "run.jsonl", "--over-grpc=5") == 0
+    assert evaluate(shop, bundles, tmp_path / "run.jsonl", "--json", "--over-grpc=5") == 0
     output = capsys.readouterr().out
     assert "5 queries over gRPC to three processes: 0 pages differ" in output
     summary = json.loads(output[: output.index("}\n5") + 1])

@@ -12,7 +12,7 @@ from services.core.errors import FieldViolation, InvalidArgument
 from training.data.config import ShopConfig
 from training.data.presets import PRESETS
 
-_TRAINING = ("text", "image", "graph", "sequence", "ranking", "propensity")
+_TRAINING = ("split", "text", "image", "graph", "sequence", "taste", "ranking", "propensity")
 
 
 def read_settings(path: Path | None) -> ShopConfig:

@@ -1,0 +1,153 @@
+"""What `vitrine evaluate` prints: metrics of the pages and of simple methods on the same queries."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from cli.evaluation_queries import EvalQuery
+from services.catalog import filters
+from services.catalog.item_table import ItemTable
+from training.core import metrics
+from training.data.config import Evaluation
+from training.data.dataset import ShopData
+from training.evaluation.simple_methods import SimpleMethods, pages
+
+VITRINE = "Vitrine"
+Page = list[tuple[str, float]]
+"""Item ids, best first, with their scores."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIGURES = ("recall", "ndcg", "hit")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The page of a query, the number of its candidates by source, and of the targets among them."""
+
+    page: Page
+    milliseconds: float
+    candidates: Mapping[str, int]
+    targets_among_candidates: int
+    degraded: bool
+
+
+def simple_pages(
+    shop: ShopData, queries: Sequence[EvalQuery], task: Evaluation, first_day: datetime
+) -> dict[str, list[list[str]]]:
+    """The pages of simple methods, fitted on the events before the first day.
+
+    A user's history is as of the day of the query.
+    """
+    events, items = shop.events, {item.id: column for column, item in enumerate(shop.items)}
+    cut = (first_day - _EPOCH) / timedelta(microseconds=1)
+    past = events.take(np.flatnonzero(events.time < cut))
+    methods = SimpleMethods.of(past, shop.settings, items)
+    weights = np.array(list(shop.settings.event_types.values()))
+    code = {user: index for index, user in enumerate(events.user_ids)}
+    engaged = np.flatnonzero(weights[events.kind] > 0)
+    engaged = engaged[np.argsort(events.user[engaged], kind="stable")]
+    start = np.searchsorted(events.user[engaged], np.arange(len(code) + 1))
+    profiles, excluded = list[np.ndarray](), list[np.ndarray]()
+    for query in queries:
+        user = code.get(query.user_id)
+        rows = engaged[start[user] : start[user + 1]] if user is not None else engaged[:0]
+        rows = rows[events.time[rows] < (query.day - _EPOCH) / timedelta(microseconds=1)]
+        history = [items[item] for row in rows if (item := events.item_ids[events.item[row]]) in items]
+        session = [items[item] for item in query.session if item in items]
+        profiles.append(np.unique(np.array([*session, *history], np.int64)))
+        hidden = [items[item] for item in query.excluded if item in items]
+        excluded.append(np.array([*session, *hidden, *(history if task.exclude_purchased else [])], np.int64))
+    sizes = [len(profile) for profile in profiles]
+    columns = np.concatenate([np.empty(0, np.int64), *profiles])
+    matrix = sparse.csr_matrix(
+        (np.ones(len(columns), np.float32), columns, np.cumsum([0, *sizes])), (len(queries), len(items))
+    )
+    table = ItemTable.of(shop.items, {}, {}, [first_day] * len(shop.items))
+    condition = filters.AllOf(tuple(filters.Equals(name, text) for name, text in task.filter.items()))
+    allowed = np.zeros(len(items), bool)
+    allowed[[items[item] for item in table.ids(np.flatnonzero(filters.evaluate(condition, table)))]] = True
+    ids = [item.id for item in shop.items]
+    return {
+        name: [[ids[column] for column in page] for page in pages(scores, allowed, excluded)]
+        for name, scores in methods.scores(matrix).items()
+    }
+
+
+def evaluation_of(
+    queries: Sequence[EvalQuery],
+    answers: Sequence[Answer],
+    simple: Mapping[str, Sequence[Sequence[str]]],
+    k: int,
+) -> dict[str, Any]:
+    """The metrics@k of all methods with intervals, and statistics of Vitrine's answers."""
+    by_method = {VITRINE: [[item for item, _ in answer.page] for answer in answers], **simple}
+    code: dict[str, int] = {}
+    targets = [_codes(code, query.targets) for query in queries]
+    values = {
+        name: metrics.per_query([_codes(code, page) for page in of], targets, k)
+        for name, of in by_method.items()
+    }
+    results = {
+        name: {figure: metrics.interval(of[figure]).to_dict() for figure in _FIGURES}
+        for name, of in values.items()
+    }
+    for name in simple:
+        gain = metrics.paired_interval(values[VITRINE]["ndcg"], values[name]["ndcg"])
+        results[name]["vitrine_gains_ndcg"] = gain.to_dict()
+    counts: Counter[str] = Counter()
+    for answer in answers:
+        counts.update(answer.candidates)
+    milliseconds = np.array([answer.milliseconds for answer in answers])
+    return {
+        "queries": len(queries),
+        "days": len({query.day for query in queries}),
+        "k": k,
+        "methods": results,
+        "candidates_per_query": {s: round(n / len(answers), 1) for s, n in sorted(counts.items())},
+        "targets_among_candidates": round(
+            sum(answer.targets_among_candidates for answer in answers) / sum(map(len, targets)), 4
+        ),
+        "ms_per_query": {
+            "mean": round(float(milliseconds.mean()), 2),
+            "p99": round(float(np.quantile(milliseconds, 0.99)), 2),
+        },
+        "degraded": sum(answer.degraded for answer in answers),
+    }
+
+
+def print_evaluation(evaluation: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print an evaluation as a table, or as JSON."""
+    if as_json:
+        print(json.dumps(evaluation, indent=1))  # noqa: T201 - a command's answer
+        return
+    k, methods = evaluation["k"], evaluation["methods"]
+    width = max(map(len, methods))
+    heads = (f"recall@{k}", f"nDCG@{k}", f"hit@{k}", "Vitrine gains, nDCG")
+    lines = [
+        f"{evaluation['queries']:,} queries of {_count(evaluation['days'], 'day')}; 95 % intervals",
+        f"{'':{width}}  " + "  ".join(f"{head:20}" for head in heads),
+    ]
+    for name, figures in methods.items():
+        cells = [_cell(figures[figure]) for figure in (*_FIGURES, "vitrine_gains_ndcg") if figure in figures]
+        lines.append(f"{name:{width}}  " + "  ".join(f"{cell:20}" for cell in cells))
+    share, ms = evaluation["targets_among_candidates"], evaluation["ms_per_query"]
+    lines.append(f"{share:.1%} of the targets are candidates; {ms['mean']} ms a query, p99 {ms['p99']} ms")
+    print("\n".join(line.rstrip() for line in lines))  # noqa: T201 - a command's answer
+
+
+def _codes(code: dict[str, int], ids: Sequence[str]) -> np.ndarray:
+    return np.array([code.setdefault(item, len(code)) for item in ids], np.int64)
+
+
+def _cell(interval: Mapping[str, Any]) -> str:
+    low, high = interval["ci95"]
+    return f"{interval['mean']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
