@@ -11,7 +11,7 @@ BUF ?= $(shell command -v buf || echo $$(go env GOPATH)/bin/buf)
 .DELETE_ON_ERROR:
 # Two installers must not write to one environment at the same time.
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast fuzz check lint-protos protos bench-hm bench-amazon bench-baselines bench-index bench-embedding bench-serving bench-quick
+.PHONY: help setup demo test test-fast fuzz check lint-protos protos bench-hm bench-shops bench-amazon bench-baselines bench-index bench-embedding bench-serving bench-quick
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ protos: $(STAMPS)/protos ## regenerate the stubs and docs/api.md after a change 
 
 bench-hm: $(STAMPS)/demo ## train on the H&M data and score the validation queries
 	$(BIN)/python -m bench.hm --split val
+
+bench-shops: $(STAMPS)/bench ## train small, slow and new shops with defaults, next to simple methods
+	$(BIN)/python -m bench.shops $(ARGS)
 
 bench-amazon: $(STAMPS)/demo ## the same on four published splits of Amazon reviews
 	for name in sports_lattice baby_diffmm p5_beauty p5_sports; do \

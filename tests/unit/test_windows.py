@@ -43,12 +43,17 @@ def test_a_fast_shop_needs_two_days() -> None:
     assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (100, 50, 900)
 
 
-def test_a_slow_shop_looks_back_over_half_of_its_baskets() -> None:
+def test_a_slow_shop_looks_back_over_most_of_its_baskets() -> None:
     chosen = window(list(range(0, 8000, 40)))  # 200 baskets in 22 years
-    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (100, 25, 100)
-    assert chosen.days == 99 * 40 + 1
+    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (150, 38, 50)
+    assert chosen.days == 149 * 40 + 1
     assert len(chosen.parts) == 10
     assert chosen.parts[0] == chosen.since
+
+
+def test_at_most_half_of_many_baskets_are_in_the_window() -> None:
+    chosen = window(list(range(0, 4000, 40)), 20)
+    assert (chosen.baskets, chosen.earlier) == (1000, 1000)
 
 
 def test_gaps_without_a_basket_cost_nothing() -> None:
@@ -96,8 +101,8 @@ def test_a_shop_without_events_has_empty_windows() -> None:
 
 def test_the_choice_is_a_sentence() -> None:
     text = str(window([0, 1, 2, 3], 8))
-    since = datetime.fromtimestamp((FIRST + 2) * 86_400, UTC).date()
+    since = datetime.fromtimestamp((FIRST + 1) * 86_400, UTC).date()
     assert text == (
-        f"rankers learn from the last 2 days, from {since}, with 16 baskets; the last 1 day of them, with "
-        "8 baskets, evaluate them; 16 baskets came before"
+        f"rankers learn from the last 3 days, from {since}, with 24 baskets; the last 1 day of them, with "
+        "8 baskets, evaluate them; 8 baskets came before"
     )

@@ -193,7 +193,7 @@ class RankingTraining(Section):
         None,
         ge=MIN_RANKING_DAYS,
         description="number of last days whose baskets are training examples. Left out, as many as have "
-        "4,000 baskets, or half of all, but at least 2",
+        "4,000 baskets, or half of all (of few, three quarters), but at least 2",
     )
     max_queries: int = Field(12_000, ge=1, description="maximum number of baskets")
     max_pages: int = Field(12_000, ge=1, description="maximum number of logged pages")

@@ -19,6 +19,7 @@ ENOUGH = 4000
 """More baskets than this make rankers hardly better."""
 ENOUGH_TO_EVALUATE = 1000
 _MAX_SHARE = 0.5  # of the baskets: the earlier ones are what features describe
+_FEW, _MAX_SHARE_OF_FEW = 500, 0.75
 _EVALUATION_SHARE = 0.25
 _MAX_PARTS = 10
 
@@ -78,19 +79,20 @@ def choose_windows(events: Events, settings: ShopConfig) -> Windows:
     end = int(events.time[-1] // DAY) + 1
     first = int(events.time[0] // DAY)
     fixed = settings.ranking.ranking_days
-    since = end - fixed if fixed else min(_start(day, count, ENOUGH, _MAX_SHARE, end), end - MIN_RANKING_DAYS)
+    total = int(count.sum())
+    wanted = min(ENOUGH, max(_MAX_SHARE * total, min(_FEW, _MAX_SHARE_OF_FEW * total)))
+    since = end - fixed if fixed else min(_start(day, count, wanted, end), end - MIN_RANKING_DAYS)
     in_window = day >= since
     fixed = settings.split.test_days
     if fixed:
         evaluated_from = end - fixed
     else:
-        start = _start(day[in_window], count[in_window], ENOUGH_TO_EVALUATE, _EVALUATION_SHARE, end)
+        wanted = min(ENOUGH_TO_EVALUATE, _EVALUATION_SHARE * int(count[in_window].sum()))
+        start = _start(day[in_window], count[in_window], wanted, end)
         evaluated_from = min(start, end - 1)
     early = ~in_window
-    tuned_from = min(
-        _start(day[early], count[early], ENOUGH_TO_EVALUATE, _EVALUATION_SHARE, since),
-        since - (settings.split.test_days or 1),
-    )
+    wanted = min(ENOUGH_TO_EVALUATE, _EVALUATION_SHARE * int(count[early].sum()))
+    tuned_from = min(_start(day[early], count[early], wanted, since), since - (settings.split.test_days or 1))
     return Windows(
         since=since * DAY,
         evaluated_from=evaluated_from * DAY,
@@ -129,12 +131,8 @@ def _baskets_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, n
     return days, count
 
 
-def _start(day: np.ndarray, count: np.ndarray, enough: int, share: float, end: int) -> int:
-    """The latest day from which on there are `enough` baskets, or the given share of all if that is less.
-
-    Of days that are equally good the later one; the day before `end` at the latest.
-    """
-    wanted = min(enough, share * float(count.sum()))
+def _start(day: np.ndarray, count: np.ndarray, wanted: float, end: int) -> int:
+    """The latest day from which on there are so many baskets; the day before `end` if there is none."""
     remaining = np.cumsum(count[::-1])[::-1]
     sufficient = np.flatnonzero(remaining >= max(wanted, 1))
     return int(day[sufficient[-1]]) if len(sufficient) else end - 1

@@ -24,7 +24,7 @@ from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import PENALTY, fit_choice
 from training.ranking.coordinate_ascent import DEPTH, ascend
 from training.ranking.list_trees import grow
-from training.ranking.validation import validation_mask
+from training.ranking.validation import mean_and_error, validation_mask
 
 PENALTIES = (PENALTY, 1e-2, 1e-1, 0.3, 1.0)
 TREES = (20, 50)
@@ -72,7 +72,7 @@ def choose_recipe(
 ) -> tuple[ChoiceRecipe, list[Decision]]:
     """The recipe for these groups, and whether the fitted model beats the simple score on held-out groups.
 
-    With a `validation`, it also decides about trees.
+    With a `validation`, it also decides about trees, and a gain of one standard error is enough.
     """
     if validation is None:
         groups = _sample(groups.take(_graded(groups)), _MAX_GROUPS)
@@ -87,6 +87,8 @@ def choose_recipe(
     simple = max((r for r in recipes if r.penalty == ALONE), key=lambda r: _mean(ndcg[r]))
     plain = _best(ndcg, lambda r: r.penalty < ALONE and not r.trees)
     decision = _decision(simple, ndcg[plain], ndcg[simple])
+    if validation is not None:
+        decision = replace(decision, accepted=_is_likely(decision, ndcg[plain], ndcg[simple]))
     if not decision.accepted:
         plain = _best(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
         decision = _decision(simple, ndcg[plain], ndcg[simple])
@@ -101,6 +103,7 @@ def choose_recipe(
     grown = max(with_trees, key=lambda r: _mean(ndcg[r]), default=plain)
     values = (ndcg[grown], ndcg[plain]) if with_trees else (np.empty(0), np.empty(0))
     of_trees = decide("trees", "the weighted sum alone", f"of nDCG@{DEPTH}", *values)
+    of_trees = replace(of_trees, accepted=_is_likely(of_trees, *values))
     return (grown if of_trees.accepted else plain), [decision, of_trees]
 
 
@@ -192,6 +195,18 @@ def _decision(
     simple: ChoiceRecipe, values: np.ndarray, simple_values: np.ndarray, part: str = "the fitted ranker"
 ) -> Decision:
     return decide(part, _words(simple), f"of nDCG@{DEPTH}", values, simple_values)
+
+
+def _is_likely(decision: Decision, values: np.ndarray, simple_values: np.ndarray) -> bool:
+    """Whether the gain is more than one standard error, on enough queries.
+
+    A 95% interval would keep most small shops from trees that help: what a cross-validated model may lose is
+    little next to that.
+    """
+    if decision.is_thin:
+        return False
+    mean, error = mean_and_error(values - simple_values)
+    return mean > error
 
 
 def _words(simple: ChoiceRecipe) -> str:
