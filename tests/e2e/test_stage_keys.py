@@ -152,9 +152,9 @@ def test_a_closure_excludes_the_code_of_other_stages(run: Run) -> None:
 RANKERS = {"ranking"}
 BEHAVIOR = {"graph", "sequence", "taste", "ranking", "propensity"}
 ENCODERS = {
-    "text", "text-vectors", "text-frozen", "text-frozen-vectors", "text-head", "text-head-before",
-    "text-encoder", "image", "image-vectors", "image-frozen", "image-frozen-vectors", "image-head",
-    "image-head-before", "image-encoder",
+    "text", "text-vectors", "text-frozen", "text-frozen-vectors", "text-tuned-vectors", "text-head",
+    "text-head-before", "text-encoder", "image", "image-vectors", "image-frozen", "image-frozen-vectors",
+    "image-head", "image-head-before", "image-encoder",
 }  # fmt: skip
 
 

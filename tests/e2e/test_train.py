@@ -56,6 +56,7 @@ def head() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         accepted = Decision("the head", "none", "of nDCG", accepted=True, queries=1000, gain=None)
         patch.setattr(fit_models, "head_decision", lambda *_: accepted)
+        patch.setattr(fit_models, "thin_head", lambda *_: None)
         yield
 
 
@@ -226,9 +227,20 @@ def test_a_second_run_reuses_the_finished_stages(
     with caplog.at_level(logging.INFO):
         assert train(shop, base, bundles, "2026-01-06") == 0
     reuse_lines = [r.getMessage() for r in caplog.records if "reused from an earlier run" in r.getMessage()]
-    event_stages = ["text-head-before", "text-head", "text-encoder", "graph", "sequence"]
+    event_stages = [
+        "text-head-before",
+        "text-head",
+        "text-encoder",
+        "text-frozen-vectors",
+        "graph",
+        "sequence",
+    ]
     event_stages += ["taste", "ranking", "propensity"]
-    assert [message.split(":")[0] for message in reuse_lines] == ["text", "text-vectors", *event_stages]
+    assert [message.split(":")[0] for message in reuse_lines] == [
+        "text-frozen",
+        "text-vectors",
+        *event_stages,
+    ]
     assert sorted(path.name for path in bundles.iterdir() if path.name != ".staged") == before
     with caplog.at_level(logging.INFO):
         caplog.clear()

@@ -156,7 +156,7 @@ def _text(
     body_and_texts = [encoders.digest(body), texts_digest]
     vectors = stages.run("text-vectors", body_and_texts, text_vectors.write_text_vectors, body, texts)
     _fit_projections(stages, "text", body, vectors, None, pairs, training.projection_steps, encoded)
-    if (hits := _text_hits(stages, frozen, texts, pairs)) is not None:
+    if (hits := _text_hits(stages, "frozen", frozen, texts, pairs)) is not None:
         encoded.pair_recall["text"]["frozen"] = metrics.interval(hits).to_dict()
     return trained_body
 
@@ -364,12 +364,14 @@ def _tuning_decision(
 ) -> Decision:
     """Whether the tuned text encoder finds more partners of held-out baskets than the frozen one."""
     nothing = np.empty(0, bool)
-    hits = [_text_hits(stages, body, texts, pairs) for body in (tuned, frozen)]
+    hits = [_text_hits(stages, *body, texts, pairs) for body in (("tuned", tuned), ("frozen", frozen))]
     of_tuned, of_frozen = (nothing if h is None else h for h in hits)
     return decide(_TUNED_TEXT, "the frozen one", _PARTNERS, of_tuned, of_frozen)
 
 
-def _text_hits(stages: Stages, body: Path, texts: list[str], pairs: _BasketPairs) -> np.ndarray | None:
+def _text_hits(
+    stages: Stages, name: str, body: Path, texts: list[str], pairs: _BasketPairs
+) -> np.ndarray | None:
     """Whether an encoder finds the partners of held-out baskets, bool (P,); None if there are none."""
     held_out = _held_out(pairs, np.array([bool(text) for text in texts]))
     if not len(held_out[0]):
@@ -377,7 +379,7 @@ def _text_hits(stages: Stages, body: Path, texts: list[str], pairs: _BasketPairs
     selected = [texts[index] for index in np.unique(np.concatenate(held_out))]
     identity = [encoders.digest(body), digest_of(*(text.encode() for text in selected))]
     entry = text_vectors.write_text_vectors
-    vectors = stages.run("text-held-out-vectors", identity, entry, body, selected)
+    vectors = stages.run(f"text-{name}-vectors", identity, entry, body, selected)
     return _hits(np.load(vectors / "vectors.npy"), held_out)
 
 
