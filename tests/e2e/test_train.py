@@ -40,6 +40,7 @@ granularity = "day"
 mode = "frozen"
 projection_steps = 2
 [ranking]
+ranking_days = 2
 candidates_per_query = 30
 eval_queries = 5
 trees = 40

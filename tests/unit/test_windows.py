@@ -1,5 +1,6 @@
 """Windows hold enough baskets, whatever the pace of a shop, and features of a part come from before it."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -84,6 +85,24 @@ def test_settings_fix_the_number_of_days() -> None:
     assert chosen.days == 7
     assert (chosen.end - chosen.evaluated_from) // DAY == 3
     assert chosen.parts.tolist() == [(FIRST + 33 + day) * DAY for day in range(7)]
+
+
+def test_a_shop_that_logs_pages_looks_back_over_pages() -> None:
+    """Ten pages a day, and one purchase every tenth day."""
+    shown = [
+        Interaction(f"u{page}", f"i{n}", "impression", (FIRST + day) * DAY + page * 1000)
+        for day in range(40)
+        for page in range(10)
+        for n in range(3)
+    ]
+    bought = [
+        Interaction("u1", f"i{n}", "purchase", (FIRST + day) * DAY)
+        for day in range(0, 40, 10)
+        for n in range(2)
+    ]
+    events = make_shop([], [*shown, *bought], SETTINGS).events
+    events = replace(events, session=events.user, session_ids=events.user_ids)
+    assert choose_windows(events, SETTINGS).days == 20
 
 
 @pytest.mark.parametrize("kind", ["view", "impression"])

@@ -2,7 +2,8 @@
 
 The last baskets are the ranking window: rankers are fitted on them, and models of earlier events describe
 them. Its last part is the evaluation window. A shop with thousands of baskets a day needs two days, a small
-or slow one months or years. A window starts with a day, and settings may fix its number of days.
+or slow one months or years. In a shop that logs pages, their number counts instead. A window starts with a
+day, and settings may fix its number of days.
 """
 
 from dataclasses import dataclass
@@ -79,9 +80,8 @@ def choose_windows(events: Events, settings: ShopConfig) -> Windows:
     end = int(events.time[-1] // DAY) + 1
     first = int(events.time[0] // DAY)
     fixed = settings.ranking.ranking_days
-    total = int(count.sum())
-    wanted = min(ENOUGH, max(_MAX_SHARE * total, min(_FEW, _MAX_SHARE_OF_FEW * total)))
-    since = end - fixed if fixed else min(_start(day, count, wanted, end), end - MIN_RANKING_DAYS)
+    pages = _pages_by_day(events, settings)
+    since = end - fixed if fixed else min(_window_start(day, count, pages, end), end - MIN_RANKING_DAYS)
     in_window = day >= since
     fixed = settings.split.test_days
     if fixed:
@@ -103,6 +103,28 @@ def choose_windows(events: Events, settings: ShopConfig) -> Windows:
         earlier=int(count[early].sum()),
         end=end * DAY,
     )
+
+
+def _window_start(
+    day: np.ndarray, count: np.ndarray, pages: tuple[np.ndarray, np.ndarray] | None, end: int
+) -> int:
+    """The first day of the ranking window, by the pages of a shop that logs them, else by its baskets."""
+    if pages is not None:
+        page_day, page_count = pages
+        return _start(page_day, page_count, min(ENOUGH, _MAX_SHARE * int(page_count.sum())), end)
+    total = int(count.sum())
+    wanted = min(ENOUGH, max(_MAX_SHARE * total, min(_FEW, _MAX_SHARE_OF_FEW * total)))
+    return _start(day, count, wanted, end)
+
+
+def _pages_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, np.ndarray] | None:
+    """The days with logged pages, int64 (D,), rising, and the number of pages, (D,); None without any."""
+    is_shown = np.array(list(settings.event_types.values()))[events.kind] == 0
+    rows = np.flatnonzero(is_shown & (events.session >= 0))
+    if not len(rows):
+        return None
+    pages = np.unique(np.stack([events.time[rows], events.session[rows].astype(np.int64)]), axis=1)
+    return np.unique(pages[0] // DAY, return_counts=True)
 
 
 def _baskets_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, np.ndarray]:
