@@ -64,10 +64,11 @@ def slow(sources: Sources) -> Shop:
 def gaps(sources: Sources) -> Shop:
     """The same customers, with a year without any event after every month."""
     events = _long_events(sources)
-    month = (events["time"] - events["time"].min()).dt.days // 30
-    return _fashion(
-        sources, events.assign(time=events["time"] + pd.to_timedelta(365 * month, "D")), _sold(events)
-    )
+    age = events["time"] - events["time"].min()
+    month = age.dt.days // 30
+    # From 1995 on: training refuses events of the future.
+    time = _START - pd.Timedelta(days=5 * 365) + age + pd.to_timedelta(365 * month, "D")
+    return _fashion(sources, events.assign(time=time), _sold(events))
 
 
 def thin(sources: Sources) -> Shop:

@@ -106,9 +106,10 @@ def publish(
 ) -> Path:
     """Turn a directory of components into a bundle under `bundles`; returns its path.
 
-    `staged` must be on the same file system and is moved. The version starts with the time of `until`, or of
-    publishing, and ends with a digest of the content and its schema. If a bundle of this version exists, it
-    gets the new report where `report` is true, and else keeps its own.
+    `staged` must be on the same file system and is moved. The version starts with the time of publishing, so
+    that the newest bundle is the one that was made last, and ends with a digest of the content and its
+    schema. If the newest bundle has the same content, it gets the new report where `report` is true, and else
+    keeps its own.
     """
     # The report describes the run, for example its duration, so it does not change the version.
     files = {
@@ -118,7 +119,9 @@ def publish(
     }
     content = json.dumps([SCHEMA, files, asdict(profile)], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=6).hexdigest()
-    version = f"{(until or datetime.now(UTC)):%Y%m%dT%H%M%S}-{digest}"
+    bundles.mkdir(parents=True, exist_ok=True)
+    latest = max((path.parent.name for path in bundles.glob(f"[!.]*/{MANIFEST}")), default="")
+    version = latest if latest.endswith(f"-{digest}") else f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{digest}"
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "version": version,
@@ -127,7 +130,6 @@ def publish(
         "files": files,
     }
     (staged / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    bundles.mkdir(parents=True, exist_ok=True)
     target = bundles / version
     if not target.exists():
         staged.rename(target)

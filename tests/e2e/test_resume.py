@@ -103,6 +103,11 @@ def version(out: Path) -> list[str]:
     return sorted(path.parent.name for path in out.glob(f"*/{MANIFEST}"))
 
 
+def contents(versions: list[str]) -> list[str]:
+    """The parts of versions that follow from the content of bundles, not from the time of publishing."""
+    return [version.partition("-")[2] for version in versions]
+
+
 def finished_stages(out: Path) -> set[str]:
     return {path.name for path in (out / ".stages").iterdir() if path.is_dir() and path.suffix != ".part"}
 
@@ -145,7 +150,7 @@ def test_a_run_killed_inside_any_stage_resumes_there(killed_runs: dict[str, Any]
         assert run["bundles"] == []
     assert runs[-1]["exit"] == 0
     assert runs[-1]["starts"] == stages[-1:]
-    assert runs[-1]["bundles"] == killed_runs["undisturbed"]
+    assert contents(runs[-1]["bundles"]) == contents(killed_runs["undisturbed"])
     assert len(killed_runs["undisturbed"]) == 1
     resumed = killed_runs["root"] / "resumed"
     assert not list(resumed.rglob("half"))

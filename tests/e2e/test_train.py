@@ -293,7 +293,7 @@ def test_equal_content_in_another_schema_is_another_bundle(
     bundles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = Bundle(bundles)
-    versions = []
+    versions: list[Path] = []
     for schema in (SCHEMA - 1, SCHEMA, SCHEMA):
         monkeypatch.setattr("services.catalog.bundle.SCHEMA", schema)
         shutil.copytree(bundle.directory, tmp_path / "staged")
@@ -301,10 +301,10 @@ def test_equal_content_in_another_schema_is_another_bundle(
         versions.append(publish(tmp_path / "staged", tmp_path / "bundles", bundle.profile, bundle.until))
         shutil.rmtree(tmp_path / "staged", ignore_errors=True)
     assert versions[0] != versions[1] == versions[2]
-    assert versions[1].name == bundle.directory.name
+    assert versions[1].name.partition("-")[2] == bundle.directory.name.partition("-")[2]
     with pytest.raises(FailedPrecondition, match="schema"):
         Bundle(versions[0])
-    assert Bundle(versions[1]).version == bundle.version
+    assert Bundle(versions[1]).version == versions[1].name
 
 
 def test_a_later_report_replaces_one_that_an_older_manifest_lists(bundles: Path, tmp_path: Path) -> None:
@@ -401,3 +401,19 @@ def test_two_trainings_into_one_directory_both_publish(shop: Path, base: Path, t
     for answer, day in zip(answers, days, strict=True):
         assert str(Bundle(Path(answer)).until).startswith(day)
     assert not list((tmp_path / ".stages").glob("*.part"))
+
+
+def test_the_newest_bundle_is_the_one_made_last(
+    shop: Path, base: Path, bundles: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundles / ".stages", tmp_path / ".stages")
+    made = []
+    for until in ("2026-01-06", "2026-01-05", "2026-01-05"):
+        assert train(shop, base, tmp_path, until, "--skip-evaluation") == 0
+        made.append(Bundle(tmp_path))
+    assert [bundle.until.day for bundle in made if bundle.until] == [6, 5, 5]
+    assert made[1].version == made[2].version  # the same content as that of the newest
+    assert train(shop, base, tmp_path, "2026-01-06", "--skip-evaluation") == 0
+    last = Bundle(tmp_path)
+    assert last.until == made[0].until
+    assert last.version > made[2].version > made[0].version

@@ -34,7 +34,7 @@ def test_a_shop_trains_from_the_default_trunk(
     (name,) = version(tmp_path / "out")
     bundle = tmp_path / "out" / name
     recall = json.loads((bundle / "report" / "report.json").read_text())["encoders"]
-    assert ("too few to tell whether a projection helps" in caplog.text) == few
+    assert ("the projection of image: too few to tell" in caplog.text) == few
     for space, encoder in (("text", TextEncoder(bundle / "text")), ("image", ImageEncoder(bundle / "image"))):
         projection = np.load(bundle / space / "head.npy")
         is_used = not np.array_equal(projection, np.eye(encoder.dimension, dtype=np.float32))

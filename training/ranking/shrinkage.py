@@ -2,8 +2,8 @@
 
 A simple score is hand-set weights, or the column that alone ranks the baskets best. A fit with little penalty
 on its column and a strong one on the others stays close to it; with an endless penalty it is the simple
-score. Held-out baskets choose the score and the penalty. If they cannot show that the fit beats the best
-simple score, only a strong penalty is used, and none that loses.
+score. Held-out baskets choose the score and the penalty. If they cannot prove that the fit beats the best
+simple score, only a strong penalty is used, and only where it gains a standard error.
 
 Of many groups, a late part decides. Of few, the users are cut into parts, and the queries of each part are
 ranked by a model of the others: over all their candidates, new items included, and with trees.
@@ -24,7 +24,7 @@ from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import PENALTY, fit_choice
 from training.ranking.coordinate_ascent import DEPTH, ascend
 from training.ranking.list_trees import grow
-from training.ranking.validation import mean_and_error, validation_mask
+from training.ranking.validation import MIN_GROUPS, mean_and_error, validation_mask
 
 PENALTIES = (PENALTY, 1e-2, 1e-1, 0.3, 1.0)
 TREES = (20, 50)
@@ -34,7 +34,7 @@ ALONE = math.inf
 """The penalty that leaves the simple score alone."""
 _MAX_GROUPS = 2000
 _COLUMN_GROUPS = 500
-_MIN_GROUPS = 10
+_MIN_TRAINING_GROUPS = 10
 _SCALE_ROWS = 20_000
 
 
@@ -87,23 +87,21 @@ def choose_recipe(
     simple = max((r for r in recipes if r.penalty == ALONE), key=lambda r: _mean(ndcg[r]))
     plain = _best(ndcg, lambda r: r.penalty < ALONE and not r.trees)
     decision = _decision(simple, ndcg[plain], ndcg[simple])
-    if validation is not None:
-        decision = replace(decision, accepted=_is_likely(decision, ndcg[plain], ndcg[simple]))
+    if validation is not None and not decision.is_thin:
+        decision = replace(decision, accepted=_is_likely(ndcg[plain], ndcg[simple]))
     if not decision.accepted:
-        plain = _best(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
-        decision = _decision(simple, ndcg[plain], ndcg[simple])
-        if _mean(ndcg[plain]) <= _mean(ndcg[simple]):
-            plain = simple
-        else:
-            part = f"the fitted ranker, drawn to {_words(simple)}"
-            decision = replace(_decision(simple, ndcg[plain], ndcg[simple], part), accepted=True)
+        strong = _best(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
+        plain = simple
+        if _is_likely(ndcg[strong], ndcg[simple]):
+            plain, part = strong, f"the fitted ranker, drawn to {_words(simple)}"
+            decision = replace(_decision(simple, ndcg[strong], ndcg[simple], part), accepted=True)
     if validation is None:
         return plain, [decision]
     with_trees = [recipe for recipe in ndcg if recipe.trees]
     grown = max(with_trees, key=lambda r: _mean(ndcg[r]), default=plain)
     values = (ndcg[grown], ndcg[plain]) if with_trees else (np.empty(0), np.empty(0))
     of_trees = decide("trees", "the weighted sum alone", f"of nDCG@{DEPTH}", *values)
-    of_trees = replace(of_trees, accepted=_is_likely(of_trees, *values))
+    of_trees = replace(of_trees, accepted=not of_trees.is_thin and _is_likely(*values))
     return (grown if of_trees.accepted else plain), [decision, of_trees]
 
 
@@ -130,7 +128,7 @@ def fit_recipe(groups: RankingGroups, columns: Sequence[str], recipe: ChoiceReci
 
 def best_column(groups: RankingGroups, columns: Sequence[str]) -> str:
     """The column by which alone the groups are ranked best, or `HAND_SET`; `HAND_SET` for few groups."""
-    if len(groups.size) < _MIN_GROUPS:
+    if len(groups.size) < _MIN_TRAINING_GROUPS:
         return HAND_SET
     names, matrix = [HAND_SET, *columns], with_hand_set(groups, columns).matrix
     matrix = np.column_stack([matrix[:, -1], matrix[:, :-1]])
@@ -146,7 +144,7 @@ def with_hand_set(groups: RankingGroups, columns: Sequence[str]) -> RankingGroup
 
 def _late_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]) -> Held:
     """The nDCG of each recipe, and after a climb, on a late part of the groups; empty for few groups."""
-    is_late = validation_mask(groups) if len(groups.size) >= _MIN_GROUPS else np.zeros(0, bool)
+    is_late = validation_mask(groups) if len(groups.size) >= _MIN_TRAINING_GROUPS else np.zeros(0, bool)
     ndcg: dict[ChoiceRecipe, np.ndarray] = {}
     for recipe in recipes:
         climbing = [replace(recipe, climbs=True)] if recipe.penalty < ALONE else []
@@ -178,7 +176,7 @@ def _crossed_ndcg(
             model = RerankerModel(fit_recipe(training, columns, recipe), None)
             score = model.linear_score(lists.matrix)
             ndcg[recipe].append(lists.ndcg(score, DEPTH))
-            if recipe.penalty not in _PENALTIES_WITH_TREES or len(groups.size) < _MIN_GROUPS:
+            if recipe.penalty not in _PENALTIES_WITH_TREES or len(groups.size) < _MIN_TRAINING_GROUPS:
                 continue
             trees = grow(model, training, max(TREES))
             for count in TREES:
@@ -197,13 +195,13 @@ def _decision(
     return decide(part, _words(simple), f"of nDCG@{DEPTH}", values, simple_values)
 
 
-def _is_likely(decision: Decision, values: np.ndarray, simple_values: np.ndarray) -> bool:
-    """Whether the gain is more than one standard error, on enough queries.
+def _is_likely(values: np.ndarray, simple_values: np.ndarray) -> bool:
+    """Whether the gain is more than one standard error.
 
-    A 95% interval would keep most small shops from trees that help: what a cross-validated model may lose is
+    A 95% interval would keep most small shops from what helps them: what a cross-validated model may lose is
     little next to that.
     """
-    if decision.is_thin:
+    if len(values) < MIN_GROUPS:
         return False
     mean, error = mean_and_error(values - simple_values)
     return mean > error
