@@ -20,7 +20,7 @@ from training.examples.point_in_time import PointInTime
 from training.examples.training_set import make_training_set
 from training.examples.windows import Windows
 from training.ranking import taste_models
-from training.ranking.first_phase import choose_depth, fit_first_phase
+from training.ranking.first_phase import DEPTHS, MAX_LOSS, choose_depth, fit_first_phase
 from training.ranking.fit_models import fit_models
 from training.retrieval import sequence_models
 from training.retrieval.past_graphs import PastGraphs
@@ -93,11 +93,18 @@ def fit(
     document = [decision.to_dict() for decision in fitted.decisions]
     (directory / DECISIONS).write_text(json.dumps(document, indent=1) + "\n")
     depth = choose_depth(past, eval_queries, allowed, first, fitted, vectors)
-    _log.info("the first phase passes on %d candidates", depth)
+    if depth is None:
+        message = (
+            "a first phase of %d candidates loses more than %.3f of recall@20: none is used, which is slower"
+        )
+        _log.warning(message, DEPTHS[-1], MAX_LOSS)
+    else:
+        _log.info("the first phase passes on %d candidates", depth)
     evaluate.evaluate(past, shop, settings, data, eval_queries, vectors, windows, directory, fitted, depth)
     if fitted.head is not None:
         (directory / CTR).mkdir()
         write_ctr(directory / CTR, fitted.head)
     (directory / RERANKER).mkdir()
     write_reranker(directory / RERANKER, fitted.model)
-    write_first_phase(directory / RERANKER, FirstPhase(first, depth))
+    if depth is not None:
+        write_first_phase(directory / RERANKER, FirstPhase(first, depth))

@@ -50,6 +50,12 @@ def test_what_is_learned_and_how_well_is_stated_with_its_interval() -> None:
     ]
 
 
+def test_a_page_that_holds_most_of_the_catalog_measures_nothing() -> None:
+    ranking = {"whole bundle": recall(1.0), "popular": recall(1.0)}
+    few = report_of(ranking=ranking, split={"queries": 400}) | {"shop": SHOP | {"items": 10}}
+    assert summary_lines(few)[3] == "Quality: not measured; 20 recommendations are most of the 10 items."
+
+
 def test_what_is_left_out_is_named() -> None:
     ranker = decision("the fitted ranker", "hand-set weights", -0.05)
     text = decision("the tuned text encoder", "the frozen one", -0.05)

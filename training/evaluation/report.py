@@ -52,7 +52,7 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
         ctr         {event type: {"rows": int, "head", "plain": `metrics.classification_metrics`}}
         propensity  {"7 days": {"published": bool, "reason": str if not, "model", "base rate":
                     `metrics.classification_metrics`, "gained": interval of log loss}}
-        first_phase {"recall_loss": {depth: interval}, "depth": int}, what it costs to score fewer candidates
+        first_phase {"recall_loss": {depth: interval}, "depth": int or None}, what it costs to score fewer
         reranker    {"importance": {feature: share of the absolute SHAP values}, "trees": int}
         cold_start  {method: `metrics.recall_by_count`}, the bundle first
         graph       {relation: {"ndcg", "ndcg_as_cosine": float, fields of the weighting: float}}

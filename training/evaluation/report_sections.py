@@ -277,7 +277,10 @@ def _reranker(reranker: Section) -> list[str]:
 
 
 def _first_phase(first_phase: Section) -> list[str]:
-    note = f"The bundle passes on {cell(first_phase.get('depth'))} candidates."
+    depth = first_phase.get("depth")
+    note = "The bundle has no first phase: it would lose too much."
+    if depth is not None:
+        note = f"The bundle passes on {cell(depth)} candidates."
     return [note, _table(("candidates", "recall@20 lost"), first_phase.get("recall_loss", {}).items())]
 
 

@@ -75,6 +75,10 @@ def _quality(report: Report) -> str:
     methods = report.get("ranking") or {}
     if BUNDLE not in methods:
         return "Quality: not measured; it needs baskets, and a run without --skip-evaluation."
+    if report["shop"]["items"] <= 2 * _PAGE:
+        return (
+            f"Quality: not measured; {_PAGE} recommendations are most of the {report['shop']['items']} items."
+        )
     whole, popular = (methods.get(name, {}).get("recall") for name in (BUNDLE, "popular"))
     queries = report["split"]["queries"]
     few = " Too few to be sure." if queries < MIN_QUERIES else ""

@@ -36,8 +36,8 @@ def choose_depth(
     first: ConditionalLogit,
     models: FittedModels,
     vectors: Mapping[str, np.ndarray],
-) -> int:
-    """The smallest depth that loses at most `MAX_LOSS` on a sample of queries.
+) -> int | None:
+    """The smallest depth that loses at most `MAX_LOSS` on a sample of queries; None if every one loses more.
 
     `allowed`, bool (M,), are the rows that may be candidates.
 
@@ -51,7 +51,7 @@ def choose_depth(
     targets = [past.table.rows(eval_queries[index].targets) for index in sample]
     pages = depth_pages(first.terms(rows.first_phase).sum(1), models.score(rows, vectors), rows)
     recall = {depth: metrics.per_query(p, targets, _PAGE)["recall"].mean() for depth, p in pages.items()}
-    return next((d for d in DEPTHS if recall[None] - recall[d] <= MAX_LOSS), DEPTHS[-1])
+    return next((d for d in DEPTHS if recall[None] - recall[d] <= MAX_LOSS), None)
 
 
 def depth_losses(
