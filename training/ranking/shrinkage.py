@@ -143,20 +143,19 @@ def with_hand_set(groups: RankingGroups, columns: Sequence[str]) -> RankingGroup
 
 
 def _late_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]) -> Held:
-    """The nDCG of each recipe, and after a climb, on a late part of the groups; empty for few groups."""
+    """The nDCG of each recipe on a late part of the groups, and of the best one after a climb.
+
+    Empty for few groups.
+    """
     is_late = validation_mask(groups) if len(groups.size) >= _MIN_TRAINING_GROUPS else np.zeros(0, bool)
-    ndcg: dict[ChoiceRecipe, np.ndarray] = {}
-    for recipe in recipes:
-        climbing = [replace(recipe, climbs=True)] if recipe.penalty < ALONE else []
-        ndcg |= dict.fromkeys([recipe, *climbing], np.empty(0))
-        if not is_late.any():
-            continue
-        training, late = groups.take(~is_late), groups.take(is_late)
-        choice = fit_recipe(training, columns, recipe)
-        ndcg[recipe] = _ndcg(choice, late, columns)
-        if climbing:
-            ndcg[climbing[0]] = _ndcg(_climbed(choice, training, columns), late, columns)
-    return ndcg
+    if not is_late.any():
+        return dict.fromkeys(recipes, np.empty(0))
+    training, late = groups.take(~is_late), groups.take(is_late)
+    choices = {recipe: fit_recipe(training, columns, recipe) for recipe in recipes}
+    ndcg = {recipe: _ndcg(choice, late, columns) for recipe, choice in choices.items()}
+    best = _best(ndcg, lambda recipe: recipe.penalty < ALONE)
+    climbed = _climbed(choices[best], training, columns)
+    return ndcg | {replace(best, climbs=True): _ndcg(climbed, late, columns)}
 
 
 def _crossed_ndcg(
