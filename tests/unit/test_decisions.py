@@ -53,4 +53,4 @@ def test_a_rejection_is_a_warning_and_names_what_stays(caplog: pytest.LogCapture
         decide("trees", "the weighted sum", "of nDCG", values, values[::-1]).log()
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().endswith("it is not used, but the weighted sum")
+    assert record.getMessage().endswith("it is left out in favor of the weighted sum")
