@@ -242,7 +242,8 @@ async def _compare(
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-    print(f"{len(sample)} queries over gRPC to three processes: {different} pages differ")  # noqa: T201
+    message = f"{len(sample)} queries over gRPC to three processes: {different} pages differ"
+    print(message, file=sys.stderr)  # noqa: T201
     if different:
         raise FailedPrecondition(f"{different} of {len(sample)} pages differ between one process and three")
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 
 from services.catalog.bundle import Bundle
 from services.core.errors import FailedPrecondition
+from services.gateway.recommend.request_parser import MAX_SESSION
 from training.data.dataset import ShopData
 from training.data.settings_file import read_settings
 from training.examples.queries import DAY, make_eval_queries
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MAX_DAYS = 50
 _FORM = '{"user_id": "u1", "date": "2026-11-30", "session": ["i1"], "targets": ["i2"]}'
 
 
@@ -66,7 +68,7 @@ def read_queries(
 
 
 def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> list[EvalQuery]:
-    """Queries of the events after the bundle's time, at most `limit` of them at random.
+    """Queries of the events after the bundle's time, at most `limit` of at most 50 days, at random.
 
     A basket that makes a query is one as in training: its first half is the session, the target types of the
     rest are the targets.
@@ -85,14 +87,18 @@ def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> list[EvalQue
             f"no basket of {'/'.join(targets)} came after {since:%Y-%m-%d}, up to which the bundle "
             "was trained: train with an earlier --until, or add later events"
         )
-    selected = np.sort(np.random.default_rng(0).permutation(len(made))[:limit])
+    generator = np.random.default_rng(0)
+    days = np.unique([query.as_of // DAY for query in made])
+    days = generator.permutation(days)[:_MAX_DAYS]  # each day starts the services anew
+    usable = np.flatnonzero(np.isin([query.as_of // DAY for query in made], days))
+    selected = np.sort(generator.permutation(usable)[:limit])
     return [
         EvalQuery(
             query.user_id,
-            tuple(events.item_ids[ids[item]] for item, _ in query.session),
+            tuple(events.item_ids[ids[item]] for item, _ in query.session[-MAX_SESSION:]),
             tuple(events.item_ids[ids[item]] for item in query.targets.tolist()),
             _EPOCH + timedelta(microseconds=query.as_of - query.as_of % DAY),
-            tuple(kind for _, kind in query.session),
+            tuple(kind for _, kind in query.session[-MAX_SESSION:]),
         )
         for query in (made[index] for index in selected)
     ]
@@ -125,11 +131,13 @@ def _query(place: str, line: str) -> EvalQuery:
         row = json.loads(line)
         session = [_session_item(item) for item in row.get("session", [])]
         types = tuple(kind for _, kind in session)
+        if not isinstance(row["targets"], list) or not row["targets"]:
+            raise ValueError("targets has to be a list of item ids, not empty")
         return EvalQuery(
             str(row["user_id"]),
             tuple(item for item, _ in session),
             tuple(map(str, row["targets"])),
-            datetime.fromisoformat(row["date"]).replace(tzinfo=UTC),
+            datetime.combine(date.fromisoformat(row["date"]), datetime.min.time(), UTC),
             types if any(types) else (),
             tuple(map(str, row.get("excluded_item_ids", []))),
         )

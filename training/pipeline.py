@@ -309,6 +309,12 @@ def _propensity_stage(stages: Stages, shop: ShopData, settings: ShopConfig) -> P
     return stages.run("propensity", inputs, propensity.fit, shop, settings)
 
 
+def _logs_pages(shop: ShopData) -> bool:
+    """Whether any event is an impression within a session."""
+    weights = np.array(list(shop.settings.event_types.values()))
+    return bool(((weights[shop.events.kind] == 0) & (shop.events.session >= 0)).any())
+
+
 def _provenance(settings: ShopConfig) -> dict[str, object]:
     """The device, the library versions and the non-default settings of this run."""
     device = f"{os.cpu_count()} {platform.machine()} cores, torch on {torch.get_num_threads()} of them"
@@ -344,6 +350,7 @@ def _report(
             "users": len(np.unique(shop.events.user)),
             "images": len(encoded.image_hashes),
             "until": until.isoformat() if until else None,
+            "logs_pages": _logs_pages(shop),
         },
         "input": {f"{report.file} ({name})": report.to_dict() for name, report in shop.reports.items()},
         "verdict": {"allowed": verdict.reasons, "warnings": verdict.warnings},

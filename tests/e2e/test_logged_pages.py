@@ -111,7 +111,7 @@ def test_pages_show_what_the_user_likes_in_one_process_and_in_three(
 ) -> None:
     arguments = [f"--data={shop}", f"--bundle={bundle.directory}", "--split=val", f"--out={tmp_path / 'run'}"]
     assert main(["evaluate", *arguments, "--over-grpc=20"]) == 0
-    assert "20 queries over gRPC to three processes: 0 pages differ" in capsys.readouterr().out
+    assert "20 queries over gRPC to three processes: 0 pages differ" in capsys.readouterr().err
     purchases: dict[str, list[int]] = {}
     for line in (shop / "events.jsonl").read_text().splitlines():
         event = json.loads(line)

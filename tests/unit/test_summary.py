@@ -61,8 +61,19 @@ def test_what_is_left_out_is_named() -> None:
     text = decision("the tuned text encoder", "the frozen one", -0.05)
     lines = summary_lines(report_of(decisions=[text, ranker]))
     assert "because tuning it did not help" in lines[1]
-    assert lines[2].startswith("Ranking: hand-set weights: nothing that was learned ranks better on 400")
+    assert lines[2] == (
+        "Ranking: hand-set weights: no weights that were learned rank better on 400 held-out baskets."
+    )
     assert lines[4].endswith("the tuned text encoder, the fitted ranker.")
+
+
+def test_pages_and_trees_on_a_simple_score_are_named() -> None:
+    pages = report_of() | {"shop": SHOP | {"logs_pages": True}}
+    assert "what users were shown" in summary_lines(pages)[2]
+    ranker = decision("the fitted ranker", "hand-set weights", -0.05)
+    trees = decision("trees", "the weighted sum alone", 0.05)
+    lines = summary_lines(report_of(decisions=[ranker, trees]))
+    assert lines[2].startswith("Ranking: hand-set weights, with trees that correct it: no weights")
 
 
 def test_few_baskets_say_when_there_are_enough() -> None:

@@ -88,11 +88,11 @@ def test_settings_fix_the_number_of_days() -> None:
 
 
 def test_a_shop_that_logs_pages_looks_back_over_pages() -> None:
-    """Ten pages a day, and one purchase every tenth day."""
+    """Twenty pages a day, and one purchase every tenth day."""
     shown = [
         Interaction(f"u{page}", f"i{n}", "impression", (FIRST + day) * DAY + page * 1000)
         for day in range(40)
-        for page in range(10)
+        for page in range(20)
         for n in range(3)
     ]
     bought = [
@@ -105,12 +105,22 @@ def test_a_shop_that_logs_pages_looks_back_over_pages() -> None:
     assert choose_windows(events, SETTINGS).days == 20
 
 
-@pytest.mark.parametrize("kind", ["view", "impression"])
-def test_what_is_no_target_is_no_evidence(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "baskets"), [("view", 37), ("impression", 0)])
+def test_views_teach_and_do_not_evaluate_and_impressions_do_neither(kind: str, baskets: int) -> None:
     interactions = [Interaction("u0", f"i{n}", kind, (FIRST + n) * DAY) for n in range(50)]
     chosen = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
-    assert chosen.baskets == chosen.earlier == 0
-    assert chosen.days == 2
+    assert (chosen.baskets, chosen.evaluated) == (baskets, 0)
+
+
+@pytest.mark.parametrize("days", [[0] * 900 + [1] * 50, [0] * 100 + [10] * 800 + [11] * 60 + [12] * 40])
+def test_a_peak_day_leaves_baskets_to_learn_from_and_to_evaluate(days: list[int]) -> None:
+    interactions = [
+        Interaction(f"u{user}", f"i{n}", "purchase", (FIRST + day) * DAY + user)
+        for user, day in enumerate(days)
+        for n in range(2)
+    ]
+    chosen = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
+    assert 0 < chosen.evaluated < chosen.baskets
 
 
 def test_a_shop_without_events_has_empty_windows() -> None:

@@ -36,6 +36,7 @@ class Decision:
     def __str__(self) -> str:
         verdict = "is used" if self.accepted else f"is left out in favor of {self.baseline}"
         if self.gain is None or self.is_thin:
+            verdict += ", as settings or a gain of one standard error ask for" if self.accepted else ""
             return f"{self.part}: too few to tell ({self.queries:,} held-out queries): it {verdict}"
         change = f"{self.gain.mean:+.3f} [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
         return (

@@ -17,7 +17,7 @@ class TextTraining(Section):
     base: str = Field("minilm", description="a Hugging Face BERT: hub name or directory")
     mode: Literal["auto", "full", "lora", "frozen"] = Field(
         "auto",
-        description="auto tunes the whole model where there are enough baskets, and publishes it if it finds "
+        description="auto tunes the model where there are enough baskets, and publishes it if it finds "
         "more partners of held-out baskets than the frozen one; full and lora always publish the tuned model",
     )
     trainable_layers: int | None = Field(

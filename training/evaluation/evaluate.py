@@ -79,8 +79,10 @@ def evaluate(
     rows = evaluation_rows(past, queries, allowed)
     held_out = HeldOutModels(split, settings, vectors, bundle_models)
     models, score = held_out.first, held_out.scores(rows)
-    matrix = models.matrix(rows, vectors)
-    pages = _by_method(held_out, rows, score, vectors)
+    # What is measured on one set of models leaves out the queries that they are fitted on.
+    first_queries = split.folds[0].queries
+    first_rows = rows.take(first_queries)
+    pages = _by_method(held_out, rows, score)
     counts = _counts(past, shop.events, since)
     inputs = _metric_inputs(past, counts, queries, int(allowed.sum()))
     results = {
@@ -90,8 +92,8 @@ def evaluate(
         "cold_start": {},
         "candidates": _candidates(past, rows, inputs)
         | {"index_recall": _index_recall(past, queries, allowed)},
-        "ctr": _ctr(data, training, models, settings, vectors, since, rows),
-        "reranker": _importance(models, rows, matrix),
+        "ctr": _ctr(data, training, models, settings, vectors, since, first_rows),
+        "reranker": _importance(models, first_rows, models.matrix(first_rows, vectors)),
     }
     missing = {part for part in ("text", "image") if part not in vectors}
     missing |= {"sequence"} if "sequence model" not in pages else set()
@@ -128,16 +130,14 @@ def evaluate(
     for part, other_pages in without.items():
         results["ablation"][part] = _difference(pages["whole bundle"], other_pages, targets)
     results["cold_start"] = _cold_start(pages["whole bundle"], without, targets, counts)
-    losses = _first_phase_losses(training, rows, score, targets)
+    losses = _first_phase_losses(training, rows, score, targets, first_queries)
     results["first_phase"] = {"recall_loss": losses, "depth": depth}
     if data.has_impressions:
         results |= _logged_pages(on_pages, late, inputs["bands"])
     (directory / FILE).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _by_method(
-    held_out: HeldOutModels, rows: FeatureRows, score: np.ndarray, vectors: Mapping[str, np.ndarray]
-) -> dict[str, list[np.ndarray]]:
+def _by_method(held_out: HeldOutModels, rows: FeatureRows, score: np.ndarray) -> dict[str, list[np.ndarray]]:
     """The pages of the whole bundle, by its `score`, and of simpler methods over the same candidates."""
     pages = {BUNDLE: _pages(rows, score)}
     pages["hand-set weights"] = _pages(rows, baseline_scores(rows.names, rows.matrix))
@@ -148,8 +148,8 @@ def _by_method(
         pages["sequence model"] = _pages(rows, next_item)
     pages["popular"] = _pages(rows, lately + np.float32(1e-3) * ever)
     pages["choice model alone"] = _pages(rows, held_out.linear_scores(rows))
-    if (head := held_out.first.head) is not None:
-        pages["CTR head alone"] = _pages(rows, ctr.score(head, rows, vectors)[:, -1])
+    if (of_head := held_out.head_scores(rows)) is not None:
+        pages["CTR head alone"] = _pages(rows, of_head)
     return pages
 
 
@@ -197,10 +197,16 @@ def _cold_start(
 
 
 def _first_phase_losses(
-    training: TrainingSet, rows: FeatureRows, second: np.ndarray, targets: Sequence[np.ndarray]
+    training: TrainingSet,
+    rows: FeatureRows,
+    second: np.ndarray,
+    targets: Sequence[np.ndarray],
+    queries: np.ndarray,
 ) -> dict[str, Any]:
-    first = fit_first_phase(training.rows).terms(rows.first_phase).sum(1)
-    return depth_losses(first, second, rows, targets)
+    """The losses on those of the queries, int64 (K,), that are not in the training data."""
+    part, of_part = rows.take(queries), np.isin(rows.group(), queries)
+    first = fit_first_phase(training.rows).terms(part.first_phase).sum(1)
+    return depth_losses(first, second[of_part], part, [targets[index] for index in queries.tolist()])
 
 
 def task_filter(settings: ShopConfig) -> filters.Filter:
@@ -270,15 +276,15 @@ def _split(split: Split) -> dict[str, Any]:
     note = f"The evaluated rankers are fitted on {sizes[0]} earlier baskets; they have"
     if split.is_crossed:
         note = (
-            "These are too few for days of their own: each query is ranked by models that are fitted on the "
-            f"{sizes[0]} or so baskets of other users, of all these days; the models have"
+            "The baskets are too few for days of their own: each query is ranked by models that are fitted "
+            f"on the {sizes[0]} or so baskets of other users, of all these days; the models have"
         )
     return {
         "learned_until": _iso(split.since),
         "evaluated": [_iso(split.since), _iso(split.queries[-1].as_of)],
         "queries": len(split.queries),
         "crossed": split.is_crossed,
-        "note": f"{note} {recipe}. The published ones are fitted on all baskets.",
+        "note": f"{note} {recipe}, which all baskets chose. The published ones are fitted on all baskets.",
     }
 
 

@@ -16,6 +16,7 @@ from training.examples.feature_rows import FeatureRows
 from training.examples.queries import EvalQuery
 from training.examples.training_set import TrainingSet
 from training.examples.windows import Windows
+from training.ranking import ctr
 from training.ranking.fit_models import CtrHeads, FittedModels, fit_models
 
 _FOLDS = 5
@@ -49,17 +50,20 @@ def split_of(
     data: TrainingSet, eval_queries: Sequence[EvalQuery], windows: Windows, max_queries: int
 ) -> Split:
     """The split of a training set and of the queries of the ranking window, at most `max_queries` of them."""
-    late = _sample([q for q in eval_queries if q.as_of >= windows.evaluated_from], max_queries)
-    if len(late) >= MIN_QUERIES or data.has_impressions or not max_queries:
-        training = data.before(windows.evaluated_from).sample(TRAINING_QUERIES)
-        is_usable = late and len(training.rows.size) and len(training.ctr_rows.size)
+    late = [q for q in eval_queries if q.as_of >= windows.evaluated_from]
+    training = data.before(windows.evaluated_from).sample(TRAINING_QUERIES)
+    can_learn = len(training.rows.size) and len(training.ctr_rows.size)
+    if (len(late) >= MIN_QUERIES and can_learn) or data.has_impressions or not max_queries:
+        late = _sample(late, max_queries)
+        is_usable = late and can_learn
         folds = [Fold(training, np.arange(len(late)))] if is_usable else []
         return Split(late, windows.evaluated_from, folds)
     queries = _sample(eval_queries, max_queries)
     part_of = np.array([_part(q) for q in queries], np.int64)
 
     def fold_of(part: int) -> Fold:
-        return Fold(data.where(lambda query: _part(query) != part), np.flatnonzero(part_of == part))
+        others = data.where(lambda query: _part(query) != part).sample(TRAINING_QUERIES)
+        return Fold(others, np.flatnonzero(part_of == part))
 
     folds = [fold_of(part) for part in np.unique(part_of).tolist()]
     is_usable = len(folds) > 1 and all(len(fold.training.rows.size) for fold in folds)
@@ -101,6 +105,12 @@ class HeldOutModels:
         """Scores float64 (N,) of the rows of the evaluated queries, each by the models of its fold."""
         return self._by_fold(rows, lambda models, part: models.score(part, self._vectors))
 
+    def head_scores(self, rows: FeatureRows) -> np.ndarray | None:
+        """The logit of the strongest type by the CTR heads, float64 (N,); None without heads."""
+        if any(models.head is None for models in self.models):
+            return None
+        return self._by_fold(rows, lambda models, part: _last_logit(models, part, self._vectors))
+
     def linear_scores(self, rows: FeatureRows) -> np.ndarray:
         """The same without trees."""
         return self._by_fold(
@@ -114,6 +124,12 @@ class HeldOutModels:
         for fold, models in zip(self._split.folds, self.models, strict=True):
             scores[np.isin(group, fold.queries)] = score(models, rows.take(fold.queries))
         return scores
+
+
+def _last_logit(models: FittedModels, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
+    if models.head is None:
+        raise ValueError("these models have no head")
+    return ctr.score(models.head, rows, vectors)[:, -1]
 
 
 def _part(query: EvalQuery) -> int:

@@ -22,7 +22,8 @@ def write_report(directory: Path, report: Mapping[str, Any]) -> None:
     All sections are optional; the page omits empty ones. An interval is {"mean", "ci95": [low, high], "n"} or
     None; a time is ISO 8601 or a datetime:
 
-        shop        {"items", "events", "users", "images": int, "until": time}
+        shop        {"items", "events", "users", "images": int, "until": time,
+                    "logs_pages": bool}
         summary     [sentence]
         windows     {"since", "evaluated_from": time, counts of days and baskets}
         decisions   [{"part", "baseline", "measure", "text": str, "accepted": bool, "queries": int,

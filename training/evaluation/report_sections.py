@@ -102,8 +102,9 @@ def _provenance(run: Section) -> list[str]:
 
 def _split(split: Section) -> list[str]:
     start, end = split["evaluated"]
+    words = "The features know events before" if split.get("crossed") else "Trained on events before"
     return [
-        f"Trained on events before {cell(split['learned_until'])}; evaluated on "
+        f"{words} {cell(split['learned_until'])}; evaluated on "
         f"{cell(split['queries'])} queries from {cell(start)} to {cell(end)}. {cell(split['note'])}"
     ]
 
@@ -317,7 +318,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], list[str]]], ...] = (
         "decisions",
         "Decisions",
         "A learned part replaces a simpler one where held-out data show a gain by a 95 % interval. Fewer "
-        "than 100 queries do not decide.",
+        "than 100 queries show nothing: then a ranker that stays close to the simple one may be used.",
         _decisions,
     ),
     (
@@ -340,7 +341,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Any], list[str]]], ...] = (
         "from an earlier run may come from another machine.",
         _provenance,
     ),
-    ("split", "Split", "The evaluated models are trained on earlier events only.", _split),
+    ("split", "Split", "No evaluated model is fitted on the queries that it ranks.", _split),
     (
         "ranking",
         "Ranking",

@@ -14,7 +14,7 @@ from scipy.linalg import lapack
 from training.data.config import ShopConfig
 from training.data.events import Events
 
-MAX_EASE_ITEMS = 20_000
+MAX_EASE_ITEMS = 10_000
 """With more items EASE takes too much memory."""
 _EASE_PENALTIES = (10.0, 100.0, 1000.0)
 _TUNING_USERS = 500

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.core.decisions import MIN_QUERIES
-from training.encoders.text_effort import MIN_PAIRS
 
-ENOUGH_BASKETS = 5 * MIN_QUERIES
-"""Of so many baskets the last fifth decides about trees and the CTR head."""
+ENOUGH_BASKETS = 1000
+"""Of so many baskets, half are in the ranking window, and its last fifth is enough to decide."""
 BUNDLE = "whole bundle"
 _PAGE = 20
 Report = Mapping[str, Any]
@@ -49,18 +48,16 @@ def _ranking(report: Report) -> str:
     by_part = {d["part"]: d for d in report.get("decisions", [])}
     ranker = next((d for part, d in by_part.items() if part.startswith("the fitted ranker")), None)
     if ranker is None:
-        if report.get("pages"):
+        if report.get("shop", {}).get("logs_pages"):
             return "Ranking: a model learned from what users were shown and what they took of it."
         return "Ranking: hand-set weights, because there is no basket to learn from."
+    queries, trees = _count(ranker["queries"], "held-out basket"), by_part.get("trees", {}).get("accepted")
     if not ranker["accepted"]:
-        return (
-            f"Ranking: {ranker['baseline']}: nothing that was learned ranks better on "
-            f"{_count(ranker['queries'], 'held-out basket')}."
-        )
-    trees = by_part.get("trees", {}).get("accepted")
+        more = ", with trees that correct it" if trees else ""
+        return f"Ranking: {ranker['baseline']}{more}: no weights that were learned rank better on {queries}."
     return (
         f"Ranking: weights learned from this shop{', and trees' if trees else ''}; "
-        f"{_of_gain(ranker)} than {ranker['baseline']} on {_count(ranker['queries'], 'held-out basket')}."
+        f"{_of_gain(ranker)} than {ranker['baseline']} on {queries}."
     )
 
 
@@ -90,13 +87,12 @@ def _quality(report: Report) -> str:
 
 def _next(report: Report) -> str:
     windows = report.get("windows") or {}
-    baskets = windows.get("baskets", 0)
+    now = windows.get("baskets", 0) + windows.get("earlier_baskets", 0)
     rejected = [d["part"] for d in report.get("decisions", []) if not d["accepted"]]
-    if baskets < ENOUGH_BASKETS:
-        now = baskets + windows.get("earlier_baskets", 0)
+    if now < ENOUGH_BASKETS:
         return (
-            f"Next: train again when there are about {2 * ENOUGH_BASKETS:,} baskets ({now:,} now). From then "
-            f"on trees are tried, and texts are tuned if baskets hold {MIN_PAIRS:,} items next to others."
+            f"Next: train again when there are about {ENOUGH_BASKETS:,} baskets ({now:,} now): they can show "
+            "that more of what is learned helps."
         )
     if rejected:
         return (

@@ -6,6 +6,7 @@ or slow one months or years. In a shop that logs pages, their number counts inst
 day, and settings may fix its number of days.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,12 +18,13 @@ from training.data.events import Events
 from training.examples.queries import DAY, baskets
 
 ENOUGH = 4000
-"""More baskets than this make rankers hardly better."""
+"""More baskets, or logged pages, than this make rankers hardly better."""
 ENOUGH_TO_EVALUATE = 1000
 _MAX_SHARE = 0.5  # of the baskets: the earlier ones are what features describe
 _FEW, _MAX_SHARE_OF_FEW = 500, 0.75
 _EVALUATION_SHARE = 0.25
 _MAX_PARTS = 10
+_MIN_PAGES = 200  # fewer do not say how far back to look
 
 
 @dataclass(frozen=True)
@@ -76,31 +78,33 @@ def choose_windows(events: Events, settings: ShopConfig) -> Windows:
     """The windows of these events, in the order of time."""
     if not len(events):
         return Windows(0, 0, 0, np.zeros(1, np.int64), 0, 0, 0, 0)
-    day, count = _baskets_by_day(events, settings)
-    end = int(events.time[-1] // DAY) + 1
-    first = int(events.time[0] // DAY)
-    fixed = settings.ranking.ranking_days
-    pages = _pages_by_day(events, settings)
-    since = end - fixed if fixed else min(_window_start(day, count, pages, end), end - MIN_RANKING_DAYS)
-    in_window = day >= since
-    fixed = settings.split.test_days
-    if fixed:
+    weights = dict(settings.event_types)
+    engagements = [name for name, weight in weights.items() if weight > 0]
+    # Rankers are fitted on baskets of every type, and evaluated on those that hold a target.
+    day, count = _baskets_by_day(events, weights, engagements)
+    target_day, target_count = _baskets_by_day(events, weights, settings.targets)
+    end, first = int(events.time[-1] // DAY) + 1, int(events.time[0] // DAY)
+    if fixed := settings.ranking.ranking_days:
+        since = end - fixed
+    else:
+        pages = _pages_by_day(events, settings)
+        since = min(_window_start(day, count, pages, end), end - MIN_RANKING_DAYS)
+    in_window = target_day >= since
+    if fixed := settings.split.test_days:
         evaluated_from = end - fixed
     else:
-        wanted = min(ENOUGH_TO_EVALUATE, _EVALUATION_SHARE * int(count[in_window].sum()))
-        start = _start(day[in_window], count[in_window], wanted, end)
+        start = _evaluation_start(target_day[in_window], target_count[in_window], end)
         evaluated_from = min(start, end - 1)
-    early = ~in_window
-    wanted = min(ENOUGH_TO_EVALUATE, _EVALUATION_SHARE * int(count[early].sum()))
-    tuned_from = min(_start(day[early], count[early], wanted, since), since - (settings.split.test_days or 1))
+    early = _evaluation_start(target_day[~in_window], target_count[~in_window], since)
+    tuned_from = min(early, since - (settings.split.test_days or 1))
     return Windows(
         since=since * DAY,
         evaluated_from=evaluated_from * DAY,
         tuned_from=max(tuned_from, min(first, since)) * DAY,
-        parts=_parts(day[in_window], count[in_window], since) * DAY,
-        baskets=int(count[in_window].sum()),
-        evaluated=int(count[day >= evaluated_from].sum()),
-        earlier=int(count[early].sum()),
+        parts=_parts(day[day >= since], count[day >= since], since) * DAY,
+        baskets=int(count[day >= since].sum()),
+        evaluated=int(target_count[target_day >= evaluated_from].sum()),
+        earlier=int(count[day < since].sum()),
         end=end * DAY,
     )
 
@@ -108,34 +112,43 @@ def choose_windows(events: Events, settings: ShopConfig) -> Windows:
 def _window_start(
     day: np.ndarray, count: np.ndarray, pages: tuple[np.ndarray, np.ndarray] | None, end: int
 ) -> int:
-    """The first day of the ranking window, by the pages of a shop that logs them, else by its baskets."""
+    """The first day of the ranking window, by the pages of a shop that logs them, else by its baskets.
+
+    If it would hold every basket, it starts a day later.
+    """
     if pages is not None:
         page_day, page_count = pages
         return _start(page_day, page_count, min(ENOUGH, _MAX_SHARE * int(page_count.sum())), end)
     total = int(count.sum())
     wanted = min(ENOUGH, max(_MAX_SHARE * total, min(_FEW, _MAX_SHARE_OF_FEW * total)))
-    return _start(day, count, wanted, end)
+    start = _start(day, count, wanted, end)
+    return int(day[1]) if len(day) > 1 and start <= day[0] else start
+
+
+def _evaluation_start(day: np.ndarray, count: np.ndarray, end: int) -> int:
+    """The first day of the last part of some baskets; a day later if it would hold all of them."""
+    start = _start(day, count, min(ENOUGH_TO_EVALUATE, _EVALUATION_SHARE * int(count.sum())), end)
+    return int(day[1]) if len(day) > 1 and start <= day[0] else start
 
 
 def _pages_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, np.ndarray] | None:
-    """The days with logged pages, int64 (D,), rising, and the number of pages, (D,); None without any."""
+    """The days with logged pages, int64 (D,), rising, and the number of pages, (D,); None with few pages."""
     is_shown = np.array(list(settings.event_types.values()))[events.kind] == 0
     rows = np.flatnonzero(is_shown & (events.session >= 0))
-    if not len(rows):
-        return None
     pages = np.unique(np.stack([events.time[rows], events.session[rows].astype(np.int64)]), axis=1)
-    return np.unique(pages[0] // DAY, return_counts=True)
+    return np.unique(pages[0] // DAY, return_counts=True) if pages.shape[1] >= _MIN_PAGES else None
 
 
-def _baskets_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The days with a basket that makes a query, int64 (D,), rising, and the number of those baskets, (D,).
+def _baskets_by_day(
+    events: Events, weights: Mapping[str, float], targets: Collection[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The days with a basket that can make a query, int64 (D,), rising, and the number of them, (D,).
 
-    A basket has an engagement with another item before the target, or an earlier one of its user.
+    Such a basket holds an event of a type in `targets`, and several items, or its user has engaged before.
     """
-    kinds = list(settings.event_types)
-    weights = np.array([settings.event_types[name] for name in kinds])
-    is_target = np.array([name in settings.targets and weights[i] > 0 for i, name in enumerate(kinds)])
-    rows = np.flatnonzero(weights[events.kind] > 0)
+    kinds = list(weights)
+    is_target = np.array([name in targets and weights[name] > 0 for name in kinds])
+    rows = np.flatnonzero(np.array(list(weights.values()))[events.kind] > 0)
     if not len(rows):
         return np.empty(0, np.int64), np.empty(0, np.int64)
     user, time = events.user[rows], events.time[rows]
@@ -149,8 +162,7 @@ def _baskets_by_day(events: Events, settings: ShopConfig) -> tuple[np.ndarray, n
     items = np.unique(basket.astype(np.int64) * (len(events.item_ids) + 1) + events.item[rows])
     several = np.bincount(items // (len(events.item_ids) + 1), minlength=len(place)) > 1
     usable = has_target & (several | (first_of_user[user[place]] < start))
-    days, count = np.unique(start[usable] // DAY, return_counts=True)
-    return days, count
+    return np.unique(start[usable] // DAY, return_counts=True)
 
 
 def _start(day: np.ndarray, count: np.ndarray, wanted: float, end: int) -> int:

@@ -1,9 +1,10 @@
 """The choice model of a shop, shrunk toward a simple score as far as held-out baskets ask for it.
 
-A simple score is hand-set weights, or the column that alone ranks the baskets best. A fit with little penalty
-on its column and a strong one on the others stays close to it; with an endless penalty it is the simple
-score. Held-out baskets choose the score and the penalty. If they cannot prove that the fit beats the best
-simple score, only a strong penalty is used, and only where it gains a standard error.
+A simple score is hand-set weights, or the column that alone ranks the baskets best, with some of these. A
+fit with little penalty on its column and a strong one on the others stays close to it; with an endless
+penalty it is the simple score. Held-out baskets choose the score and the penalty. If they do not show that
+the fit beats the best simple score, the simple score is used. If they are too few to show anything, a fit
+with a strong penalty is used where it gains a standard error.
 
 Of many groups, a late part decides. Of few, the users are cut into parts, and the queries of each part are
 ranked by a model of the others: over all their candidates, new items included, and with trees.
@@ -24,7 +25,7 @@ from training.examples.ranking_groups import RankingGroups
 from training.ranking.conditional_logit import PENALTY, fit_choice
 from training.ranking.coordinate_ascent import DEPTH, ascend
 from training.ranking.list_trees import grow
-from training.ranking.validation import MIN_GROUPS, mean_and_error, validation_mask
+from training.ranking.validation import MIN_GROUPS, best_count, mean_and_error, validation_mask
 
 PENALTIES = (PENALTY, 1e-2, 1e-1, 0.3, 1.0)
 TREES = (20, 50)
@@ -36,6 +37,7 @@ _MAX_GROUPS = 2000
 _COLUMN_GROUPS = 500
 _MIN_TRAINING_GROUPS = 10
 _SCALE_ROWS = 20_000
+_TIE_BREAK = 0.1  # the weight of hand-set weights next to a column alone
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,11 @@ def choose_recipe(
 ) -> tuple[ChoiceRecipe, list[Decision]]:
     """The recipe for these groups, and whether the fitted model beats the simple score on held-out groups.
 
-    With a `validation`, it also decides about trees, and a gain of one standard error is enough.
+    With a `validation`, it also decides about trees.
     """
     if validation is None:
         groups = _sample(groups.take(_graded(groups)), _MAX_GROUPS)
-    column = best_column(_sample(groups, _COLUMN_GROUPS), columns)
+    column = best_column(_sample(validation.lists if validation else groups, _COLUMN_GROUPS), columns)
     anchors = list(dict.fromkeys([column, HAND_SET]))
     recipes = [ChoiceRecipe(anchor, ALONE, climbs=False) for anchor in anchors]
     recipes += [ChoiceRecipe(anchor, penalty, climbs=False) for anchor in anchors for penalty in PENALTIES]
@@ -85,24 +87,25 @@ def choose_recipe(
     else:
         ndcg = _crossed_ndcg(groups, columns, recipes, validation)
     simple = max((r for r in recipes if r.penalty == ALONE), key=lambda r: _mean(ndcg[r]))
-    plain = _best(ndcg, lambda r: r.penalty < ALONE and not r.trees)
-    decision = _decision(simple, ndcg[plain], ndcg[simple])
-    if validation is not None and not decision.is_thin:
-        decision = replace(decision, accepted=_is_likely(ndcg[plain], ndcg[simple]))
+    plain, values = _best_crossed(ndcg, lambda r: r.penalty < ALONE and not r.trees)
+    decision = _decision(simple, values, ndcg[simple])
     if not decision.accepted:
-        strong = _best(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
+        strong, values = _best_crossed(ndcg, lambda r: ALONE > r.penalty >= _STRONG and not r.trees)
         plain = simple
-        if _is_likely(ndcg[strong], ndcg[simple]):
+        if decision.is_thin and _gains_an_error(values, ndcg[simple]):
             plain, part = strong, f"the fitted ranker, drawn to {_words(simple)}"
-            decision = replace(_decision(simple, ndcg[strong], ndcg[simple], part), accepted=True)
+            decision = replace(_decision(simple, values, ndcg[simple], part), accepted=True)
     if validation is None:
         return plain, [decision]
-    with_trees = [recipe for recipe in ndcg if recipe.trees]
-    grown = max(with_trees, key=lambda r: _mean(ndcg[r]), default=plain)
-    values = (ndcg[grown], ndcg[plain]) if with_trees else (np.empty(0), np.empty(0))
-    of_trees = decide("trees", "the weighted sum alone", f"of nDCG@{DEPTH}", *values)
-    of_trees = replace(of_trees, accepted=not of_trees.is_thin and _is_likely(*values))
-    return (grown if of_trees.accepted else plain), [decision, of_trees]
+    grown, values = _best_crossed(ndcg, lambda r: r.trees > 0)
+    base_values = ndcg[plain] if len(values) else np.empty(0)
+    baseline = "the weighted sum alone" if plain.penalty < ALONE else _words(simple)
+    of_trees = decide("trees", baseline, f"of nDCG@{DEPTH}", values, base_values)
+    if not of_trees.accepted:
+        return plain, [decision, of_trees]
+    if not decision.accepted:  # the fit is not, with its trees it is
+        decision = _decision(simple, values, ndcg[simple], "the fitted ranker with trees")
+    return grown, [decision, of_trees]
 
 
 def fit_recipe(groups: RankingGroups, columns: Sequence[str], recipe: ChoiceRecipe) -> ConditionalLogit:
@@ -110,15 +113,17 @@ def fit_recipe(groups: RankingGroups, columns: Sequence[str], recipe: ChoiceReci
 
     Its last column is `HAND_SET` if it starts from these.
     """
-    names = list(columns)
-    if recipe.anchor not in names:
+    names, is_alone = list(columns), math.isinf(recipe.penalty)
+    if recipe.anchor not in names or is_alone:
         names.append(HAND_SET)
         groups = with_hand_set(groups, columns)
     anchor = names.index(recipe.anchor if recipe.anchor in columns else HAND_SET)
-    if math.isinf(recipe.penalty):
+    if is_alone:
         sample = np.random.default_rng(0).permutation(len(groups.matrix))[:_SCALE_ROWS]
         scales = FeatureScaler.of(groups.matrix[sample])
-        weight = [float(index == anchor) for index in range(len(names))]
+        # A column may be unknown for some users, such as the history of new ones.
+        weight = [_TIE_BREAK if name == HAND_SET else 0.0 for name in names]
+        weight[anchor] = 1.0
         return ConditionalLogit(names, scales, weight)
     penalty = np.full(len(names), recipe.penalty)
     penalty[anchor] = min(PENALTY, recipe.penalty)
@@ -188,18 +193,28 @@ def _best(ndcg: Held, condition: Callable[[ChoiceRecipe], bool]) -> ChoiceRecipe
     return max((recipe for recipe in ndcg if condition(recipe)), key=lambda recipe: _mean(ndcg[recipe]))
 
 
+def _best_crossed(ndcg: Held, condition: Callable[[ChoiceRecipe], bool]) -> tuple[ChoiceRecipe, np.ndarray]:
+    """The best recipe, and the nDCG that the choice of the best is worth, float64 (Q,).
+
+    The best of many gains by chance as well, so each half of the queries is measured with the recipe that is
+    best for the other half.
+    """
+    recipes = [recipe for recipe in ndcg if condition(recipe)]
+    if not recipes or len(ndcg[recipes[0]]) < MIN_GROUPS:
+        return (recipes[0] if recipes else ChoiceRecipe()), np.empty(0)
+    values = np.stack([ndcg[recipe] for recipe in recipes])
+    best, crossed = best_count(np.arange(len(recipes)), values)
+    return recipes[best], crossed
+
+
 def _decision(
     simple: ChoiceRecipe, values: np.ndarray, simple_values: np.ndarray, part: str = "the fitted ranker"
 ) -> Decision:
     return decide(part, _words(simple), f"of nDCG@{DEPTH}", values, simple_values)
 
 
-def _is_likely(values: np.ndarray, simple_values: np.ndarray) -> bool:
-    """Whether the gain is more than one standard error.
-
-    A 95% interval would keep most small shops from what helps them: what a cross-validated model may lose is
-    little next to that.
-    """
+def _gains_an_error(values: np.ndarray, simple_values: np.ndarray) -> bool:
+    """Whether the gain is more than one standard error."""
     if len(values) < MIN_GROUPS:
         return False
     mean, error = mean_and_error(values - simple_values)
@@ -207,7 +222,11 @@ def _is_likely(values: np.ndarray, simple_values: np.ndarray) -> bool:
 
 
 def _words(simple: ChoiceRecipe) -> str:
-    return "hand-set weights" if simple.anchor == HAND_SET else f"the column {simple.anchor} alone"
+    return (
+        "hand-set weights"
+        if simple.anchor == HAND_SET
+        else f"the column {simple.anchor} and hand-set weights"
+    )
 
 
 def _mean(values: np.ndarray) -> float:
