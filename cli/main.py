@@ -251,7 +251,7 @@ def _train(options: dict[str, Any]) -> None:
     shop_file = options.pop("shop")
     bundle = train(options.pop("data"), options.pop("out"), shop_file=shop_file, **options)
     report = json.loads((bundle / REPORT / "report.json").read_text())
-    print(*report["summary"], sep="\n", file=sys.stderr)  # noqa: T201 - for the reader; the answer is the bundle
+    print(*report.get("summary", ()), sep="\n", file=sys.stderr)  # noqa: T201 - for the reader; the answer is the bundle
     print(bundle)  # noqa: T201 - a command's answer
 
 

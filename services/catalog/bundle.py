@@ -108,8 +108,8 @@ def publish(
 
     `staged` must be on the same file system and is moved. The version starts with the time of publishing, so
     that the newest bundle is the one that was made last, and ends with a digest of the content and its
-    schema. If the newest bundle has the same content, it gets the new report where `report` is true, and else
-    keeps its own.
+    schema. If the newest bundle has the same content and `until`, it gets the new report where `report` is
+    true, and else keeps its own.
     """
     # The report describes the run, for example its duration, so it does not change the version.
     files = {
@@ -119,13 +119,15 @@ def publish(
     }
     content = json.dumps([SCHEMA, files, asdict(profile)], sort_keys=True).encode()
     digest = hashlib.blake2b(content, digest_size=6).hexdigest()
+    end = until.isoformat() if until else None
     bundles.mkdir(parents=True, exist_ok=True)
     latest = max((path.parent.name for path in bundles.glob(f"[!.]*/{MANIFEST}")), default="")
-    version = latest if latest.endswith(f"-{digest}") else f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{digest}"
+    is_same = latest.endswith(f"-{digest}") and manifest_of(bundles / latest).get("until") == end
+    version = latest if is_same else f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{digest}"
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "version": version,
-        "until": until.isoformat() if until else None,
+        "until": end,
         "profile": asdict(profile),
         "files": files,
     }

@@ -436,7 +436,7 @@ def test_a_head_that_does_not_improve_ranking_is_no_column() -> None:
     rows = replace(training_set.rows, label=np.random.default_rng(5).permutation(training_set.rows.label))
     alone = TrainingSet(rows, rows, rows.label[:, None], positions(rows), ["click"], has_impressions=False)
     silent = fit_models(alone, settings, vectors)
-    assert (silent.head, silent.model.choice.columns) == (None, list(NAMES))
+    assert (silent.head, silent.model.features) == (None, tuple(NAMES))
     assert np.isfinite([models.score(rows, vectors), silent.score(rows, vectors)]).all()
 
 

@@ -95,10 +95,9 @@ def test_nothing_but_noise_leaves_the_simple_score() -> None:
         groups = groups_of(200, weights(), seed)
         recipe, (decision, of_trees) = choose_recipe(groups, COLUMNS, crossed(groups))
         assert not of_trees.accepted
-        assert recipe.penalty >= shrinkage._STRONG
         rejected += recipe.penalty == ALONE
         assert decision.accepted == (recipe.penalty < ALONE)
-    assert rejected > 0
+    assert rejected >= 5
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])

@@ -95,6 +95,20 @@ def test_sparse_last_days_are_refused_with_a_cutoff(tmp_path: Path) -> None:
     assert not assess_shop(shop).reasons
 
 
+def test_a_quiet_last_day_of_a_shop_with_busy_evenings_is_no_gap(tmp_path: Path) -> None:
+    """An evening of sixty events every seventh day, and three events on the last day."""
+    start = datetime(2026, 1, 1, 20, tzinfo=UTC)
+    times = [start + timedelta(days=7 * week, seconds=n) for week in range(20) for n in range(60)]
+    times += [start + timedelta(days=7 * 20, seconds=n) for n in range(3)]
+    rows = [
+        {"user_id": f"u{n % 50}", "item_id": f"sku-{n % 40:03}", "type": "view", "time": time.isoformat()}
+        for n, time in enumerate(times)
+    ]
+    _, verdict = judge(write(tmp_path, items(), rows))
+    assert not verdict.reasons
+    assert not [warning for warning in verdict.warnings if "the last 2 days" in warning]
+
+
 def test_a_user_id_null_is_no_user(tmp_path: Path) -> None:
     rows = events(user_id=lambda n: ("NULL", "\\N", f"u{n % 50}", f"u{n % 40}", "u1")[n % 5])
     shop, verdict = judge(write(tmp_path, items(), rows))

@@ -383,6 +383,6 @@ def _text_hits(
     return _hits(np.load(vectors / "vectors.npy"), held_out)
 
 
-def _pair_inputs(pairs: PositivePairs, content_digest: str, used: bool = True) -> list[str]:
-    """The inputs of a stage that depends on pairs; empty if it does not use them."""
-    return [content_digest, digest_of(pairs.item.tobytes(), pairs.start.tobytes())] if used else []
+def _pair_inputs(pairs: PositivePairs, content_digest: str) -> list[str]:
+    """The inputs of a stage that depends on pairs."""
+    return [content_digest, digest_of(pairs.item.tobytes(), pairs.start.tobytes())]

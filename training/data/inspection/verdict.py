@@ -228,14 +228,16 @@ def _assess_last_days(shop: ShopData, report: TableReport, verdict: Verdict) -> 
             verdict.warnings.append(f"{report.file}: all {len(shop.events):,} events lie on {_date(days[0])}")
         return
     typical = float(np.median(counts[counts > 0]))
-    count, expected = int(counts[-last:].sum()), typical * last
+    normal_days = np.flatnonzero(counts >= _WARN_LAST_DAYS * typical)
+    # Where most days have no event, two such days are no gap.
+    active = float((counts[: normal_days[-1] + 1] > 0).mean())
+    count, expected = int(counts[-last:].sum()), typical * last * active
     if expected < _MIN_EXPECTED_EVENTS or count >= _WARN_LAST_DAYS * expected:
         return
-    normal_days = np.flatnonzero(counts >= _WARN_LAST_DAYS * typical)
     until = _date(days[normal_days[-1]] + 1)
     text = (
         f"{report.file}: the last {last} days, up to {_date(days[-1])}, have {count:,} events, but a typical "
-        f"day has {typical:,.0f}. Training and evaluation use these days: --until {until} leaves them out"
+        f"day has {typical:,.0f}. Recent events count most in training: --until {until} leaves them out"
     )
     (verdict.reasons if count < _REFUSE_LAST_DAYS * expected else verdict.warnings).append(text)
 
