@@ -6,8 +6,9 @@ penalty it is the simple score. Held-out baskets choose the score and the penalt
 the fit beats the best simple score, the simple score is used. If they are too few to show anything, a fit
 with a strong penalty is used where it gains a standard error.
 
-Of many groups, a late part decides. Of few, the users are cut into parts, and the queries of each part are
-ranked by a model of the others: over all their candidates, new items included, and with trees.
+Of many groups, a late part decides; of less than a thousand, each of five parts in turn. Of few baskets, the
+users are cut into parts, and the queries of each part are ranked by a model of the others: over all their
+candidates, new items included, and with trees.
 """
 
 import math
@@ -34,6 +35,7 @@ _STRONG = 0.1  # and more, where held-out groups are no proof
 ALONE = math.inf
 """The penalty that leaves the simple score alone."""
 _MAX_GROUPS = 2000
+_FOLDS, _MANY = 5, 1000
 _COLUMN_GROUPS = 500
 _MIN_TRAINING_GROUPS = 10
 _SCALE_ROWS = 20_000
@@ -83,7 +85,7 @@ def choose_recipe(
     recipes = [ChoiceRecipe(anchor, ALONE, climbs=False) for anchor in anchors]
     recipes += [ChoiceRecipe(anchor, penalty, climbs=False) for anchor in anchors for penalty in PENALTIES]
     if validation is None:
-        ndcg = _late_ndcg(groups, columns, recipes)
+        ndcg = _group_ndcg(groups, columns, recipes)
     else:
         ndcg = _crossed_ndcg(groups, columns, recipes, validation)
     simple = max((r for r in recipes if r.penalty == ALONE), key=lambda r: _mean(ndcg[r]))
@@ -147,20 +149,31 @@ def with_hand_set(groups: RankingGroups, columns: Sequence[str]) -> RankingGroup
     return replace(groups, matrix=np.column_stack([groups.matrix, scores]))
 
 
-def _late_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]) -> Held:
-    """The nDCG of each recipe on a late part of the groups, and of the best one after a climb.
+def _group_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence[ChoiceRecipe]) -> Held:
+    """The nDCG of each recipe on held-out groups, and of the best one after a climb; empty for few groups.
 
-    Empty for few groups.
+    A late part of many groups is held out, and each of five random parts of fewer.
     """
-    is_late = validation_mask(groups) if len(groups.size) >= _MIN_TRAINING_GROUPS else np.zeros(0, bool)
-    if not is_late.any():
+    count = len(groups.size)
+    if count < _MIN_TRAINING_GROUPS:
         return dict.fromkeys(recipes, np.empty(0))
-    training, late = groups.take(~is_late), groups.take(is_late)
-    choices = {recipe: fit_recipe(training, columns, recipe) for recipe in recipes}
-    ndcg = {recipe: _ndcg(choice, late, columns) for recipe, choice in choices.items()}
+    part = np.random.default_rng(0).permutation(count) % _FOLDS
+    is_many = count >= _MANY
+    masks = [validation_mask(groups)] if is_many else [part == fold for fold in range(_FOLDS)]
+    parts = [(groups.take(~mask), groups.take(mask)) for mask in masks]
+    choices = [{r: fit_recipe(training, columns, r) for r in recipes} for training, _ in parts]
+    ndcg = {
+        recipe: np.concatenate(
+            [_ndcg(of_part[recipe], late, columns) for of_part, (_, late) in zip(choices, parts, strict=True)]
+        )
+        for recipe in recipes
+    }
     best = _best(ndcg, lambda recipe: recipe.penalty < ALONE)
-    climbed = _climbed(choices[best], training, columns)
-    return ndcg | {replace(best, climbs=True): _ndcg(climbed, late, columns)}
+    climbed = [
+        _ndcg(_climbed(of_part[best], training, columns), late, columns)
+        for of_part, (training, late) in zip(choices, parts, strict=True)
+    ]
+    return ndcg | {replace(best, climbs=True): np.concatenate(climbed)}
 
 
 def _crossed_ndcg(
