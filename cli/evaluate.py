@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -22,8 +22,8 @@ from vitrine.catalog.v1 import event_pb2, filter_pb2
 from vitrine.gateway.v1 import recommendation_service_pb2 as pb
 from vitrine.gateway.v1 import recommendation_service_pb2_grpc as pb_grpc
 
-from cli.evaluation_queries import EvalQuery, by_day, held_out_queries, read_queries, time_of
-from cli.evaluation_report import Answer, Page, evaluation_of, print_evaluation, simple_pages
+from cli.evaluation_queries import EvalQuery, by_day, held_out_queries, micros, read_queries, time_of
+from cli.evaluation_report import Answer, Page, evaluation_of, notes_of, print_evaluation, simple_pages
 from cli.import_events import import_events
 from services.catalog.bundle import Bundle
 from services.core import deadline
@@ -35,7 +35,6 @@ from services.serving.settings import Settings
 from training.data.config import Evaluation
 from training.data.dataset import ShopData, read_shop
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOON = timedelta(hours=12)
 _MAX_HELD_OUT = 1000
 _DAYS_PER_LINE = 10
@@ -70,7 +69,7 @@ def evaluate(
             responses of three separate processes differ.
     """
     bundle = Bundle(bundle_path)
-    until = time_of(bundle)
+    until, notes = time_of(bundle), list[str]()
     if split:
         first_day, queries = read_queries(data, shop_file, split, several_days=True)
         if until > first_day:
@@ -81,8 +80,9 @@ def evaluate(
         shop = read_shop(data, shop_file)
     else:
         shop = read_shop(data, shop_file)
-        queries = held_out_queries(shop, bundle, limit or _MAX_HELD_OUT)
+        queries, notes = held_out_queries(shop, bundle, limit or _MAX_HELD_OUT)
     queries = queries[:limit] if limit else queries
+    notes += notes_of(shop, queries)
     task = shop.settings.task.model_copy(update={"filter": {}} if unfiltered else {})
     requests = [request_of(query, task) for query in queries]
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def evaluate(
                     user = int(query.user_id) if query.user_id.isdigit() else query.user_id
                     file.write(json.dumps({"user_id": user, "items": [i for i, _ in answer.page]}) + "\n")
         simple = simple_pages(shop, queries, task, first_day=min(days))
-        print_evaluation(evaluation_of(queries, answers, simple, PAGE), as_json=as_json)
+        print_evaluation(evaluation_of(queries, answers, simple, PAGE, notes), as_json=as_json)
         if degraded := sum(answer.degraded for answer in answers):
             raise FailedPrecondition(f"{degraded} responses were degraded")
         if over_grpc:  # with the state of the last day
@@ -122,9 +122,9 @@ def evaluate(
 
 def _between(shop: ShopData, since: datetime | None, until: datetime) -> ShopData:
     """The shop with the events from `since` on, if it is given, and before `until`."""
-    first, end = ((time - _EPOCH) / timedelta(microseconds=1) for time in (since or _EPOCH, until))
     time = shop.events.time
-    rows = np.flatnonzero((time >= first if since else True) & (time < end))
+    is_late = time >= micros(since) if since else np.ones(len(time), bool)
+    rows = np.flatnonzero(is_late & (time < micros(until)))
     return replace(shop, events=shop.events.take(rows))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from services.catalog.bundle import Bundle
 from services.core.errors import FailedPrecondition
 from services.gateway.recommend.request_parser import MAX_SESSION
+from training.core.plural import plural
 from training.data.dataset import ShopData
 from training.data.settings_file import read_settings
 from training.examples.queries import DAY, make_eval_queries
@@ -67,8 +68,10 @@ def read_queries(
     return min(days), queries
 
 
-def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> list[EvalQuery]:
+def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> tuple[list[EvalQuery], list[str]]:
     """Queries of the events after the bundle's time, at most `limit` of at most 50 days, at random.
+
+    The second part of the result says what is left out.
 
     A basket that makes a query is one as in training: its first half is the session, the target types of the
     rest are the targets.
@@ -79,19 +82,30 @@ def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> list[EvalQue
     since = time_of(bundle)
     events, settings = shop.events, shop.settings
     ids = dict(zip(events.number.tolist(), events.item.tolist(), strict=True))
-    first_day = -(-int((since - _EPOCH) / timedelta(microseconds=1)) // DAY) * DAY
+    first_day = -(-micros(since) // DAY) * DAY
     weights, targets = dict(settings.event_types), tuple(settings.targets)
-    made = make_eval_queries(events, weights, targets, first_day)
-    if not made:
+    queries = make_eval_queries(events, weights, targets, first_day)
+    if not queries:
         raise FailedPrecondition(
             f"no basket of {'/'.join(targets)} came after {since:%Y-%m-%d}, up to which the bundle "
             "was trained: train with an earlier --until, or add later events"
         )
     generator = np.random.default_rng(0)
-    days = np.unique([query.as_of // DAY for query in made])
-    days = generator.permutation(days)[:_MAX_DAYS]  # each day starts the services anew
-    usable = np.flatnonzero(np.isin([query.as_of // DAY for query in made], days))
-    selected = np.sort(generator.permutation(usable)[:limit])
+    day_of = np.array([query.as_of // DAY for query in queries])
+    days = np.unique(day_of)
+    sampled_days = generator.permutation(days)[:_MAX_DAYS]  # each day starts the services anew
+    usable = np.flatnonzero(np.isin(day_of, sampled_days))
+    selected = [queries[index] for index in np.sort(generator.permutation(usable)[:limit])]
+    notes = []
+    if len(selected) < len(queries):
+        notes.append(
+            f"a random sample: {len(selected):,} of {plural(len(queries), 'basket')}, from "
+            f"{len(sampled_days):,} of {plural(len(days), 'day')}"
+        )
+    if long := sum(len(query.session) > MAX_SESSION for query in selected):
+        notes.append(
+            f"{plural(long, 'session')} cut to the last {MAX_SESSION} items, which a request may have"
+        )
     return [
         EvalQuery(
             query.user_id,
@@ -100,8 +114,8 @@ def held_out_queries(shop: ShopData, bundle: Bundle, limit: int) -> list[EvalQue
             _EPOCH + timedelta(microseconds=query.as_of - query.as_of % DAY),
             tuple(kind for _, kind in query.session[-MAX_SESSION:]),
         )
-        for query in (made[index] for index in selected)
-    ]
+        for query in selected
+    ], notes
 
 
 def time_of(bundle: Bundle) -> datetime:
@@ -116,6 +130,11 @@ def time_of(bundle: Bundle) -> datetime:
             "train again with --until DAY, some days before the last event, and evaluate that bundle"
         )
     return bundle.until
+
+
+def micros(time: datetime) -> int:
+    """Microseconds since 1970, as the times of events."""
+    return (time - _EPOCH) // timedelta(microseconds=1)
 
 
 def by_day(queries: Sequence[EvalQuery]) -> Mapping[datetime, list[int]]:

@@ -4,24 +4,24 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
-from cli.evaluation_queries import EvalQuery
+from cli.evaluation_queries import EvalQuery, micros
 from services.catalog import filters
 from services.catalog.item_table import ItemTable
 from training.core import metrics
+from training.core.plural import plural
 from training.data.config import Evaluation
 from training.data.dataset import ShopData
-from training.evaluation.simple_methods import SimpleMethods, pages
+from training.evaluation.simple_methods import MAX_EASE_ITEMS, SimpleMethods, pages
 
 VITRINE = "Vitrine"
 Page = list[tuple[str, float]]
 """Item ids, best first, with their scores."""
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _FIGURES = ("recall", "ndcg", "hit")
 
 
@@ -44,7 +44,7 @@ def simple_pages(
     A user's history is as of the day of the query.
     """
     events, items = shop.events, {item.id: column for column, item in enumerate(shop.items)}
-    cut = (first_day - _EPOCH) / timedelta(microseconds=1)
+    cut = micros(first_day)
     past = events.take(np.flatnonzero(events.time < cut))
     methods = SimpleMethods.of(past, shop.settings, items)
     weights = np.array(list(shop.settings.event_types.values()))
@@ -59,7 +59,7 @@ def simple_pages(
     for query in queries:
         user = code.get(query.user_id)
         rows = engaged[start[user] : start[user + 1]] if user is not None else engaged[:0]
-        rows = rows[events.time[rows] < (query.day - _EPOCH) / timedelta(microseconds=1)]
+        rows = rows[events.time[rows] < micros(query.day)]
         rows = rows[known[rows]]
         history, bought = column[rows], column[rows[is_target[events.kind[rows]]]]
         session = [items[item] for item in query.session if item in items]
@@ -82,13 +82,26 @@ def simple_pages(
     }
 
 
+def notes_of(shop: ShopData, queries: Sequence[EvalQuery]) -> list[str]:
+    """What an evaluation of these queries cannot count, in sentences."""
+    notes, ids = [], {item.id for item in shop.items}
+    if unknown := sum(item not in ids for query in queries for item in query.targets):
+        notes.append(f"{plural(unknown, 'target')} not in the catalog: no method can find them")
+    if (sold := len(np.unique(shop.events.item))) > MAX_EASE_ITEMS:
+        notes.append(
+            f"no EASE: {sold:,} items have events, and it takes too much memory for {MAX_EASE_ITEMS:,}"
+        )
+    return notes
+
+
 def evaluation_of(
     queries: Sequence[EvalQuery],
     answers: Sequence[Answer],
     simple: Mapping[str, Sequence[Sequence[str]]],
     k: int,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The metrics@k of all methods with intervals, and statistics of Vitrine's answers."""
+    """The metrics@k of all methods with intervals, statistics of Vitrine's answers, and `notes` on both."""
     by_method = {VITRINE: [[item for item, _ in answer.page] for answer in answers], **simple}
     code: dict[str, int] = {}
     targets = [_codes(code, query.targets) for query in queries]
@@ -121,6 +134,7 @@ def evaluation_of(
             "p99": round(float(np.quantile(milliseconds, 0.99)), 2),
         },
         "degraded": sum(answer.degraded for answer in answers),
+        "notes": list(notes),
     }
 
 
@@ -132,7 +146,7 @@ def print_evaluation(evaluation: Mapping[str, Any], *, as_json: bool) -> None:
     k, methods = evaluation["k"], evaluation["methods"]
     width = max(map(len, methods))
     heads = (f"recall@{k}", f"nDCG@{k}", f"hit@{k}", "Vitrine gains, nDCG")
-    count, days = evaluation["queries"], _count(evaluation["days"], "day")
+    count, days = evaluation["queries"], plural(evaluation["days"], "day")
     lines = [
         f"{count:,} queries of {days}, 95 % intervals; the simple methods know events before the first day",
         f"{'':{width}}  " + "  ".join(f"{head:20}" for head in heads),
@@ -142,6 +156,7 @@ def print_evaluation(evaluation: Mapping[str, Any], *, as_json: bool) -> None:
         lines.append(f"{name:{width}}  " + "  ".join(f"{cell:20}" for cell in cells))
     share, ms = evaluation["targets_among_candidates"], evaluation["ms_per_query"]
     lines.append(f"{share:.1%} of the targets are candidates; {ms['mean']} ms a query, p99 {ms['p99']} ms")
+    lines += [f"note: {note}" for note in evaluation["notes"]]
     print("\n".join(line.rstrip() for line in lines))  # noqa: T201 - a command's answer
 
 
@@ -152,7 +167,3 @@ def _codes(code: dict[str, int], ids: Sequence[str]) -> np.ndarray:
 def _cell(interval: Mapping[str, Any]) -> str:
     low, high = interval["ci95"]
     return f"{interval['mean']:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

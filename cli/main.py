@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -245,13 +244,11 @@ def _parse_time(text: str) -> datetime:
 
 def _train(options: dict[str, Any]) -> None:
     _require_directory(options["data"])
-    from services.catalog.bundle import REPORT
     from training.pipeline import train
 
     shop_file = options.pop("shop")
-    bundle = train(options.pop("data"), options.pop("out"), shop_file=shop_file, **options)
-    report = json.loads((bundle / REPORT / "report.json").read_text())
-    print(*report.get("summary", ()), sep="\n", file=sys.stderr)  # noqa: T201 - for the reader; the answer is the bundle
+    bundle, lines = train(options.pop("data"), options.pop("out"), shop_file=shop_file, **options)
+    print(*lines, sep="\n", file=sys.stderr)  # noqa: T201 - for the reader; the answer is the bundle
     print(bundle)  # noqa: T201 - a command's answer
 
 

@@ -57,8 +57,8 @@ def train(
     image_base: str | None = None,
     skip_evaluation: bool = False,
     allow_losses: bool = False,
-) -> Path:
-    """Train on a shop directory and publish a bundle; return the bundle's directory.
+) -> tuple[Path, list[str]]:
+    """Train on a shop directory and publish a bundle; return its directory and five lines for a shopkeeper.
 
     Only events before `until` are used. Finished stages are stored under `out`/.stages and reused by a later
     run with the same inputs.
@@ -101,9 +101,9 @@ def train(
     of_rankers = json.loads(decisions.read_text()) if decisions.is_file() else []
     sections["decisions"] = [*(decision.to_dict() for decision in encoded.decisions), *of_rankers]
     document = _report(shop, until, encoded, sections, stages, verdict)
-    document["summary"] = summary_lines(document)
+    document["summary"] = lines = summary_lines(document)
     with exclusive_lock(out / ".staged.lock"):
-        return _publish(
+        bundle = _publish(
             out,
             shop,
             until,
@@ -112,6 +112,7 @@ def train(
             document,
             skip_evaluation=skip_evaluation,
         )
+    return bundle, lines
 
 
 def _publish(

@@ -407,13 +407,13 @@ def test_the_newest_bundle_is_the_one_made_last(
     shop: Path, base: Path, bundles: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundles / ".stages", tmp_path / ".stages")
-    made = []
+    bundle_of_run = []
     for until in ("2026-01-06", "2026-01-05", "2026-01-05"):
         assert train(shop, base, tmp_path, until, "--skip-evaluation") == 0
-        made.append(Bundle(tmp_path))
-    assert [bundle.until.day for bundle in made if bundle.until] == [6, 5, 5]
-    assert made[1].version == made[2].version  # the same content as that of the newest
+        bundle_of_run.append(Bundle(tmp_path))
+    assert [bundle.until.day for bundle in bundle_of_run if bundle.until] == [6, 5, 5]
+    assert bundle_of_run[1].version == bundle_of_run[2].version  # the same content as that of the newest
     assert train(shop, base, tmp_path, "2026-01-06", "--skip-evaluation") == 0
     last = Bundle(tmp_path)
-    assert last.until == made[0].until
-    assert last.version > made[2].version > made[0].version
+    assert last.until == bundle_of_run[0].until
+    assert last.version > bundle_of_run[2].version > bundle_of_run[0].version

@@ -1,6 +1,7 @@
 """When a learned part replaces a simpler one: only where held-out data show that it is better."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,3 +55,14 @@ def test_a_rejection_is_a_warning_and_names_what_stays(caplog: pytest.LogCapture
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().endswith("it is left out in favor of the weighted sum")
+
+
+def test_a_part_that_is_used_without_a_gain_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    values = np.random.default_rng(0).random(500)
+    decision = decide("the tuned text encoder", "the frozen one", "of partners found", values, values[::-1])
+    decision = replace(decision, accepted=True, reason="[text] mode is full")
+    with caplog.at_level(logging.INFO):
+        decision.log()
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith("it is used, because [text] mode is full")

@@ -25,8 +25,8 @@ def test_more_pairs_get_more_steps_up_to_a_limit(on_gpu: bool) -> None:
 
 
 def test_settings_that_are_given_stay(on_gpu: bool) -> None:
-    given = TextTraining(steps=7, trainable_layers=1, learning_rate=2e-4)
-    assert with_effort(given, 3) == given
+    settings = TextTraining(steps=7, trainable_layers=1, learning_rate=2e-4)
+    assert with_effort(settings, 3) == settings
     full = with_effort(TextTraining(mode="full"), 3)
     assert (full.mode, full.steps) == ("full", 1)
     assert full.trainable_layers == (0 if on_gpu else 2)

@@ -38,53 +38,53 @@ def test_a_fast_shop_needs_two_days() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows_module, "ENOUGH", 40)
         patch.setattr(windows_module, "ENOUGH_TO_EVALUATE", 10)
-        chosen = window(list(range(20)), 50)
-    assert chosen.days == 2
-    assert (chosen.end - chosen.evaluated_from) // DAY == 1
-    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (100, 50, 900)
+        windows = window(list(range(20)), 50)
+    assert windows.days == 2
+    assert (windows.end - windows.evaluated_from) // DAY == 1
+    assert (windows.baskets, windows.evaluated, windows.earlier) == (100, 50, 900)
 
 
 def test_a_slow_shop_looks_back_over_most_of_its_baskets() -> None:
-    chosen = window(list(range(0, 8000, 40)))  # 200 baskets in 22 years
-    assert (chosen.baskets, chosen.evaluated, chosen.earlier) == (150, 38, 50)
-    assert chosen.days == 149 * 40 + 1
-    assert len(chosen.parts) == 10
-    assert chosen.parts[0] == chosen.since
+    windows = window(list(range(0, 8000, 40)))  # 200 baskets in 22 years
+    assert (windows.baskets, windows.evaluated, windows.earlier) == (150, 38, 50)
+    assert windows.days == 149 * 40 + 1
+    assert len(windows.parts) == 10
+    assert windows.parts[0] == windows.since
 
 
 def test_at_most_half_of_many_baskets_are_in_the_window() -> None:
-    chosen = window(list(range(0, 4000, 40)), 20)
-    assert (chosen.baskets, chosen.earlier) == (1000, 1000)
+    windows = window(list(range(0, 4000, 40)), 20)
+    assert (windows.baskets, windows.earlier) == (1000, 1000)
 
 
 def test_gaps_without_a_basket_cost_nothing() -> None:
-    chosen = window([*range(5), *range(4000, 4005), *range(8000, 8005)])
-    assert len(chosen.parts) <= chosen.baskets
+    windows = window([*range(5), *range(4000, 4005), *range(8000, 8005)])
+    assert len(windows.parts) <= windows.baskets
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=60, unique=True), st.integers(1, 30))
 def test_the_counts_are_those_of_the_queries(days: list[int], baskets_a_day: int) -> None:
     events, weights = shop_of(days, baskets_a_day), dict(SETTINGS.event_types)
-    chosen = choose_windows(events, SETTINGS)
+    windows = choose_windows(events, SETTINGS)
     every = make_eval_queries(events, weights, SETTINGS.targets, 0)
     times = np.array([query.as_of for query in every])
-    assert chosen.baskets == np.count_nonzero(times >= chosen.since)
-    assert chosen.evaluated == np.count_nonzero(times >= chosen.evaluated_from)
-    assert chosen.earlier == np.count_nonzero(times < chosen.since)
-    assert chosen.since <= chosen.evaluated_from < chosen.end
-    assert chosen.tuned_from <= chosen.since
-    assert chosen.parts[0] == chosen.since
-    assert (np.diff(chosen.parts) > 0).all()
-    assert len(chosen.parts) <= 10
-    assert not (chosen.parts % DAY).any()
+    assert windows.baskets == np.count_nonzero(times >= windows.since)
+    assert windows.evaluated == np.count_nonzero(times >= windows.evaluated_from)
+    assert windows.earlier == np.count_nonzero(times < windows.since)
+    assert windows.since <= windows.evaluated_from < windows.end
+    assert windows.tuned_from <= windows.since
+    assert windows.parts[0] == windows.since
+    assert (np.diff(windows.parts) > 0).all()
+    assert len(windows.parts) <= 10
+    assert not (windows.parts % DAY).any()
 
 
 def test_settings_fix_the_number_of_days() -> None:
     settings = ShopConfig(ranking=RankingTraining(ranking_days=7), split=Split(test_days=3))
-    chosen = window(list(range(40)), 10, settings)
-    assert chosen.days == 7
-    assert (chosen.end - chosen.evaluated_from) // DAY == 3
-    assert chosen.parts.tolist() == [(FIRST + 33 + day) * DAY for day in range(7)]
+    windows = window(list(range(40)), 10, settings)
+    assert windows.days == 7
+    assert (windows.end - windows.evaluated_from) // DAY == 3
+    assert windows.parts.tolist() == [(FIRST + 33 + day) * DAY for day in range(7)]
 
 
 def test_a_shop_that_logs_pages_looks_back_over_pages() -> None:
@@ -108,8 +108,8 @@ def test_a_shop_that_logs_pages_looks_back_over_pages() -> None:
 @pytest.mark.parametrize(("kind", "baskets"), [("view", 37), ("impression", 0)])
 def test_views_teach_and_do_not_evaluate_and_impressions_do_neither(kind: str, baskets: int) -> None:
     interactions = [Interaction("u0", f"i{n}", kind, (FIRST + n) * DAY) for n in range(50)]
-    chosen = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
-    assert (chosen.baskets, chosen.evaluated) == (baskets, 0)
+    windows = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
+    assert (windows.baskets, windows.evaluated) == (baskets, 0)
 
 
 @pytest.mark.parametrize("days", [[0] * 900 + [1] * 50, [0] * 100 + [10] * 800 + [11] * 60 + [12] * 40])
@@ -119,13 +119,13 @@ def test_a_peak_day_leaves_baskets_to_learn_from_and_to_evaluate(days: list[int]
         for user, day in enumerate(days)
         for n in range(2)
     ]
-    chosen = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
-    assert 0 < chosen.evaluated < chosen.baskets
+    windows = choose_windows(make_shop([], interactions, SETTINGS).events, SETTINGS)
+    assert 0 < windows.evaluated < windows.baskets
 
 
 def test_a_shop_without_events_has_empty_windows() -> None:
-    chosen = choose_windows(Events.none(), SETTINGS)
-    assert (chosen.days, chosen.baskets) == (0, 0)
+    windows = choose_windows(Events.none(), SETTINGS)
+    assert (windows.days, windows.baskets) == (0, 0)
 
 
 def test_the_choice_is_a_sentence() -> None:

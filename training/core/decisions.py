@@ -18,7 +18,8 @@ _log = logging.getLogger(__name__)
 class Decision:
     """Whether `part` is used instead of `baseline`, by its `gain` in `measure`.
 
-    `queries` counts the held-out queries; `gain` is None without any.
+    `queries` counts the held-out queries; `gain` is None without any. A `reason` is why it is used although
+    the gain is not shown.
     """
 
     part: str
@@ -27,6 +28,7 @@ class Decision:
     accepted: bool
     queries: int
     gain: Interval | None
+    reason: str = ""
 
     @property
     def is_thin(self) -> bool:
@@ -34,9 +36,9 @@ class Decision:
         return self.queries < MIN_QUERIES
 
     def __str__(self) -> str:
-        verdict = "is used" if self.accepted else f"is left out in favor of {self.baseline}"
+        because = f", because {self.reason}" if self.reason else ""
+        verdict = f"is used{because}" if self.accepted else f"is left out in favor of {self.baseline}"
         if self.gain is None or self.is_thin:
-            verdict += ", as settings or a gain of one standard error ask for" if self.accepted else ""
             return f"{self.part}: too few to tell ({self.queries:,} held-out queries): it {verdict}"
         change = f"{self.gain.mean:+.3f} [{self.gain.low:+.3f}, {self.gain.high:+.3f}]"
         return (
@@ -45,8 +47,9 @@ class Decision:
         )
 
     def log(self) -> None:
-        """Log the decision, as a warning if the part is rejected or the evidence is thin."""
-        level = logging.INFO if self.accepted and not self.is_thin else logging.WARNING
+        """Log the decision, as a warning unless the part is used and its gain is shown."""
+        is_shown = self.accepted and not self.is_thin and not self.reason
+        level = logging.INFO if is_shown else logging.WARNING
         _log.log(level, "%s", self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def _text(
             "text", inputs, text_encoder.fine_tune, training.base, shape, training, texts, pairs.before
         )
         decision = _tuning_decision(stages, frozen, tuned, texts, pairs)
-        if training.mode != "auto":
-            decision = replace(decision, accepted=True)
+        if training.mode != "auto" and not decision.accepted:
+            decision = replace(decision, accepted=True, reason=f"[text] mode is {training.mode}")
         decision.log()
         encoded.decisions.append(decision)
         trained_body = tuned if decision.accepted else frozen

@@ -38,9 +38,14 @@ def fine_tune(
     """Fine-tune a pretrained encoder on pairs of `texts` and write it into `directory`.
 
     In-batch softmax with a popularity correction, AdamW, linear warm-up and cosine decay; bfloat16 autocast
-    if the processor supports it. `training` has no number left out (`text_effort.with_effort`).
+    if the processor supports it.
+
+    Raises:
+        ValueError: `training` leaves out a number; `text_effort.with_effort` fills them in.
     """
-    steps, learning_rate = training.steps or 0, training.learning_rate or 0.0
+    steps, learning_rate = training.steps, training.learning_rate
+    if steps is None or learning_rate is None:
+        raise ValueError("training has numbers left out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)

@@ -4,8 +4,7 @@ With enough queries on the last days, one set of models is fitted on the earlier
 cut into five parts, and the queries of a part are scored by models fitted on the other parts (cross-fitting).
 """
 
-import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +12,12 @@ import numpy as np
 from training.core.decisions import MIN_QUERIES
 from training.data.config import ShopConfig
 from training.examples.feature_rows import FeatureRows
-from training.examples.queries import EvalQuery
+from training.examples.queries import EvalQuery, user_part
 from training.examples.training_set import TrainingSet
 from training.examples.windows import Windows
 from training.ranking import ctr
-from training.ranking.fit_models import CtrHeads, FittedModels, fit_models
+from training.ranking.fit_models import USER_PARTS, CtrHeads, FittedModels, fit_models
 
-_FOLDS = 5
 # A dozen models are fitted. On H&M, trees help significantly with 12,000 baskets, but not with 3,000.
 TRAINING_QUERIES = 6000
 
@@ -42,7 +40,7 @@ class Split:
 
     @property
     def is_crossed(self) -> bool:
-        """Whether every user is in the training data of other users."""
+        """Whether the queries of each part of the users are scored by models of the other parts."""
         return len(self.folds) > 1
 
 
@@ -103,37 +101,37 @@ class HeldOutModels:
 
     def scores(self, rows: FeatureRows) -> np.ndarray:
         """Scores float64 (N,) of the rows of the evaluated queries, each by the models of its fold."""
-        return self._by_fold(rows, lambda models, part: models.score(part, self._vectors))
-
-    def head_scores(self, rows: FeatureRows) -> np.ndarray | None:
-        """The logit of the strongest type by the CTR heads, float64 (N,); None without heads."""
-        if any(models.head is None for models in self.models):
-            return None
-        return self._by_fold(rows, lambda models, part: _last_logit(models, part, self._vectors))
+        pairs = zip(self.models, self._parts(rows), strict=True)
+        return self._joined(rows, [models.score(part, self._vectors) for models, part in pairs])
 
     def linear_scores(self, rows: FeatureRows) -> np.ndarray:
         """The same without trees."""
-        return self._by_fold(
-            rows, lambda models, part: models.model.linear_score(models.matrix(part, self._vectors))
-        )
+        pairs = zip(self.models, self._parts(rows), strict=True)
+        values = [models.model.linear_score(models.matrix(part, self._vectors)) for models, part in pairs]
+        return self._joined(rows, values)
 
-    def _by_fold(
-        self, rows: FeatureRows, score: Callable[[FittedModels, FeatureRows], np.ndarray]
-    ) -> np.ndarray:
-        scores, group = np.empty(len(rows.items)), rows.group()
-        for fold, models in zip(self._split.folds, self.models, strict=True):
-            scores[np.isin(group, fold.queries)] = score(models, rows.take(fold.queries))
-        return scores
+    def head_scores(self, rows: FeatureRows) -> np.ndarray | None:
+        """The logit of the strongest type by the CTR heads, float64 (N,); None without heads."""
+        heads = [models.head for models in self.models if models.head is not None]
+        if len(heads) < len(self.models):
+            return None
+        pairs = zip(heads, self._parts(rows), strict=True)
+        return self._joined(rows, [ctr.score(head, part, self._vectors)[:, -1] for head, part in pairs])
 
+    def _parts(self, rows: FeatureRows) -> list[FeatureRows]:
+        """The rows of the queries of each fold."""
+        return [rows.take(fold.queries) for fold in self._split.folds]
 
-def _last_logit(models: FittedModels, rows: FeatureRows, vectors: Mapping[str, np.ndarray]) -> np.ndarray:
-    if models.head is None:
-        raise ValueError("these models have no head")
-    return ctr.score(models.head, rows, vectors)[:, -1]
+    def _joined(self, rows: FeatureRows, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The values of each fold's rows, in the order of the rows."""
+        result, group = np.empty(len(rows.items)), rows.group()
+        for fold, part in zip(self._split.folds, values, strict=True):
+            result[np.isin(group, fold.queries)] = part
+        return result
 
 
 def _part(query: EvalQuery) -> int:
-    return zlib.crc32(query.user_id.encode()) % _FOLDS
+    return user_part(query.user_id, USER_PARTS)
 
 
 def _sample(queries: Sequence[EvalQuery], limit: int) -> list[EvalQuery]:

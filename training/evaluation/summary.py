@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from training.core.decisions import MIN_QUERIES
+from training.core.plural import plural
+from training.evaluation.page_likelihood import BUNDLE
 
 ENOUGH_BASKETS = 1000
 """Of so many baskets, half are in the ranking window, and its last fifth is enough to decide."""
-BUNDLE = "whole bundle"
 _PAGE = 20
 Report = Mapping[str, Any]
 
@@ -20,13 +21,13 @@ def summary_lines(report: Report) -> list[str]:
 def _data(report: Report) -> str:
     shop = report["shop"]
     if not shop["events"]:
-        items = _count(shop["items"], "item")
+        items = plural(shop["items"], "item")
         return f"Data: {items} and no events: recommendations follow from contents alone."
     windows = report["windows"]
     return (
-        f"Data: {_count(shop['events'], 'event')} of {_count(shop['users'], 'user')} with "
-        f"{_count(shop['items'], 'item')}; the ranking learns from {_count(windows['baskets'], 'basket')} of "
-        f"the last {_count(windows['days'], 'day')}."
+        f"Data: {plural(shop['events'], 'event')} of {plural(shop['users'], 'user')} with "
+        f"{plural(shop['items'], 'item')}; the ranking learns from {plural(windows['baskets'], 'basket')} of "
+        f"the last {plural(windows['days'], 'day')}."
     )
 
 
@@ -51,7 +52,7 @@ def _ranking(report: Report) -> str:
         if report.get("shop", {}).get("logs_pages"):
             return "Ranking: a model learned from what users were shown and what they took of it."
         return "Ranking: hand-set weights, because there is no basket to learn from."
-    queries, trees = _count(ranker["queries"], "held-out basket"), by_part.get("trees", {}).get("accepted")
+    queries, trees = plural(ranker["queries"], "held-out basket"), by_part.get("trees", {}).get("accepted")
     if not ranker["accepted"]:
         more = ", with trees that correct it" if trees else ""
         return f"Ranking: {ranker['baseline']}{more}: no weights that were learned rank better on {queries}."
@@ -107,7 +108,3 @@ def _share(interval: Mapping[str, Any] | None) -> str:
         return "–"
     low, high = interval["ci95"]
     return f"{interval['mean']:.1%} ({low:.1%} to {high:.1%})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

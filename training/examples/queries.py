@@ -1,5 +1,6 @@
 """Evaluation queries made of past baskets: the first items are the input, the next ones the targets."""
 
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,11 @@ class EvalQuery:
     targets: np.ndarray
     grades: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+
+
+def user_part(user_id: str, parts: int) -> int:
+    """The part of a user, below `parts`: the same in every run."""
+    return zlib.crc32(user_id.encode()) % parts
 
 
 def baskets(events: Events) -> np.ndarray:

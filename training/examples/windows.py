@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from training.core.plural import plural
 from training.data.config import MIN_RANKING_DAYS, ShopConfig
 from training.data.events import Events
 from training.examples.queries import DAY, baskets
@@ -68,9 +69,9 @@ class Windows:
     def __str__(self) -> str:
         evaluated_days = (self.end - self.evaluated_from) // DAY
         return (
-            f"rankers learn from the last {_count(self.days, 'day')}, from {_date(self.since)}, with "
-            f"{_count(self.baskets, 'basket')}; the last {_count(evaluated_days, 'day')} of them, with "
-            f"{_count(self.evaluated, 'basket')}, evaluate them; {_count(self.earlier, 'basket')} came before"
+            f"rankers learn from the last {plural(self.days, 'day')}, from {_date(self.since)}, with "
+            f"{plural(self.baskets, 'basket')}; the last {plural(evaluated_days, 'day')} of them, with "
+            f"{plural(self.evaluated, 'basket')}, evaluate them; {plural(self.earlier, 'basket')} came before"
         )
 
 
@@ -183,10 +184,6 @@ def _parts(day: np.ndarray, count: np.ndarray, since: int) -> np.ndarray:
     starts = day[np.unique(part, return_index=True)[1]]
     starts[0] = since
     return np.asarray(starts, np.int64)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _date(micros: int) -> str:

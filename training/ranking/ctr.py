@@ -1,6 +1,5 @@
 """Fits the CTR head by cross-entropy over candidates, and predicts out-of-fold scores for the reranker."""
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from services.ranking.models.scaler import FeatureScaler
 from services.ranking.state.item_stats import RECENT_COLUMNS
 from training.core.progress import track
 from training.examples.feature_rows import FeatureRows
-from training.examples.queries import DAY
+from training.examples.queries import DAY, user_part
 from training.ranking.platt import platt
 
 _QUERIES_PER_BATCH = 64
@@ -194,7 +193,7 @@ def _part(rows: FeatureRows, edges: np.ndarray) -> np.ndarray:
     """The part of each query, int64 (Q,): of time, or of the users if there are no edges."""
     if len(edges):
         return np.searchsorted(edges, _days(rows))
-    return np.array([zlib.crc32(q.user_id.encode()) % _PARTS for q in rows.eval_queries], np.int64)
+    return np.array([user_part(q.user_id, _PARTS) for q in rows.eval_queries], np.int64)
 
 
 def _days(rows: FeatureRows) -> np.ndarray:

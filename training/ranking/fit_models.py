@@ -1,7 +1,6 @@
 """Fits CTR head and reranker together; the reranker is trained on the head's out-of-fold scores."""
 
 import logging
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from services.ranking.state.item_stats import RECENT_COLUMNS
 from training.core.decisions import Decision
 from training.data.config import ShopConfig
 from training.examples.feature_rows import FeatureRows
+from training.examples.queries import user_part
 from training.examples.ranking_groups import RankingGroups
 from training.examples.training_set import TrainingSet
 from training.ranking import ctr
@@ -23,7 +23,8 @@ from training.ranking.page_reranker import LoggedPages, fit_page_reranker, impro
 from training.ranking.reranker import fit_reranker, head_decision, thin_head
 from training.ranking.shrinkage import ChoiceRecipe, CrossValidation
 
-_PARTS = 5  # of users, in a cross-validation
+USER_PARTS = 5
+"""Of users, in cross-validation and cross-fitting."""
 _log = logging.getLogger(__name__)
 # What the names of the feature columns of each part begin with.
 _COLUMNS = {
@@ -180,7 +181,7 @@ def _validation(data: TrainingSet, columns: np.ndarray) -> CrossValidation | Non
     if rows is None:
         return None
     part, training_part = (
-        np.array([zlib.crc32(q.user_id.encode()) % _PARTS for q in of], np.int64)
+        np.array([user_part(q.user_id, USER_PARTS) for q in of], np.int64)
         for of in (rows.eval_queries, data.rows.eval_queries)
     )
     return CrossValidation(groups_of(rows, rows.matrix[:, columns]), part, training_part)

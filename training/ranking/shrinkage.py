@@ -96,10 +96,11 @@ def choose_recipe(
         plain = simple
         if decision.is_thin and _gains_an_error(values, ndcg[simple]):
             plain, part = strong, f"the fitted ranker, drawn to {_words(simple)}"
-            decision = replace(_decision(simple, values, ndcg[simple], part), accepted=True)
+            reason = "it stays close to that and gains more than a standard error"
+            decision = replace(_decision(simple, values, ndcg[simple], part), accepted=True, reason=reason)
     if validation is None:
         return plain, [decision]
-    grown, values = _best_crossed(ndcg, lambda r: r.trees > 0)
+    with_trees, values = _best_crossed(ndcg, lambda r: r.trees > 0)
     base_values = ndcg[plain] if len(values) else np.empty(0)
     baseline = "the weighted sum alone" if plain.penalty < ALONE else _words(simple)
     of_trees = decide("trees", baseline, f"of nDCG@{DEPTH}", values, base_values)
@@ -107,7 +108,7 @@ def choose_recipe(
         return plain, [decision, of_trees]
     if not decision.accepted:  # the fit is not, with its trees it is
         decision = _decision(simple, values, ndcg[simple], "the fitted ranker with trees")
-    return grown, [decision, of_trees]
+    return with_trees, [decision, of_trees]
 
 
 def fit_recipe(groups: RankingGroups, columns: Sequence[str], recipe: ChoiceRecipe) -> ConditionalLogit:
@@ -169,11 +170,11 @@ def _group_ndcg(groups: RankingGroups, columns: Sequence[str], recipes: Sequence
         for recipe in recipes
     }
     best = _best(ndcg, lambda recipe: recipe.penalty < ALONE)
-    climbed = [
-        _ndcg(_climbed(of_part[best], training, columns), late, columns)
+    after_climb = [
+        _ndcg(_climb(of_part[best], training, columns), late, columns)
         for of_part, (training, late) in zip(choices, parts, strict=True)
     ]
-    return ndcg | {replace(best, climbs=True): np.concatenate(climbed)}
+    return ndcg | {replace(best, climbs=True): np.concatenate(after_climb)}
 
 
 def _crossed_ndcg(
@@ -197,8 +198,8 @@ def _crossed_ndcg(
                 continue
             trees = grow(model, training, max(TREES))
             for count in TREES:
-                grown = score + trees.predict(lists.matrix, num_iteration=count)
-                ndcg.setdefault(replace(recipe, trees=count), [np.empty(0)]).append(lists.ndcg(grown, DEPTH))
+                total = score + trees.predict(lists.matrix, num_iteration=count)
+                ndcg.setdefault(replace(recipe, trees=count), [np.empty(0)]).append(lists.ndcg(total, DEPTH))
     return {recipe: np.concatenate(parts) for recipe, parts in ndcg.items()}
 
 
@@ -246,7 +247,7 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _climbed(choice: ConditionalLogit, groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
+def _climb(choice: ConditionalLogit, groups: RankingGroups, columns: Sequence[str]) -> ConditionalLogit:
     has_hand_set = len(choice.columns) > len(columns)
     return ascend(choice, with_hand_set(groups, columns) if has_hand_set else groups)
 

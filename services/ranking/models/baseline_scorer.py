@@ -29,11 +29,13 @@ HAND_SET = "hand_set_score"
 
 def baseline_scores(names: Sequence[str], matrix: np.ndarray) -> np.ndarray:
     """Scores float32 (C,) of feature rows (C, F) with columns `names`; a missing value adds nothing."""
-    column = {name: index for index, name in enumerate(names)}
+    read = [(index, WEIGHTS[name]) for index, name in enumerate(names) if name in WEIGHTS]
     total = np.zeros(len(matrix), np.float32)
-    if _POPULAR in column:
-        total = _POPULARITY * np.log1p(np.nan_to_num(matrix[:, column[_POPULAR]]))
-    for name, weight in WEIGHTS.items():
-        if name in column:
-            total = total + weight * np.nan_to_num(matrix[:, column[name]])
-    return np.asarray(total, np.float32)
+    if read:
+        indices, weights = zip(*read, strict=True)
+        values = matrix[:, list(indices)]
+        total += np.where(np.isnan(values), 0, values) @ np.array(weights, np.float32)
+    if _POPULAR in names:
+        popular = matrix[:, names.index(_POPULAR)]
+        total += np.float32(_POPULARITY) * np.log1p(np.where(np.isnan(popular), 0, popular))
+    return total

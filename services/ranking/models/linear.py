@@ -20,6 +20,15 @@ class ConditionalLogit:
     scales: FeatureScaler
     weight: Sequence[float]
 
+    def take(self, columns: slice) -> "ConditionalLogit":
+        """The model of some of the columns."""
+        scales = self.scales
+        return ConditionalLogit(
+            self.columns[columns],
+            FeatureScaler(scales.unit[columns], scales.mean[columns], scales.scale[columns]),
+            self.weight[columns],
+        )
+
     def terms(self, matrix: np.ndarray) -> np.ndarray:
         """The contribution of each column to the score of rows (C, F): float32 (C, F)."""
         return self.scales.apply(matrix) * np.asarray(self.weight, np.float32)

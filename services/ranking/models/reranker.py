@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ class RerankerModel:
     choice: ConditionalLogit
     trees: lightgbm.Booster | None
 
-    @property
+    @cached_property
     def features(self) -> tuple[str, ...]:
         """The columns of the rows that the model reads."""
         columns = tuple(self.choice.columns)
@@ -52,23 +53,34 @@ class RerankerModel:
 
     def linear_score(self, matrix: np.ndarray) -> np.ndarray:
         """Scores float64 (C,) of rows (C, F) by the choice model alone."""
-        return np.asarray(self._terms(matrix).sum(1, dtype=np.float64))
+        own, by_hand = self._parts
+        score = np.asarray(own.terms(matrix).sum(1, dtype=np.float64))
+        if by_hand is not None:
+            score += by_hand.terms(baseline_scores(self.features, matrix)[:, None])[:, 0]
+        return score
 
     def contributions(self, matrix: np.ndarray) -> np.ndarray:
         """The contribution of each column of the choice model, up to a constant; of the trees by TreeSHAP.
 
         float64 (C, K), in the order of `choice.columns`.
         """
-        terms = self._terms(matrix).astype(np.float64)
+        own, by_hand = self._parts
+        terms = own.terms(matrix).astype(np.float64)
+        if by_hand is not None:
+            of_hand_set = by_hand.terms(baseline_scores(self.features, matrix)[:, None])
+            terms = np.column_stack([terms, of_hand_set])
         if self.trees is not None:
             of_trees = np.asarray(self.trees.predict(matrix, pred_contrib=True))[:, :-1]
             terms[:, : of_trees.shape[1]] += of_trees
         return terms
 
-    def _terms(self, matrix: np.ndarray) -> np.ndarray:
-        if len(self.features) < len(self.choice.columns):
-            matrix = np.column_stack([matrix, baseline_scores(self.features, matrix)])
-        return self.choice.terms(matrix)
+    @cached_property
+    def _parts(self) -> tuple[ConditionalLogit, ConditionalLogit | None]:
+        """The choice model of the rows and that of hand-set scores, apart: joining them copies the rows."""
+        count = len(self.features)
+        if count == len(self.choice.columns):
+            return self.choice, None
+        return self.choice.take(slice(count)), self.choice.take(slice(count, None))
 
 
 class Reranker:
