@@ -89,7 +89,7 @@ def notes_of(shop: ShopData, queries: Sequence[EvalQuery]) -> list[str]:
         notes.append(f"{plural(unknown, 'target')} not in the catalog: no method can find them")
     if (sold := len(np.unique(shop.events.item))) > MAX_EASE_ITEMS:
         notes.append(
-            f"no EASE: {sold:,} items have events, and it takes too much memory for {MAX_EASE_ITEMS:,}"
+            f"no EASE: {sold:,} items have events, and above {MAX_EASE_ITEMS:,} it takes too much memory"
         )
     return notes
 
